@@ -1,0 +1,27 @@
+"""Conv2Former for OpenMMLab: one backbone for mmpretrain, mmdet and mmseg.
+
+Importing the package registers its classes in mmengine.
+"""
+try:
+    import mmengine  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != 'mmengine':
+        raise
+    raise ModuleNotFoundError(
+        'mmconv2former needs mmengine, which two distributions provide. '
+        "Install one of them: pip install 'mmconv2former[onedl]' (the "
+        "maintained packages, onedl-mmengine) or pip install "
+        "'mmconv2former[openmmlab]' (the original packages, mmengine). "
+        'In an environment that has OpenMMLab packages already, take the '
+        'same family.', name='mmengine') from error
+
+from .backbone import Conv2Former
+from .layer_decay import LayerDecayOptimWrapperConstructor
+from .neck import Conv2FormerNeck
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'Conv2Former', 'Conv2FormerNeck', 'LayerDecayOptimWrapperConstructor',
+    '__version__'
+]

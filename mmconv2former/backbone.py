@@ -1,0 +1,439 @@
+"""Conv2Former, hierarchical and isotropic, as an OpenMMLab backbone."""
+from typing import Optional, Sequence, Tuple, Union
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from mmengine.model import BaseModule
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+
+from .archs import resolve_arch
+from .checkpoint import load_backbone
+from .operators import (FUSIONS, DropPath, LayerNorm2d, add_position,
+                        modulate)
+from .registry import MODELS
+
+def _conv_stem(in_channels: int, dim: int) -> nn.Sequential:
+    """The official stem. Mind the order: GELU comes before batch norm."""
+    mid = dim // 2
+    return nn.Sequential(
+        nn.Conv2d(in_channels, mid, 3, stride=2, padding=1, bias=False),
+        nn.GELU(), nn.BatchNorm2d(mid),
+        nn.Conv2d(mid, mid, 3, padding=1, bias=False),
+        nn.GELU(), nn.BatchNorm2d(mid),
+        nn.Conv2d(mid, dim, 2, stride=2, bias=False))
+
+
+def _patch_stem(in_channels: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, dim, 16, stride=16))
+
+
+def _3conv_stem(in_channels: int, dim: int) -> nn.Sequential:
+    """Three convolutions down to stride 16, in the manner of the stem above.
+
+    The paper names the '3-conv patch embedding' without its layers; these
+    are our choice.
+    """
+    mid = dim // 4
+    return nn.Sequential(
+        nn.Conv2d(in_channels, mid, 3, stride=2, padding=1, bias=False),
+        nn.GELU(), nn.BatchNorm2d(mid),
+        nn.Conv2d(mid, mid, 3, stride=2, padding=1, bias=False),
+        nn.GELU(), nn.BatchNorm2d(mid),
+        nn.Conv2d(mid, dim, 4, stride=4, bias=False))
+
+
+STEMS = {  # name: (stride, builder)
+    'conv': (4, _conv_stem),
+    'patch': (16, _patch_stem),
+    '3conv': (16, _3conv_stem),
+}
+
+
+def init_convs(module: nn.Module) -> None:
+    """Official initialisation: truncated normal of std 0.02, zero biases."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.trunc_normal_(m.weight, std=.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+class ConvModulation(nn.Module):
+    """``W_proj(fuse(DW_k(GELU(W_a LN(x))), W_v LN(x)))`` (paper, eq. 3-5).
+
+    Args:
+        dim (int): Channels.
+        kernel_size (int): Size of the depthwise kernel, odd.
+        fusion (str): How the two branches meet, a key of ``FUSIONS``.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, fusion: str) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.norm = LayerNorm2d(dim)
+        self.att = nn.Sequential(
+            nn.Conv2d(dim, dim, 1), nn.GELU(),
+            nn.Conv2d(
+                dim, dim, kernel_size, padding=kernel_size // 2, groups=dim))
+        self.v = nn.Conv2d(dim, dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        x = self.norm(x)
+        depthwise = self.att[2]
+        return self.proj(
+            modulate(self.att[0](x), self.v(x), depthwise.weight,
+                     depthwise.bias, self.fusion))
+
+
+class MLP(nn.Module):
+    """``W_2 (h + GELU(DW_3 h))`` with ``h = GELU(W_1 LN(x))`` (official code).
+
+    Args:
+        dim (int): Channels.
+        mlp_ratio (float): Hidden width over ``dim``.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.norm = LayerNorm2d(dim)
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.pos = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        z = self.fc1(self.norm(x))
+        return self.fc2(add_position(z, self.pos.weight, self.pos.bias))
+
+
+class Block(nn.Module):
+    """Convolutional modulation and MLP, each a scaled residual branch.
+
+    Args:
+        dim (int): Channels.
+        kernel_size (int): Size of the depthwise kernel, odd.
+        mlp_ratio (float): Hidden width of the MLP over ``dim``.
+        fusion (str): A key of ``FUSIONS``.
+        drop_path_rate (float): Probability of dropping a branch.
+        layer_scale_init_value (float): Initial scale of both branches.
+        with_cp (bool): Whether to recompute the block in the backward pass.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, mlp_ratio: float,
+                 fusion: str, drop_path_rate: float,
+                 layer_scale_init_value: float, with_cp: bool) -> None:
+        super().__init__()
+        self.attn = ConvModulation(dim, kernel_size, fusion)
+        self.mlp = MLP(dim, mlp_ratio)
+        self.layer_scale_1 = nn.Parameter(
+            torch.full((dim, ), float(layer_scale_init_value)))
+        self.layer_scale_2 = nn.Parameter(
+            torch.full((dim, ), float(layer_scale_init_value)))
+        self.drop_path = DropPath(drop_path_rate)
+        self.with_cp = with_cp
+
+    def _forward(self, x: Tensor) -> Tensor:
+        g1 = self.layer_scale_1[:, None, None]
+        g2 = self.layer_scale_2[:, None, None]
+        x = x + self.drop_path(g1 * self.attn(x))
+        return x + self.drop_path(g2 * self.mlp(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        if self.with_cp and torch.is_grad_enabled():
+            # The re-entrant form marks parameters ready twice under DDP.
+            return torch_checkpoint.checkpoint(
+                self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+
+@MODELS.register_module()
+class Conv2Former(BaseModule):
+    """Conv2Former backbone.
+
+    From `Conv2Former: A Simple Transformer-Style ConvNet for Visual
+    Recognition <https://arxiv.org/abs/2211.11943>`_. Parameter names, shapes
+    and results are those of the `official code
+    <https://github.com/HVision-NKU/Conv2Former>`_.
+
+    Args:
+        arch (str | dict): 'nano', 'tiny', 'small', 'base', 'base-22k',
+            'large', 'isotropic-small', 'isotropic-base' (the last two also
+            with '-3conv' appended), a short form ('n', 't', 's', 'b',
+            'b_22k', 'l', 'is', 'ib'), or a dict with ``depths``, ``dims``,
+            ``kernel_size`` and optionally ``stem``. Defaults to 'tiny'.
+        in_channels (int): Channels of the input images. Defaults to 3.
+        kernel_size (int, optional): Odd size of the depthwise kernel.
+            Defaults to None, that of the arch.
+        mlp_ratio (float): Hidden width of the MLP over the width of the
+            block. Defaults to 4.
+        fusion (str): How the modulation weights meet the values: 'hadamard',
+            'sum', 'sigmoid', 'l1' or 'linear' (the paper's ablation).
+            Defaults to 'hadamard'.
+        drop_path_rate (float): Stochastic depth rate of the last block; it
+            grows linearly from 0 over the blocks. In [0, 1). Defaults to 0.
+        layer_scale_init_value (float): Initial value of the layer scales.
+            Defaults to 1e-6.
+        out_indices (int | Sequence[int]): Stages to return, counted from 0;
+            negative ones count from the end. Stages beyond the last returned
+            one are not built. Defaults to -1.
+        out_norm (bool): Whether each returned feature map passes a layer
+            norm of its own (``norm{i}``), as dense tasks want.
+            Defaults to False.
+        frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and
+            the first k stages with the downsampling in front of them.
+            Defaults to -1.
+        norm_eval (bool): Whether the batch norms of the stem stay in
+            evaluation mode while training. Defaults to False.
+        with_cp (bool): Whether to recompute the blocks in the backward pass
+            to save memory. Defaults to False.
+        init_cfg (dict | list[dict], optional): Initialisation config of
+            mmengine. ``dict(type='Pretrained', checkpoint=...)`` takes the
+            files that :func:`mmconv2former.checkpoint.load_backbone` reads
+            and is strict. Defaults to None, the official initialisation.
+
+    Attributes:
+        out_channels (tuple[int]): Channels of each returned feature map.
+        out_strides (tuple[int]): Stride of each returned feature map.
+
+    Raises:
+        ValueError: If an argument is not one of those above.
+
+    Examples:
+        >>> import torch
+        >>> from mmconv2former import Conv2Former
+        >>> model = Conv2Former('nano', out_indices=(0, 1, 2, 3))
+        >>> [tuple(x.shape) for x in model(torch.rand(1, 3, 64, 64))]
+        [(1, 64, 16, 16), (1, 128, 8, 8), (1, 256, 4, 4), (1, 512, 2, 2)]
+    """
+
+    def __init__(self,
+                 arch: Union[str, dict] = 'tiny',
+                 in_channels: int = 3,
+                 kernel_size: Optional[int] = None,
+                 mlp_ratio: float = 4.,
+                 fusion: str = 'hadamard',
+                 drop_path_rate: float = 0.,
+                 layer_scale_init_value: float = 1e-6,
+                 out_indices: Union[int, Sequence[int]] = -1,
+                 out_norm: bool = False,
+                 frozen_stages: int = -1,
+                 norm_eval: bool = False,
+                 with_cp: bool = False,
+                 init_cfg: Optional[Union[dict, Sequence[dict]]] = None):
+        super().__init__(init_cfg)
+        self.arch = resolve_arch(arch)
+        if kernel_size is not None:
+            self.arch['kernel_size'] = kernel_size
+        depths, dims = self.arch['depths'], self.arch['dims']
+        self._check_arguments(fusion, drop_path_rate, frozen_stages)
+        self.in_channels = in_channels
+        self.out_indices = self._resolve_out_indices(out_indices)
+        self.out_norm = out_norm
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+
+        stem_stride, build_stem = STEMS[self.arch['stem']]
+        strides = [stem_stride * 2**i for i in range(len(dims))]
+        self.out_channels = tuple(dims[i] for i in self.out_indices)
+        self.out_strides = tuple(strides[i] for i in self.out_indices)
+
+        last = max(sum(depths) - 1, 1)
+        rates = [drop_path_rate * i / last for i in range(sum(depths))]
+        self.downsample_layers = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        # A stage that nobody reads would be an unused parameter to DDP.
+        for i in range(self.out_indices[-1] + 1):
+            self.downsample_layers.append(
+                build_stem(in_channels, dims[0]) if i == 0 else nn.Sequential(
+                    LayerNorm2d(dims[i - 1]),
+                    nn.Conv2d(dims[i - 1], dims[i], 2, stride=2)))
+            first = sum(depths[:i])
+            self.stages.append(
+                nn.Sequential(*(
+                    Block(dims[i], self.arch['kernel_size'], mlp_ratio,
+                          fusion, rate, layer_scale_init_value, with_cp)
+                    for rate in rates[first:first + depths[i]])))
+        if out_norm:
+            for i in self.out_indices:
+                self.add_module(f'norm{i}', LayerNorm2d(dims[i]))
+        init_convs(self)
+        self._freeze_stages()
+
+    def _check_arguments(self, fusion: str, drop_path_rate: float,
+                         frozen_stages: int) -> None:
+        kernel_size = self.arch['kernel_size']
+        if not isinstance(kernel_size, int) or kernel_size < 1 \
+                or kernel_size % 2 == 0:
+            raise ValueError('kernel_size must be an odd positive integer, '
+                             f'got {kernel_size!r}')
+        if self.arch['stem'] not in STEMS:
+            raise ValueError(f'unknown stem {self.arch["stem"]!r}; expected '
+                             f'one of {", ".join(STEMS)}')
+        if fusion not in FUSIONS:
+            raise ValueError(f'unknown fusion {fusion!r}; expected one of '
+                             f'{", ".join(FUSIONS)}')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(
+                f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
+        num_stages = len(self.arch['depths'])
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(
+                f'frozen_stages must lie in -1 .. {num_stages} (-1 none, 0 '
+                f'the stem, k the stem and k stages), got {frozen_stages}')
+
+    def _resolve_out_indices(
+            self, out_indices: Union[int, Sequence[int]]) -> Tuple[int, ...]:
+        num_stages = len(self.arch['depths'])
+        if isinstance(out_indices, int):
+            out_indices = (out_indices, )
+        if not out_indices or not all(
+                -num_stages <= i < num_stages for i in out_indices):
+            raise ValueError(
+                f'out_indices must name stages in {-num_stages} .. '
+                f'{num_stages - 1} of an arch with {num_stages} stages, got '
+                f'{out_indices}')
+        return tuple(sorted({i % num_stages for i in out_indices}))
+
+    def init_weights(self) -> None:
+        """Initialise; a ``Pretrained`` init_cfg is loaded last and strictly.
+
+        Raises:
+            FileNotFoundError: If the checkpoint is not found.
+            mmconv2former.checkpoint.CheckpointError: If it does not fit.
+        """
+        first_call = not self.is_init
+        init_cfg = self.init_cfg
+        cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
+        pretrained = [
+            cfg for cfg in cfgs
+            if getattr(cfg['type'], '__name__', cfg['type']) in
+            ('Pretrained', 'PretrainedInit')
+        ]
+        # mmengine's own Pretrained only warns about tensors that do not fit.
+        self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
+        super().init_weights()
+        self.init_cfg = init_cfg
+        if first_call:
+            for cfg in pretrained:
+                load_backbone(self, cfg['checkpoint'], cfg.get('prefix'))
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Compute the feature maps.
+
+        Args:
+            x (Tensor): Images, (N, in_channels, H, W), H and W at least 32.
+
+        Returns:
+            tuple[Tensor]: One (N, C_i, H // s_i, W // s_i) for each returned
+            stage, with C_i of ``out_channels`` and s_i of ``out_strides``
+            (H and W halve with rounding down between stages).
+
+        Raises:
+            ValueError: If the input is smaller or has other channels.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels \
+                or min(x.shape[2:]) < 32:
+            raise ValueError(
+                f'expected images of shape (N, {self.in_channels}, H, W) '
+                f'with H and W at least 32, got {tuple(x.shape)}')
+        outs = []
+        for i, (downsample, stage) in enumerate(
+                zip(self.downsample_layers, self.stages)):
+            x = stage(downsample(x))
+            if i in self.out_indices:
+                outs.append(
+                    getattr(self, f'norm{i}')(x) if self.out_norm else x)
+        return tuple(outs)
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen = [
+            *self.downsample_layers[:max(self.frozen_stages, 1)],
+            *self.stages[:self.frozen_stages]
+        ]
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'Conv2Former':
+        """Set the mode; frozen stages and, if asked, batch norms stay."""
+        super().train(mode)
+        if mode:
+            self._freeze_stages()
+            if self.norm_eval:
+                for m in self.modules():
+                    if isinstance(m, _BatchNorm):
+                        m.eval()
+        return self
+
+    def get_layer_depth(self,
+                        param_name: str,
+                        prefix: str = '',
+                        num_layers: Optional[int] = None,
+                        decay_type: str = 'layer_wise') -> Tuple[int, int]:
+        """Depth of a parameter for layer-wise learning-rate decay.
+
+        'layer_wise' counts as ConvNeXt does (stem 0, the first stages one
+        layer each, the last stage and its downsampling ``num_layers``), but
+        spreads the blocks of the deep stage evenly over the layers between,
+        so that no depth of it reaches the head's. 'stage_wise' is ConvNeXt's
+        map for segmentation: the stem and all downsampling 0, stage i at
+        i + 1.
+
+        Args:
+            param_name (str): Name of the parameter.
+            prefix (str): What precedes the backbone's own names, such as
+                'backbone.'. Defaults to ''.
+            num_layers (int, optional): Layers of the backbone; 6 or 12 in
+                the published recipes. Defaults to None, which takes 12 if
+                the deep stage has more than 12 blocks and 6 otherwise (one
+                per block in an isotropic model).
+            decay_type (str): 'layer_wise' or 'stage_wise'. Defaults to
+                'layer_wise'.
+
+        Returns:
+            tuple[int, int]: The depth, and the number of depths
+            ``num_layers + 2``. What lies outside the backbone, and the
+            output norms, have the greatest depth, ``num_layers + 1``.
+
+        Raises:
+            ValueError: If ``num_layers`` is below the number of stages or
+                ``decay_type`` is unknown.
+        """
+        depths = self.arch['depths']
+        # The last stage but one is the deep one; an isotropic model has one.
+        deep = max(len(depths) - 2, 0)
+        if num_layers is None:
+            num_layers = depths[0] if len(depths) == 1 else (
+                12 if depths[deep] > 12 else 6)
+        if num_layers < len(depths):
+            raise ValueError(
+                f'num_layers must be at least {len(depths)}, the number of '
+                f'stages, got {num_layers}')
+        if decay_type not in ('layer_wise', 'stage_wise'):
+            raise ValueError("decay_type must be 'layer_wise' or "
+                             f"'stage_wise', got {decay_type!r}")
+        head, total = num_layers + 1, num_layers + 2
+        if not param_name.startswith(prefix):
+            return head, total
+        kind, *indices = param_name[len(prefix):].split('.')
+        if kind not in ('downsample_layers', 'stages'):
+            return head, total
+        stage = int(indices[0])
+        if decay_type == 'stage_wise':
+            return (stage + 1 if kind == 'stages' else 0), total
+        if kind == 'downsample_layers' and stage == 0:
+            return 0, total
+        if stage > deep:
+            return num_layers, total
+        if kind == 'stages' and stage == deep:
+            spread = num_layers - deep - (len(depths) > 1)
+            return (deep + 1 + int(indices[1]) * spread // depths[deep],
+                    total)
+        return stage + 1, total

@@ -1,0 +1,382 @@
+"""Reading pre-trained weights, whoever wrote the file, and proving the fit."""
+import argparse
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import numpy as np
+import torch
+from mmengine.fileio import get_local_path
+from mmengine.logging import HistoryBuffer, print_log
+from torch import Tensor, nn
+
+from .archs import describe_arch
+
+OFFICIAL_PAGE = 'https://github.com/HVision-NKU/Conv2Former'
+WEIGHTS_VARIABLE = 'MMCONV2FORMER_WEIGHTS'
+
+# A tensor that every Conv2Former has; what precedes it is the prefix.
+_ANCHOR = 'stages.0.0.attn.proj.weight'
+_BACKBONE_KEY = re.compile(r'(downsample_layers\.|stages\.|norm\d+\.)')
+_OUT_NORM_KEY = re.compile(r'norm\d+\.')
+# Kernel of the stem's last convolution -> name of the stem.
+_STEM_OF_KERNEL = {2: 'conv', 16: 'patch', 4: '3conv'}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, is not trusted, or does not fit."""
+
+
+def safe_globals() -> List[Tuple[Any, str]]:
+    """What beside tensors a training checkpoint may hold.
+
+    The settings that timm writes, and the log buffers that mmengine writes.
+    None of it runs code of the file: ``torch.load(weights_only=True)`` calls
+    only what is listed, and from ``getattr`` it gets values that it then
+    refuses to call.
+
+    Returns:
+        list[tuple[object, str]]: Objects and the names that they are pickled
+        under, for ``torch.serialization.safe_globals``.
+    """
+    reconstruct, _ = np.array(0).__reduce__()[:2]
+    scalar, _ = np.float64(0).__reduce__()[:2]
+    allowed = [(argparse.Namespace, 'argparse.Namespace'),
+               (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
+               (np.ndarray, 'numpy.ndarray'), (np.dtype, 'numpy.dtype'),
+               (getattr, 'builtins.getattr'), (slice, 'builtins.slice')]
+    # NumPy 2 moved these; a file names the place of the NumPy that wrote it.
+    for core in ('numpy.core', 'numpy._core'):
+        allowed += [(reconstruct, f'{core}.multiarray._reconstruct'),
+                    (scalar, f'{core}.multiarray.scalar')]
+    for code in '?bBhHiIlLfd':
+        dtype = type(np.dtype(code))
+        allowed.append((dtype, f'numpy.dtypes.{dtype.__name__}'))
+    return allowed
+
+
+def find_checkpoint(checkpoint: str) -> str:
+    """Find a checkpoint file.
+
+    Args:
+        checkpoint (str): A path, or a name relative to the working directory
+            or to the directory in ``MMCONV2FORMER_WEIGHTS``. A URL is
+            returned as it is.
+
+    Returns:
+        str: The path of an existing file, or the URL.
+
+    Raises:
+        FileNotFoundError: If there is none; the message says where the
+            official weights are, and how to go on without.
+    """
+    if '://' in checkpoint:
+        return checkpoint
+    tried = [Path(checkpoint).expanduser()]
+    if os.environ.get(WEIGHTS_VARIABLE):
+        tried.append(Path(os.environ[WEIGHTS_VARIABLE]) / checkpoint)
+    for path in tried:
+        if path.is_file():
+            return str(path)
+    raise FileNotFoundError(
+        f"no checkpoint '{checkpoint}'; looked for "
+        f'{", ".join(str(path) for path in tried)}'
+        f'{"" if len(tried) > 1 else f" ({WEIGHTS_VARIABLE} is not set)"}.\n'
+        f'- Official weights: the download links are at {OFFICIAL_PAGE}; '
+        'use a file as it is, or convert it with: python '
+        'tools/convert_checkpoint.py SRC DST\n'
+        f'- Put it into a directory and name that in {WEIGHTS_VARIABLE}, or '
+        'give its path: --cfg-options '
+        'model.backbone.init_cfg.checkpoint=PATH\n'
+        '- Train from scratch: --cfg-options model.backbone.init_cfg=None')
+
+
+def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
+    """Read a checkpoint without running code that it may contain.
+
+    Args:
+        path (str): A file, or a URL that mmengine can read.
+        trust_pickle (bool): Whether to unpickle any object in the file,
+            which can run arbitrary code. Defaults to False.
+
+    Returns:
+        object: What the file holds, tensors on the CPU.
+
+    Raises:
+        CheckpointError: If the file is damaged, or holds an object that is
+            neither a tensor nor plain data and is not trusted.
+    """
+    try:
+        with get_local_path(path) as local, \
+                torch.serialization.safe_globals(safe_globals()):
+            return torch.load(
+                local, map_location='cpu', weights_only=not trust_pickle)
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r'GLOBAL (\S+) was not an allowed', str(error))
+        if blocked is None:
+            raise CheckpointError(
+                f'{path} is damaged or no checkpoint: {error}') from error
+        raise CheckpointError(
+            f'{path} holds a pickled {blocked[1]}, and unpickling can run '
+            'code. If you trust who made the file, convert it once to '
+            'tensors only: python tools/convert_checkpoint.py SRC DST '
+            '--trust-pickle') from error
+    except (EOFError, RuntimeError, AttributeError, KeyError,
+            IndexError) as error:
+        raise CheckpointError(
+            f'{path} is damaged or no checkpoint '
+            f'({type(error).__name__}: {str(error).splitlines()[:1]}); '
+            'fetch or copy it again and compare the size') from error
+
+
+def model_weights(checkpoint: Any) -> Tuple[Dict[str, Tensor], str]:
+    """The model's tensors in a checkpoint, the averaged ones where it can.
+
+    Args:
+        checkpoint (object): What :func:`read_checkpoint` returns: a timm
+            training file (``state_dict_ema``, ``state_dict``), an mmengine
+            checkpoint or a bare state dict.
+
+    Returns:
+        tuple[dict[str, Tensor], str]: The tensors by name, and 'EMA weights'
+        or 'weights'.
+
+    Raises:
+        CheckpointError: If there are no tensors.
+    """
+    weights, kind = checkpoint, 'weights'
+    if isinstance(checkpoint, dict):
+        if 'state_dict_ema' in checkpoint:  # timm
+            weights, kind = checkpoint['state_dict_ema'], 'EMA weights'
+        elif 'state_dict' in checkpoint:
+            weights = checkpoint['state_dict']
+            # mmengine's EMAHook swaps the two when it saves: the average is
+            # in state_dict, the weights that are trained in ema_state_dict.
+            if 'ema_state_dict' in checkpoint:
+                kind = 'EMA weights'
+        elif 'model' in checkpoint:  # the authors of ConvNeXt, DeiT
+            weights = checkpoint['model']
+    tensors = {
+        key: value
+        for key, value in (
+            weights.items() if isinstance(weights, dict) else ())
+        if isinstance(value, Tensor)
+    }
+    if not tensors:
+        raise CheckpointError('no tensors in the checkpoint; expected '
+                              'state_dict, state_dict_ema or a state dict')
+    return tensors, kind
+
+
+def find_prefix(weights: Dict[str, Tensor]) -> str:
+    """What precedes the backbone's names: '', 'module.', 'backbone.', ...
+
+    Args:
+        weights (dict[str, Tensor]): Tensors of a whole model.
+
+    Returns:
+        str: The prefix.
+
+    Raises:
+        CheckpointError: If the tensors are not of one Conv2Former.
+    """
+    prefixes = [
+        key[:-len(_ANCHOR)] for key in weights
+        if key == _ANCHOR or key.endswith('.' + _ANCHOR)
+    ]
+    if not prefixes:
+        raise CheckpointError(
+            f'not a Conv2Former: no tensor ...{_ANCHOR}; the file has '
+            f'{_some(list(weights))}')
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f'several Conv2Formers in the file, at {", ".join(prefixes)}; '
+            "say which with init_cfg=dict(type='Pretrained', "
+            f"checkpoint=..., prefix='{prefixes[0]}')")
+    return prefixes[0]
+
+
+def infer_arch(weights: Dict[str, Tensor]) -> dict:
+    """Read the settings of the architecture off the shapes.
+
+    Args:
+        weights (dict[str, Tensor]): Tensors of the backbone, without prefix.
+
+    Returns:
+        dict: As :func:`mmconv2former.archs.resolve_arch`.
+    """
+    depths: List[int] = []
+    dims: List[int] = []
+    kernel_size = 0
+    for key, value in weights.items():
+        found = re.fullmatch(r'stages\.(\d+)\.(\d+)\.attn\.(proj|att\.2)'
+                             r'\.weight', key)
+        if found is None:
+            continue
+        stage, block = int(found[1]), int(found[2])
+        if found[3] == 'att.2':
+            kernel_size = value.shape[-1]
+            continue
+        while len(depths) <= stage:
+            depths.append(0)
+            dims.append(0)
+        depths[stage] = max(depths[stage], block + 1)
+        dims[stage] = value.shape[0]
+    stem_convs = [
+        value for key, value in weights.items()
+        if key.startswith('downsample_layers.0.') and value.ndim == 4
+    ]
+    stem = _STEM_OF_KERNEL.get(stem_convs[-1].shape[-1]) if stem_convs \
+        else None
+    return dict(
+        depths=tuple(depths),
+        dims=tuple(dims),
+        kernel_size=kernel_size,
+        stem=stem)
+
+
+def _some(names: List[str], count: int = 3) -> str:
+    rest = len(names) - count
+    return ', '.join(names[:count]) + (f' and {rest} more' if rest > 0 else '')
+
+
+def load_backbone(backbone: nn.Module,
+                  checkpoint: str,
+                  prefix: Optional[str] = None) -> None:
+    """Load a pre-trained backbone, wholly or not at all.
+
+    Reads official timm training files (``state_dict`` or ``state_dict_ema``,
+    with or without ``module.``), bare state dicts, and checkpoints of
+    mmpretrain, mmdet, mmseg and this project (``backbone.``). The output
+    norms of a dense task, which a classifier does not have, may be new;
+    heads are ignored. One line is logged.
+
+    Args:
+        backbone (Conv2Former): The backbone, changed in place.
+        checkpoint (str): As for :func:`find_checkpoint`.
+        prefix (str, optional): What precedes the backbone's names in the
+            file. Defaults to None, which finds it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file cannot be read, or a tensor of the
+            backbone is missing, left over or of another shape.
+    """
+    path = find_checkpoint(checkpoint)
+    try:
+        weights, kind = model_weights(read_checkpoint(path))
+        if prefix is None:
+            prefix = find_prefix(weights)
+    except CheckpointError as error:
+        message = str(error)
+        raise CheckpointError(message if path in message else
+                              f'{path}: {message}') from error
+    theirs = {
+        key[len(prefix):]: value
+        for key, value in weights.items() if key.startswith(prefix)
+        and _BACKBONE_KEY.match(key[len(prefix):])
+    }
+    ours = backbone.state_dict()
+    built = len(backbone.stages)
+    not_built = [
+        key for key in theirs if key not in ours and not _OUT_NORM_KEY.match(
+            key) and int(key.split('.')[1]) >= built
+    ]
+    new = [key for key in ours if key not in theirs]
+    new_norms = [key for key in new if _OUT_NORM_KEY.match(key)]
+    missing = [key for key in new if key not in new_norms]
+    left_over = [
+        key for key in theirs if key not in ours and key not in not_built
+        and not _OUT_NORM_KEY.match(key)
+    ]
+    reshaped = [
+        f'{key} {tuple(theirs[key].shape)} instead of '
+        f'{tuple(ours[key].shape)}' for key in ours
+        if key in theirs and theirs[key].shape != ours[key].shape
+    ]
+    if missing or left_over or reshaped:
+        problems = [
+            f'{len(names)} {what}: {_some(names)}'
+            for what, names in (('missing', missing),
+                                ('of another shape', reshaped),
+                                ('that the model lacks', left_over)) if names
+        ]
+        raise CheckpointError(
+            f'{path} does not fit the backbone. Tensors '
+            f'{"; ".join(problems)}. The file seems to be '
+            f'{describe_arch(infer_arch(theirs))}, the model is '
+            f'{describe_arch(backbone.arch)}. Name the arch of the file in '
+            'the config, or another file')
+    loaded = {key: value for key, value in theirs.items() if key in ours}
+    backbone.load_state_dict(loaded, strict=False)
+    ignored = sorted({
+        key[len(prefix):].split('.')[0] if key.startswith(prefix) else
+        key.split('.')[0]
+        for key in weights if key[len(prefix):] not in loaded
+    } - {'downsample_layers', 'stages'})
+    if not_built:
+        ignored.append('stages that are not built')
+    notes = [kind]
+    if new_norms:
+        notes.append('new: ' + ', '.join(
+            sorted({key.split('.')[0]
+                    for key in new_norms})))
+    if ignored:
+        notes.append('ignored: ' + ', '.join(ignored))
+    print_log(
+        f'loaded {len(loaded)} of {len(ours) - len(new_norms)} backbone '
+        f'tensors from {path}, {", ".join(notes)}',
+        logger='current')
+
+
+def rename_classifier(weights: Dict[str, Tensor],
+                      with_head: bool = True) -> Dict[str, Tensor]:
+    """Give the tensors of an official classifier our names.
+
+    Args:
+        weights (dict[str, Tensor]): Tensors with official names (or ours),
+            any prefix.
+        with_head (bool): Whether to keep the head, as ``neck.*`` and
+            ``head.fc.*``. Defaults to True.
+
+    Returns:
+        dict[str, Tensor]: Tensors under ``backbone.`` and, with the head,
+        ``neck.`` and ``head.``, as ``ImageClassifier`` names them.
+
+    Raises:
+        CheckpointError: If the tensors are not of one Conv2Former, or the
+            head is wanted and not there.
+    """
+    prefix = find_prefix(weights)
+    outer = prefix[:-len('backbone.')] if prefix.endswith(
+        'backbone.') else prefix
+    names = {
+        outer + 'head.0.': 'neck.conv.',
+        outer + 'head.2.': 'neck.norm.',
+        outer + 'pred.': 'head.fc.',
+        outer + 'neck.conv.': 'neck.conv.',
+        outer + 'neck.norm.': 'neck.norm.',
+        outer + 'head.fc.': 'head.fc.',
+    }
+    renamed = {}
+    for key, value in weights.items():
+        inner = key[len(prefix):] if key.startswith(prefix) else ''
+        if _BACKBONE_KEY.match(inner):
+            renamed['backbone.' + inner] = value
+            continue
+        for old, new in names.items():
+            if with_head and key.startswith(old):
+                renamed[new + key[len(old):]] = value
+    heads = {key for key in renamed if not key.startswith('backbone.')}
+    wanted = {
+        f'{layer}.{leaf}'
+        for layer in ('neck.conv', 'neck.norm', 'head.fc')
+        for leaf in ('weight', 'bias')
+    }
+    if with_head and heads != wanted:
+        raise CheckpointError(
+            'the file has no whole classification head, missing '
+            f'{_some(sorted(wanted - heads))}; use --backbone-only')
+    return renamed

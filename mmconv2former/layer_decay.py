@@ -1,0 +1,241 @@
+"""Layer-wise learning-rate decay for classifiers, detectors, segmentors."""
+import inspect
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
+
+from mmengine.logging import MMLogger, print_log
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+# The multipliers of mmengine's constructor, which does that part of the work.
+_MMENGINE_KEYS = ('custom_keys', 'bias_lr_mult', 'bias_decay_mult',
+                  'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult',
+                  'dcn_offset_lr_mult', 'bypass_duplicate')
+_KEYS = ('decay_rate', 'decay_type', 'num_layers') + _MMENGINE_KEYS
+
+
+@contextmanager
+def _silenced(logger: MMLogger) -> Iterator[None]:
+    """mmengine logs several lines per parameter; the table says it shorter."""
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
+
+
+def _ask(backbone: nn.Module, prefix: str, num_layers: Optional[int],
+         decay_type: str) -> Callable[[str], Tuple[int, int]]:
+    """The depth map of a backbone, as a function of a parameter's name."""
+    cls = type(backbone).__name__
+    if not hasattr(backbone, 'get_layer_depth'):
+        raise TypeError(
+            f'layer-wise decay asks the backbone for its depths, and {cls} '
+            'has no get_layer_depth. Give the class a method '
+            'get_layer_depth(self, param_name, prefix=\'\') -> (depth, '
+            'num_layers + 2), with depth 0 for the stem, 1 .. num_layers for '
+            'the layers in order (blocks of `stages` spread evenly) and '
+            'num_layers + 1 for what does not start with the prefix; or '
+            'leave the constructor out')
+    takes = inspect.signature(backbone.get_layer_depth).parameters
+    options = {}
+    if 'num_layers' in takes:
+        options['num_layers'] = num_layers
+    if 'decay_type' in takes:
+        options['decay_type'] = decay_type
+    elif decay_type != 'layer_wise':
+        raise ValueError(f'{cls}.get_layer_depth knows layer_wise decay only '
+                         f'(it takes no decay_type), got {decay_type!r}')
+
+    def depth_of(name: str) -> Tuple[int, int]:
+        depth, total = backbone.get_layer_depth(name, prefix, **options)
+        if num_layers is not None and total != num_layers + 2:
+            raise ValueError(
+                f'{cls} counts {total - 2} layers and num_layers is '
+                f'{num_layers}; set num_layers={total - 2} or leave it out')
+        return depth, total
+
+    return depth_of
+
+
+def describe_groups(param_groups: List[dict]) -> str:
+    """One line per parameter group, as a table.
+
+    Args:
+        param_groups (list[dict]): Groups of an optimizer, or those saved in
+            a checkpoint, whose parameters are numbers and not counted.
+
+    Returns:
+        str: Columns layer, lr scale, weight decay, tensors, parameters.
+    """
+    lines = [f'{"layer":>5} {"lr scale":>9} {"weight decay":>12} '
+             f'{"tensors":>7} {"parameters":>11}']
+    for group in param_groups:
+        size = sum(p.numel() for p in group['params'] if isinstance(p, Tensor))
+        lines.append(f'{group.get("layer", "?"):>5} '
+                     f'{group.get("lr_scale", float("nan")):>9.4g} '
+                     f'{group.get("weight_decay", 0.):>12.4g} '
+                     f'{len(group["params"]):>7} {size or "?":>11}')
+    return '\n'.join(lines)
+
+
+def _check_groups(optimizer: Optimizer, state_dict: dict) -> None:
+    """Refuse saved groups that are not the optimizer's own.
+
+    torch compares only their number and sizes, and then takes over the saved
+    settings: a changed decay rate would be forgotten without a word.
+    """
+    compared = ('layer', 'lr_scale', 'weight_decay', 'names')
+    saved, own = state_dict['param_groups'], optimizer.param_groups
+    if [[group.get(key) for key in compared] for group in saved
+        ] == [[group.get(key) for key in compared] for group in own]:
+        return
+    saved_names, own_names = ({
+        name
+        for group in groups for name in group.get('names', ())
+    } for groups in (saved, own))
+    only = ''.join(
+        f'\nOnly in {where}: {", ".join(sorted(names)[:5])}'
+        f'{" ..." if len(names) > 5 else ""}'
+        for where, names in (('the checkpoint', saved_names - own_names),
+                             ('this model', own_names - saved_names))
+        if names)
+    raise ValueError(
+        'the parameter groups of the checkpoint are not those of this '
+        'config, so its optimizer state cannot be resumed. Resume with the '
+        'paramwise_cfg, weight decay and model that it was trained with, or '
+        'load the weights alone (load_from=..., resume=False).\n'
+        f'In the checkpoint:\n{describe_groups(saved)}\n'
+        f'In this config:\n{describe_groups(own)}{only}')
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Learning rates that shrink from the head towards the stem.
+
+    A parameter at depth d of ``num_layers + 2`` learns at ``decay_rate **
+    (num_layers + 1 - d)`` times the base rate; everything outside the
+    backbone learns at the base rate. The backbone is asked for the depths
+    (``get_layer_depth``, see :meth:`mmconv2former.Conv2Former.
+    get_layer_depth`), so that mmpretrain's backbones work too. The rule is
+    that of ConvNeXt's official code, which BEiT's goes before.
+
+    Parameters are grouped by (depth, learning rate, weight decay): a few tens
+    of groups in a stable order, reported as one table. Frozen parameters are
+    left out. When a checkpoint is resumed, its groups must be these.
+
+    Args:
+        optim_wrapper_cfg (dict): Config of the optimizer wrapper; its
+            ``optimizer`` needs ``lr``.
+        paramwise_cfg (dict): May contain
+
+            - ``decay_rate`` (float): In (0, 1]. Required.
+            - ``decay_type`` (str): 'layer_wise' or 'stage_wise'. Defaults to
+              'layer_wise'.
+            - ``num_layers`` (int): Layers that the backbone is divided into.
+              Defaults to the backbone's own number.
+            - what mmengine's ``DefaultOptimWrapperConstructor`` knows:
+              ``custom_keys``, ``norm_decay_mult``, ``bias_decay_mult``,
+              ``flat_decay_mult``, ``dwconv_decay_mult``, ``bias_lr_mult``,
+              ``dcn_offset_lr_mult``, ``bypass_duplicate``. Learning-rate
+              multipliers act on top of the decay.
+
+    Raises:
+        ValueError: If ``paramwise_cfg`` has other keys or values.
+        TypeError: If the backbone has no ``get_layer_depth``.
+
+    Examples:
+        >>> optim_wrapper = dict(
+        ...     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+        ...     constructor='LayerDecayOptimWrapperConstructor',
+        ...     paramwise_cfg=dict(decay_rate=0.95, num_layers=6))
+    """
+
+    def _validate_cfg(self) -> None:
+        super()._validate_cfg()
+        unknown = sorted(set(self.paramwise_cfg) - set(_KEYS))
+        if unknown:
+            raise ValueError(f'unknown keys in paramwise_cfg: '
+                             f'{", ".join(unknown)}; it may contain '
+                             f'{", ".join(_KEYS)}')
+        rate = self.paramwise_cfg.get('decay_rate')
+        if not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+            raise ValueError('paramwise_cfg needs decay_rate in (0, 1], got '
+                             f'{rate!r}')
+        decay_type = self.paramwise_cfg.get('decay_type', 'layer_wise')
+        if decay_type not in ('layer_wise', 'stage_wise'):
+            raise ValueError("decay_type must be 'layer_wise' or "
+                             f"'stage_wise', got {decay_type!r}")
+        if self.base_lr is None:
+            raise ValueError('layer-wise decay needs lr in the optimizer '
+                             f'config, got {dict(self.optimizer_cfg)}')
+
+    def add_params(self, params: List[dict], module: nn.Module,
+                   **kwargs) -> None:
+        """Add the parameter groups of a whole model.
+
+        Args:
+            params (list[dict]): The list to add to.
+            module (nn.Module): The model, with a ``backbone`` in it, or a
+                backbone itself.
+        """
+        depth_of = self._depth_map(module)
+        names = {id(p): name for name, p in module.named_parameters()}
+        singles: List[dict] = []
+        with _silenced(MMLogger.get_current_instance()):
+            # DefaultOptimWrapperConstructor recurses through self.add_params.
+            DefaultOptimWrapperConstructor(
+                dict(optimizer=self.optimizer_cfg), {
+                    key: value
+                    for key, value in self.paramwise_cfg.items()
+                    if key in _MMENGINE_KEYS
+                }).add_params(singles, module)
+        groups: Dict[tuple, dict] = {}
+        for single in singles:
+            param, = single.pop('params')
+            name = names[id(param)]
+            depth, total = depth_of(name)
+            scale = self.paramwise_cfg['decay_rate']**(total - 1 - depth)
+            lr = single.pop('lr', self.base_lr) * scale
+            single.setdefault('weight_decay', self.base_wd or 0.)
+            for applied in ('lr_mult', 'decay_mult'):
+                single.pop(applied, None)
+            key = (depth, -single['weight_decay'], lr, repr(single))
+            group = groups.setdefault(
+                key,
+                dict(params=[], names=[], layer=depth, lr=lr,
+                     lr_scale=lr / self.base_lr, **single))
+            group['params'].append(param)
+            group['names'].append(name)
+        params.extend(groups[key] for key in sorted(groups))
+
+    def _depth_map(self, model: nn.Module) -> Callable[[str], Tuple]:
+        """Depth and number of depths of any parameter of a model."""
+        options = (self.paramwise_cfg.get('num_layers'),
+                   self.paramwise_cfg.get('decay_type', 'layer_wise'))
+        if hasattr(model, 'backbone'):
+            return _ask(model.backbone, 'backbone.', *options)
+        return _ask(model, '', *options)
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer wrapper and log the table of groups.
+
+        Args:
+            model (nn.Module): The model, wrapped for distributed training or
+                not.
+
+        Returns:
+            OptimWrapper: The wrapper.
+        """
+        optim_wrapper = super().__call__(model)
+        optimizer = optim_wrapper.optimizer
+        optimizer.register_load_state_dict_pre_hook(_check_groups)
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        print_log(
+            describe_groups(optimizer.param_groups) +
+            (f'\nfrozen: {len(frozen)} tensors' if frozen else ''),
+            logger='current')
+        return optim_wrapper

@@ -1,0 +1,47 @@
+"""The part of the official classification head before the linear layer."""
+from typing import Optional, Sequence, Tuple
+
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from .backbone import init_convs
+from .operators import LayerNorm2d
+from .registry import MODELS
+
+
+@MODELS.register_module()
+class Conv2FormerNeck(BaseModule):
+    """1x1 convolution - GELU - layer norm - global average pooling.
+
+    In front of mmpretrain's ``LinearClsHead`` it makes the official
+    classifier (official code, ``Conv2Former.head``).
+
+    Args:
+        in_channels (int): Channels of the last feature map, 576 for tiny.
+        out_channels (int): Width of the head. Defaults to 1280.
+        init_cfg (dict, optional): Initialisation config of mmengine.
+            Defaults to None, the official initialisation.
+    """
+
+    def __init__(self,
+                 in_channels: int,
+                 out_channels: int = 1280,
+                 init_cfg: Optional[dict] = None) -> None:
+        super().__init__(init_cfg)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.norm = LayerNorm2d(out_channels)
+        init_convs(self)
+
+    def forward(self, feats: Sequence[Tensor]) -> Tuple[Tensor]:
+        """Pool the last feature map.
+
+        Args:
+            feats (Sequence[Tensor]): Feature maps of the backbone; the last
+                one, (N, in_channels, H, W), is used.
+
+        Returns:
+            Tuple[Tensor]: One tensor, (N, out_channels).
+        """
+        x = self.norm(F.gelu(self.conv(feats[-1])))
+        return (x.mean((2, 3)), )

@@ -1,0 +1,115 @@
+"""Operators of the Conv2Former block, written plainly.
+
+Each function is the reference for what it computes: the block calls these and
+nothing else, so a faster form goes beside its reference, behind one switch.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _l1(a: Tensor) -> Tensor:
+    return F.normalize(a, p=1, dim=1)
+
+
+def _linear(a: Tensor) -> Tensor:
+    """Map the values at each position linearly to (0, 1]."""
+    low, high = a.amin(1, keepdim=True), a.amax(1, keepdim=True)
+    eps = 1e-6  # keeps the lowest value above 0, and a flat position finite
+    return (a - low + eps) / (high - low + eps)
+
+
+# How the weights A = DW(..) act on the values V (paper, ablation of the
+# fusion strategy). The paper does not say over which axis 'l1' and 'linear'
+# normalise: over the channels of a position is our choice, because the
+# result then does not depend on the size of the image.
+FUSIONS = {
+    'hadamard': lambda a, v: a * v,
+    'sum': lambda a, v: a + v,
+    'sigmoid': lambda a, v: a.sigmoid() * v,
+    'l1': lambda a, v: _l1(a) * v,
+    'linear': lambda a, v: _linear(a) * v,
+}
+
+
+def modulate(z: Tensor, v: Tensor, weight: Tensor, bias: Tensor,
+             fusion: str = 'hadamard') -> Tensor:
+    """Convolutional modulation: ``fuse(DW_k(GELU(z)), v)``.
+
+    Args:
+        z (Tensor): Input of the attention branch, (N, C, H, W).
+        v (Tensor): Values, (N, C, H, W).
+        weight (Tensor): Depthwise kernel, (C, 1, k, k), k odd.
+        bias (Tensor): Bias of the depthwise convolution, (C, ).
+        fusion (str): A key of ``FUSIONS``. Defaults to 'hadamard'.
+
+    Returns:
+        Tensor: (N, C, H, W).
+    """
+    a = F.conv2d(
+        F.gelu(z), weight, bias, padding=weight.shape[-1] // 2,
+        groups=weight.shape[0])
+    return FUSIONS[fusion](a, v)
+
+
+def add_position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The middle of the MLP: ``h + GELU(DW_3(h))`` with ``h = GELU(z)``.
+
+    The paper does not mention the 3x3 convolution; the official code has it.
+
+    Args:
+        z (Tensor): Output of the first linear layer, (N, C, H, W).
+        weight (Tensor): Depthwise kernel, (C, 1, 3, 3).
+        bias (Tensor): Bias of the depthwise convolution, (C, ).
+
+    Returns:
+        Tensor: (N, C, H, W).
+    """
+    h = F.gelu(z)
+    return h + F.gelu(
+        F.conv2d(h, weight, bias, padding=1, groups=weight.shape[0]))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalisation over the channels of each position.
+
+    A subclass of ``nn.LayerNorm``, so that rules which ask for norm layers
+    (weight decay, freezing) find it.
+
+    Args:
+        num_channels (int): Channels of the input.
+        eps (float): Added to the variance. Defaults to 1e-6, the official
+            value.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__(num_channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), in channels-last memory."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop a residual branch per sample while training.
+
+    Args:
+        rate (float): Probability of dropping, in [0, 1). Defaults to 0.
+    """
+
+    def __init__(self, rate: float = 0.) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (N, ...); the expected value is that of the input."""
+        if not self.training or self.rate == 0.:
+            return x
+        keep = 1. - self.rate
+        mask = torch.empty(
+            (len(x), ) + (1, ) * (x.ndim - 1), dtype=x.dtype,
+            device=x.device).bernoulli_(keep)
+        return x * (mask / keep)
+
+    def extra_repr(self) -> str:
+        return f'rate={self.rate:g}'

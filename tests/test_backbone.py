@@ -1,0 +1,196 @@
+"""Arguments, shapes, freezing, checkpointing and errors of the backbone."""
+import pytest
+import torch
+from torch import nn
+
+from mmconv2former import Conv2Former, Conv2FormerNeck
+from mmconv2former.archs import ARCH_ALIASES, ARCHS, resolve_arch
+
+MINI = dict(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], kernel_size=5)
+
+
+def images(height=64, width=64, batch=2, channels=3):
+    return torch.rand(batch, channels, height, width)
+
+
+def test_short_forms_name_rows_of_the_table():
+    for alias, name in ARCH_ALIASES.items():
+        assert resolve_arch(alias) == resolve_arch(name)
+    assert resolve_arch('b_22k') == resolve_arch('base-22k')
+    assert set(ARCH_ALIASES.values()) == set(ARCHS)
+
+
+@pytest.mark.parametrize('size', [(32, 32), (33, 47), (96, 80), (61, 130)])
+def test_declared_channels_and_strides_hold_for_any_size(size):
+    model = Conv2Former(MINI, out_indices=(0, 1, 2, 3), out_norm=True)
+    outs = model(images(*size))
+    assert model.out_channels == (8, 16, 24, 32)
+    assert model.out_strides == (4, 8, 16, 32)
+    assert [out.shape[1] for out in outs] == list(model.out_channels)
+    for out, stride in zip(outs, model.out_strides, strict=True):
+        # each step rounds down but the first convolution, which rounds up
+        height, width = ((side + 1) // 2 // (stride // 2) for side in size)
+        assert tuple(out.shape[2:]) == (height, width)
+
+
+@pytest.mark.parametrize('arch', ['is', 'is_3conv'])
+def test_isotropic_models_return_one_map_of_stride_16(arch):
+    for name, dim, millions in ((arch, 320, 23), (arch.replace('is', 'ib'),
+                                                 640, 86)):
+        with torch.device('meta'):
+            model = Conv2Former(name)
+            neck = Conv2FormerNeck(dim)
+        size = 1281 * 1000 + sum(
+            p.numel() for m in (model, neck) for p in m.parameters())
+        assert size == pytest.approx(millions * 1e6, rel=.02)
+        assert model.out_channels == (dim, ) and model.out_strides == (16, )
+
+    mini = dict(depths=[2], dims=[16], kernel_size=5,
+                stem=resolve_arch(arch)['stem'])
+    out, = Conv2Former(mini, out_norm=True)(images(64, 48))
+    assert out.shape == (2, 16, 4, 3)
+
+
+@pytest.mark.parametrize('fusion',
+                         ['hadamard', 'sum', 'sigmoid', 'l1', 'linear'])
+@pytest.mark.parametrize('kernel_size', [1, 7, 21])
+def test_every_parameter_gets_a_finite_gradient(fusion, kernel_size):
+    model = Conv2Former(
+        MINI, kernel_size=kernel_size, fusion=fusion, out_indices=(1, 3),
+        out_norm=True, layer_scale_init_value=1.)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):  # away from the near-linear start
+            nn.init.kaiming_normal_(m.weight)
+    outs = model(images())
+    sum((out * torch.randn_like(out)).sum() for out in outs).backward()
+    for name, param in model.named_parameters():
+        assert param.grad is not None, name
+        assert param.grad.isfinite().all(), name
+        # 2 x 2 maps give a 21 x 21 kernel zeros outside its centre, and a
+        # linear map to (0, 1] cancels any shift; the rest must learn.
+        if not (fusion == 'linear' and name.endswith('att.2.bias')):
+            assert param.grad.abs().sum() > 0, name
+
+
+def test_only_returned_stages_are_built_and_have_norms():
+    model = Conv2Former(MINI, out_indices=(2, 0), out_norm=True)
+    assert model.out_indices == (0, 2)
+    assert len(model.stages) == len(model.downsample_layers) == 3
+    norms = {name for name, _ in model.named_children() if 'norm' in name}
+    assert norms == {'norm0', 'norm2'}
+
+
+def test_negative_and_single_out_indices_count_from_the_end():
+    assert Conv2Former(MINI).out_indices == (3, )
+    assert Conv2Former(MINI, out_indices=[-1, 0]).out_indices == (0, 3)
+
+
+def test_arguments_are_not_changed():
+    arch = dict(depths=[1, 1], dims=[8, 8], kernel_size=3)
+    indices = [1, 0]
+    Conv2Former(arch, kernel_size=5, out_indices=indices)
+    assert arch == dict(depths=[1, 1], dims=[8, 8], kernel_size=3)
+    assert indices == [1, 0]
+
+
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 2, 4])
+def test_frozen_stages_neither_learn_nor_update_statistics(frozen_stages):
+    model = Conv2Former(MINI, frozen_stages=frozen_stages, drop_path_rate=.5)
+    assert model.train() is model
+    frozen = {
+        f'{kind}.{i}'
+        for kind, count in (('downsample_layers', max(frozen_stages, 1)),
+                            ('stages', frozen_stages)) for i in range(count)
+    } if frozen_stages >= 0 else set()
+    for name, param in model.named_parameters():
+        is_frozen = '.'.join(name.split('.')[:2]) in frozen
+        assert param.requires_grad != is_frozen, name
+    for name, module in model.named_modules():
+        if '.'.join(name.split('.')[:2]) in frozen:
+            assert not module.training, name
+    before = model.downsample_layers[0][2].running_mean.clone()
+    model(images())
+    changed = not torch.equal(
+        before, model.downsample_layers[0][2].running_mean)
+    assert changed == (frozen_stages < 0)
+
+
+def test_norm_eval_keeps_batch_statistics_also_as_sync_bn():
+    model = Conv2Former(MINI, norm_eval=True)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    model.train()
+    assert len(norms) == 2 and not any(m.training for m in norms)
+    model.norm_eval = False
+    model.train()
+    assert all(m.training for m in norms)
+
+
+def test_checkpointing_changes_neither_outputs_nor_gradients():
+    results = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = Conv2Former(MINI, with_cp=with_cp, drop_path_rate=0.3,
+                            layer_scale_init_value=1.).train()
+        x = images(batch=4).requires_grad_()
+        torch.manual_seed(1)
+        out, = model(x)
+        out.square().sum().backward()
+        results.append([out, x.grad, *(p.grad for p in model.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    drop_path = Conv2Former(MINI, drop_path_rate=.5).stages[3][0].drop_path
+    assert drop_path.rate == .5
+    torch.manual_seed(0)
+    x = torch.ones(2000, 3, 2, 2)
+    out = drop_path.train()(x)
+    assert set(out.flatten().tolist()) == {0., 2.}
+    assert torch.equal(out, out[:, :1, :1, :1].expand_as(out))
+    assert out.mean().item() == pytest.approx(1, abs=.1)
+    assert torch.equal(drop_path.eval()(x), x)
+
+
+def test_other_input_channels_and_half_precision_autocast_work():
+    model = Conv2Former(MINI, in_channels=1)
+    with torch.autocast('cpu', torch.bfloat16):
+        out, = model(images(channels=1))
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(arch='huge'), r"unknown arch 'huge'.*tiny.*isotropic"),
+    (dict(arch=dict(depths=[1], dims=[8])), 'needs depths, dims and kernel'),
+    (dict(arch=dict(depths=[1, 1], dims=[8], kernel_size=3)),
+     r'one positive number per stage.*\(1, 1\)'),
+    (dict(arch=dict(depths=[1], dims=[8], kernel_size=3, stem='x')),
+     "unknown stem 'x'.*patch"),
+    (dict(fusion='mean'), "unknown fusion 'mean'.*hadamard.*linear"),
+    (dict(kernel_size=4), 'odd positive integer, got 4'),
+    (dict(out_indices=(0, 4)), r'-4 \.\. 3 .*\(0, 4\)'),
+    (dict(out_indices=()), 'out_indices must name stages'),
+    (dict(frozen_stages=5), r'-1 \.\. 4 .*got 5'),
+    (dict(drop_path_rate=1.), r'drop_path_rate must lie in \[0, 1\)'),
+])
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Conv2Former(**{'arch': MINI, **kwargs})
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 31, 64), (2, 1, 64, 64),
+                                   (3, 64, 64)])
+def test_bad_inputs_are_named(shape):
+    with pytest.raises(ValueError, match=r'\(N, 3, H, W\).*at least 32.*got'):
+        Conv2Former(MINI)(torch.rand(shape))
+
+
+def test_neck_pools_the_last_map_after_norm():
+    neck = Conv2FormerNeck(6, out_channels=5)
+    feats = (torch.rand(2, 4, 4, 4), torch.rand(2, 6, 2, 3))
+    out, = neck(feats)
+    h = torch.nn.functional.gelu(neck.conv(feats[1]))
+    h = (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, correction=0)
+                                         + 1e-6).sqrt()
+    torch.testing.assert_close(out, h.mean((2, 3)))
