@@ -1,5 +1,4 @@
 """The table of variants; adding one is adding a row."""
-from typing import Union
 
 # One row per model. The hierarchical ones are those of the paper (table of
 # variants) with the depths and kernels of the official code; 'base-22k' is
@@ -42,7 +41,7 @@ ARCH_ALIASES = {
 }
 
 
-def resolve_arch(arch: Union[str, dict]) -> dict:
+def resolve_arch(arch: str | dict) -> dict:
     """Settings of an architecture, given by name or as a dict.
 
     Args:

@@ -1,5 +1,5 @@
 """Conv2Former, hierarchical and isotropic, as an OpenMMLab backbone."""
-from typing import Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from .archs import resolve_arch
 from .checkpoint import load_backbone
-from .operators import (FUSIONS, DropPath, LayerNorm2d, add_position,
-                        modulate)
+from .operators import FUSIONS, DropPath, LayerNorm2d, add_position, modulate
 from .registry import MODELS
+
 
 def _conv_stem(in_channels: int, dim: int) -> nn.Sequential:
     """The official stem. Mind the order: GELU comes before batch norm."""
@@ -212,19 +212,19 @@ class Conv2Former(BaseModule):
     """
 
     def __init__(self,
-                 arch: Union[str, dict] = 'tiny',
+                 arch: str | dict = 'tiny',
                  in_channels: int = 3,
-                 kernel_size: Optional[int] = None,
+                 kernel_size: int | None = None,
                  mlp_ratio: float = 4.,
                  fusion: str = 'hadamard',
                  drop_path_rate: float = 0.,
                  layer_scale_init_value: float = 1e-6,
-                 out_indices: Union[int, Sequence[int]] = -1,
+                 out_indices: int | Sequence[int] = -1,
                  out_norm: bool = False,
                  frozen_stages: int = -1,
                  norm_eval: bool = False,
                  with_cp: bool = False,
-                 init_cfg: Optional[Union[dict, Sequence[dict]]] = None):
+                 init_cfg: dict | Sequence[dict] | None = None):
         super().__init__(init_cfg)
         self.arch = resolve_arch(arch)
         if kernel_size is not None:
@@ -287,7 +287,7 @@ class Conv2Former(BaseModule):
                 f'the stem, k the stem and k stages), got {frozen_stages}')
 
     def _resolve_out_indices(
-            self, out_indices: Union[int, Sequence[int]]) -> Tuple[int, ...]:
+            self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
         num_stages = len(self.arch['depths'])
         if isinstance(out_indices, int):
             out_indices = (out_indices, )
@@ -322,7 +322,7 @@ class Conv2Former(BaseModule):
             for cfg in pretrained:
                 load_backbone(self, cfg['checkpoint'], cfg.get('prefix'))
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the feature maps.
 
         Args:
@@ -375,8 +375,8 @@ class Conv2Former(BaseModule):
     def get_layer_depth(self,
                         param_name: str,
                         prefix: str = '',
-                        num_layers: Optional[int] = None,
-                        decay_type: str = 'layer_wise') -> Tuple[int, int]:
+                        num_layers: int | None = None,
+                        decay_type: str = 'layer_wise') -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning-rate decay.
 
         'layer_wise' counts as ConvNeXt does (stem 0, the first stages one

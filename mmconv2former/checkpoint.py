@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, is not trusted, or does not fit."""
 
 
-def safe_globals() -> List[Tuple[Any, str]]:
+def safe_globals() -> list[tuple[Any, str]]:
     """What beside tensors a training checkpoint may hold.
 
     The settings that timm writes, and the log buffers that mmengine writes.
@@ -131,7 +131,7 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
             'fetch or copy it again and compare the size') from error
 
 
-def model_weights(checkpoint: Any) -> Tuple[Dict[str, Tensor], str]:
+def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
     """The model's tensors in a checkpoint, the averaged ones where it can.
 
     Args:
@@ -170,7 +170,7 @@ def model_weights(checkpoint: Any) -> Tuple[Dict[str, Tensor], str]:
     return tensors, kind
 
 
-def find_prefix(weights: Dict[str, Tensor]) -> str:
+def find_prefix(weights: dict[str, Tensor]) -> str:
     """What precedes the backbone's names: '', 'module.', 'backbone.', ...
 
     Args:
@@ -198,7 +198,7 @@ def find_prefix(weights: Dict[str, Tensor]) -> str:
     return prefixes[0]
 
 
-def infer_arch(weights: Dict[str, Tensor]) -> dict:
+def infer_arch(weights: dict[str, Tensor]) -> dict:
     """Read the settings of the architecture off the shapes.
 
     Args:
@@ -207,8 +207,8 @@ def infer_arch(weights: Dict[str, Tensor]) -> dict:
     Returns:
         dict: As :func:`mmconv2former.archs.resolve_arch`.
     """
-    depths: List[int] = []
-    dims: List[int] = []
+    depths: list[int] = []
+    dims: list[int] = []
     kernel_size = 0
     for key, value in weights.items():
         found = re.fullmatch(r'stages\.(\d+)\.(\d+)\.attn\.(proj|att\.2)'
@@ -237,14 +237,14 @@ def infer_arch(weights: Dict[str, Tensor]) -> dict:
         stem=stem)
 
 
-def _some(names: List[str], count: int = 3) -> str:
+def _some(names: list[str], count: int = 3) -> str:
     rest = len(names) - count
     return ', '.join(names[:count]) + (f' and {rest} more' if rest > 0 else '')
 
 
 def load_backbone(backbone: nn.Module,
                   checkpoint: str,
-                  prefix: Optional[str] = None) -> None:
+                  prefix: str | None = None) -> None:
     """Load a pre-trained backbone, wholly or not at all.
 
     Reads official timm training files (``state_dict`` or ``state_dict_ema``,
@@ -311,11 +311,13 @@ def load_backbone(backbone: nn.Module,
             'the config, or another file')
     loaded = {key: value for key, value in theirs.items() if key in ours}
     backbone.load_state_dict(loaded, strict=False)
+    outer = prefix.removesuffix('backbone.')
     ignored = sorted({
-        key[len(prefix):].split('.')[0] if key.startswith(prefix) else
-        key.split('.')[0]
-        for key in weights if key[len(prefix):] not in loaded
-    } - {'downsample_layers', 'stages'})
+        key.removeprefix(prefix).removeprefix(outer).split('.')[0]
+        for key in weights if key.removeprefix(prefix) not in theirs
+    })
+    if any(_OUT_NORM_KEY.match(key) and key not in ours for key in theirs):
+        ignored.append('output norms')
     if not_built:
         ignored.append('stages that are not built')
     notes = [kind]
@@ -331,8 +333,8 @@ def load_backbone(backbone: nn.Module,
         logger='current')
 
 
-def rename_classifier(weights: Dict[str, Tensor],
-                      with_head: bool = True) -> Dict[str, Tensor]:
+def rename_classifier(weights: dict[str, Tensor],
+                      with_head: bool = True) -> dict[str, Tensor]:
     """Give the tensors of an official classifier our names.
 
     Args:
@@ -350,8 +352,7 @@ def rename_classifier(weights: Dict[str, Tensor],
             head is wanted and not there.
     """
     prefix = find_prefix(weights)
-    outer = prefix[:-len('backbone.')] if prefix.endswith(
-        'backbone.') else prefix
+    outer = prefix.removesuffix('backbone.')
     names = {
         outer + 'head.0.': 'neck.conv.',
         outer + 'head.2.': 'neck.norm.',

@@ -1,7 +1,7 @@
 """Layer-wise learning-rate decay for classifiers, detectors, segmentors."""
 import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -27,15 +27,15 @@ def _silenced(logger: MMLogger) -> Iterator[None]:
         logger.disabled = was
 
 
-def _ask(backbone: nn.Module, prefix: str, num_layers: Optional[int],
-         decay_type: str) -> Callable[[str], Tuple[int, int]]:
+def _ask(backbone: nn.Module, prefix: str, num_layers: int | None,
+         decay_type: str) -> Callable[[str], tuple[int, int]]:
     """The depth map of a backbone, as a function of a parameter's name."""
     cls = type(backbone).__name__
     if not hasattr(backbone, 'get_layer_depth'):
         raise TypeError(
             f'layer-wise decay asks the backbone for its depths, and {cls} '
             'has no get_layer_depth. Give the class a method '
-            'get_layer_depth(self, param_name, prefix=\'\') -> (depth, '
+            "get_layer_depth(self, param_name, prefix='') -> (depth, "
             'num_layers + 2), with depth 0 for the stem, 1 .. num_layers for '
             'the layers in order (blocks of `stages` spread evenly) and '
             'num_layers + 1 for what does not start with the prefix; or '
@@ -50,7 +50,7 @@ def _ask(backbone: nn.Module, prefix: str, num_layers: Optional[int],
         raise ValueError(f'{cls}.get_layer_depth knows layer_wise decay only '
                          f'(it takes no decay_type), got {decay_type!r}')
 
-    def depth_of(name: str) -> Tuple[int, int]:
+    def depth_of(name: str) -> tuple[int, int]:
         depth, total = backbone.get_layer_depth(name, prefix, **options)
         if num_layers is not None and total != num_layers + 2:
             raise ValueError(
@@ -61,7 +61,7 @@ def _ask(backbone: nn.Module, prefix: str, num_layers: Optional[int],
     return depth_of
 
 
-def describe_groups(param_groups: List[dict]) -> str:
+def describe_groups(param_groups: list[dict]) -> str:
     """One line per parameter group, as a table.
 
     Args:
@@ -173,7 +173,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError('layer-wise decay needs lr in the optimizer '
                              f'config, got {dict(self.optimizer_cfg)}')
 
-    def add_params(self, params: List[dict], module: nn.Module,
+    def add_params(self, params: list[dict], module: nn.Module,
                    **kwargs) -> None:
         """Add the parameter groups of a whole model.
 
@@ -184,7 +184,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """
         depth_of = self._depth_map(module)
         names = {id(p): name for name, p in module.named_parameters()}
-        singles: List[dict] = []
+        singles: list[dict] = []
         with _silenced(MMLogger.get_current_instance()):
             # DefaultOptimWrapperConstructor recurses through self.add_params.
             DefaultOptimWrapperConstructor(
@@ -193,7 +193,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                     for key, value in self.paramwise_cfg.items()
                     if key in _MMENGINE_KEYS
                 }).add_params(singles, module)
-        groups: Dict[tuple, dict] = {}
+        groups: dict[tuple, dict] = {}
         for single in singles:
             param, = single.pop('params')
             name = names[id(param)]
@@ -212,7 +212,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             group['names'].append(name)
         params.extend(groups[key] for key in sorted(groups))
 
-    def _depth_map(self, model: nn.Module) -> Callable[[str], Tuple]:
+    def _depth_map(self, model: nn.Module) -> Callable[[str], tuple]:
         """Depth and number of depths of any parameter of a model."""
         options = (self.paramwise_cfg.get('num_layers'),
                    self.paramwise_cfg.get('decay_type', 'layer_wise'))

@@ -1,5 +1,5 @@
 """The part of the official classification head before the linear layer."""
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule
@@ -27,13 +27,13 @@ class Conv2FormerNeck(BaseModule):
     def __init__(self,
                  in_channels: int,
                  out_channels: int = 1280,
-                 init_cfg: Optional[dict] = None) -> None:
+                 init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
         self.conv = nn.Conv2d(in_channels, out_channels, 1)
         self.norm = LayerNorm2d(out_channels)
         init_convs(self)
 
-    def forward(self, feats: Sequence[Tensor]) -> Tuple[Tensor]:
+    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor]:
         """Pool the last feature map.
 
         Args:

@@ -1,8 +1,9 @@
 """The backbone computes what the official implementation computes."""
 import numpy as np
-import official
 import pytest
 import torch
+
+import official
 
 PARAMETERS = {  # counted on the official classifiers
     'n': 14_992_840,

@@ -1,0 +1,350 @@
+"""Pre-trained weights: every layout loads, everything else is refused."""
+import argparse
+import hashlib
+import importlib.util
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer, MMLogger
+from torch import nn
+
+import official
+from mmconv2former import Conv2Former
+from mmconv2former.checkpoint import (
+    CheckpointError,
+    load_backbone,
+    model_weights,
+    read_checkpoint,
+)
+
+MINI = dict(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], kernel_size=5)
+CONVERT = Path(__file__).parents[1] / 'tools' / 'convert_checkpoint.py'
+
+
+def convert_module():
+    spec = importlib.util.spec_from_file_location('convert', CONVERT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def log():
+    records = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = MMLogger.get_instance('checkpoint', logger_name='checkpoint')
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def official_weights(seed=0, arch=MINI):
+    """A random official classifier: names as the authors' code has them."""
+    torch.manual_seed(seed)
+    backbone = Conv2Former(arch)
+    weights = {
+        key: torch.rand_like(value) if value.is_floating_point() else value
+        for key, value in backbone.state_dict().items()
+    }
+    width = backbone.arch['dims'][-1]
+    weights.update({
+        'head.0.weight': torch.rand(1280, width, 1, 1),
+        'head.0.bias': torch.rand(1280),
+        'head.2.weight': torch.rand(1280),
+        'head.2.bias': torch.rand(1280),
+        'pred.weight': torch.rand(1000, 1280),
+        'pred.bias': torch.rand(1000)
+    })
+    return weights
+
+
+def prefixed(weights, prefix):
+    return {prefix + key: value for key, value in weights.items()}
+
+
+def backbone_part(weights):
+    return {
+        key: value
+        for key, value in weights.items()
+        if not key.startswith(('head.', 'pred.'))
+    }
+
+
+def mm_weights(weights, prefix='backbone.'):
+    return {
+        **prefixed(backbone_part(weights), prefix), 'decode_head.w':
+        torch.rand(3)
+    }
+
+
+GOOD, OTHER = official_weights(0), official_weights(1)
+LAYOUTS = {
+    'timm': (dict(state_dict=GOOD, args=argparse.Namespace(lr=1e-3)),
+             'weights, ignored: head, pred'),
+    'timm with EMA and module.': (dict(
+        state_dict=prefixed(OTHER, 'module.'),
+        state_dict_ema=prefixed(GOOD, 'module.'),
+        args=argparse.Namespace(model='conv2former_t', lr=1e-3), epoch=299),
+        'EMA weights, ignored: head, pred'),
+    'bare': (GOOD, 'weights, ignored: head, pred'),
+    'bare backbone': (backbone_part(GOOD), 'weights'),
+    'mmengine': (dict(
+        meta=dict(epoch=1),
+        state_dict=mm_weights(GOOD),
+        message_hub=dict(log_scalars=dict(loss=HistoryBuffer([1.], [1]))),
+        optimizer=dict(state={}, param_groups=[])),
+        'weights, ignored: decode_head'),
+    # mmengine's EMAHook swaps the two when it saves
+    'mmengine with EMA': (dict(
+        state_dict=mm_weights(GOOD),
+        ema_state_dict=prefixed(mm_weights(OTHER), 'module.')),
+        'EMA weights, ignored: decode_head'),
+    'averaged model': (dict(
+        state_dict={**prefixed(mm_weights(GOOD), 'module.'),
+                    'steps': torch.tensor(3)}),
+        'weights, ignored: decode_head, steps'),
+    'dense model with output norms': (dict(
+        state_dict={**mm_weights(GOOD), 'backbone.norm7.weight':
+                    torch.ones(3)}),
+        'weights, ignored: decode_head, output norms'),
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('out_norm', [False, True])
+def test_every_layout_loads_through_init_cfg(layout, out_norm, tmp_path, log):
+    content, notes = LAYOUTS[layout]
+    path = str(tmp_path / 'weights.pth')
+    torch.save(content, path)
+    backbone = Conv2Former(
+        MINI, out_indices=(0, 1, 2, 3), out_norm=out_norm,
+        init_cfg=dict(type='Pretrained', checkpoint=path))
+    backbone.init_weights()
+    for name, value in backbone.state_dict().items():
+        if not name.startswith('norm'):
+            assert torch.equal(value, GOOD[name]), name
+    count = len(backbone_part(GOOD))
+    if out_norm:
+        kind, *rest = notes.split(', ', 1)
+        notes = ', '.join([kind, 'new: norm0, norm1, norm2, norm3', *rest])
+    assert [line for line in log if line.startswith('loaded')] == [
+        f'loaded {count} of {count} backbone tensors from {path}, {notes}']
+
+
+def test_all_official_archs_load_with_their_names(tmp_path, log):
+    for arch in ('n', 't'):
+        path = tmp_path / f'{arch}.pth'
+        torch.save(official.weights(arch), path)
+        with torch.device('meta'):
+            backbone = Conv2Former(arch)
+        backbone.to_empty(device='cpu')
+        load_backbone(backbone, str(path))
+        weight = backbone.stages[2][1].mlp.fc1.weight
+        assert torch.equal(weight, official.tensor(
+            'stages.2.1.mlp.fc1.weight', weight.shape))
+    assert 'loaded 445 of 445 backbone tensors' in log[-1]
+
+
+def test_fewer_stages_load_from_a_whole_model(tmp_path, log):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(GOOD, path)
+    load_backbone(Conv2Former(MINI, out_indices=(1, )), path)
+    assert log[-1].endswith('ignored: head, pred, stages that are not built')
+
+
+def test_one_of_several_backbones_is_named_by_prefix(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save({**prefixed(GOOD, 'teacher.backbone.'),
+                **prefixed(OTHER, 'student.backbone.')}, path)
+    backbone = Conv2Former(MINI)
+    with pytest.raises(CheckpointError, match='several.*teacher.*prefix='):
+        load_backbone(backbone, path)
+    load_backbone(backbone, path, prefix='student.backbone.')
+    key = 'stages.0.0.attn.v.bias'
+    assert torch.equal(backbone.state_dict()[key], OTHER[key])
+
+
+def without(key):
+    return {k: v for k, v in GOOD.items() if not k.startswith(key)}
+
+
+@pytest.mark.parametrize('content, message', [
+    (without('stages.2.1.mlp.pos.weight'),
+     r'1 missing: stages.2.1.mlp.pos.weight'),
+    (without('downsample_layers'), r'missing: downsample_layers.0.0.weight, .'
+     r'* and \d+ more'),
+    (official_weights(arch={**MINI, 'depths': [1, 1, 3, 1]}),
+     r'the model lacks: stages.2.2.*depths 1-1-3-1.*the model is.*1-1-2-1'),
+    (official_weights(arch={**MINI, 'kernel_size': 7}),
+     r'of another shape: stages.0.0.attn.att.2.weight \(8, 1, 7, 7\) instead '
+     r'of \(8, 1, 5, 5\).*kernel 7\), the model is.*kernel 5'),
+    (nn.Conv2d(3, 8, 3).state_dict(), 'not a Conv2Former.*weight, bias'),
+    (dict(state_dict={}), 'no tensors in the checkpoint'),
+    ([1, 2], 'no tensors in the checkpoint'),
+])
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+        content, message, tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(content, path)
+    backbone = Conv2Former(
+        MINI, init_cfg=dict(type='Pretrained', checkpoint=path))
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    with pytest.raises(CheckpointError, match='(?s)weights.pth.*' + message):
+        backbone.init_weights()
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_small_weights_do_not_pass_for_tiny_ones(tmp_path):
+    path = str(tmp_path / 's.pth')
+    torch.save({k: torch.zeros(v) for k, v in official.SHAPES['s'].items()},
+               path)
+    with torch.device('meta'):
+        backbone = Conv2Former('t')
+    with pytest.raises(CheckpointError, match=r"seems to be arch 'small' \(de"
+                       r"pths 4-4-32-4.*the model is arch 'tiny'"):
+        load_backbone(backbone, path)
+
+
+def test_kernel_of_the_file_is_named(tmp_path):
+    path = str(tmp_path / 'b.pth')
+    torch.save({k: torch.zeros(v).expand(v)
+                for k, v in official.SHAPES['b_22k'].items()}, path)
+    with torch.device('meta'):
+        backbone = Conv2Former('b')
+    with pytest.raises(CheckpointError, match=r"seems to be arch 'base-22k' .*"
+                       r"kernel 7\), the model is arch 'base' "):
+        load_backbone(backbone, path)
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'empty', 'text'])
+def test_damaged_files_are_called_so(damage, tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(GOOD, path)
+    whole = path.read_bytes()
+    path.write_bytes({'truncated': whole[:len(whole) // 2], 'empty': b'',
+                      'text': b'<html>not found</html>'}[damage])
+    with pytest.raises(CheckpointError, match='weights.pth is damaged or no'):
+        load_backbone(Conv2Former(MINI), str(path))
+
+
+class Evil:
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of the file ran')", )
+
+
+def test_code_in_a_pickle_is_never_run(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(dict(state_dict=GOOD, args=Evil()), path)
+    with pytest.raises(CheckpointError, match=r'pickled \S*exec.*convert_chec'
+                       'kpoint.py SRC DST --trust-pickle'):
+        load_backbone(Conv2Former(MINI), path)
+
+
+def test_missing_file_says_where_weights_are_and_how_to_do_without(
+        tmp_path, monkeypatch):
+    monkeypatch.setenv('MMCONV2FORMER_WEIGHTS', str(tmp_path))
+    backbone = Conv2Former(
+        MINI, init_cfg=dict(type='Pretrained', checkpoint='t.pth'))
+    with pytest.raises(FileNotFoundError) as error:
+        backbone.init_weights()
+    for part in ("no checkpoint 't.pth'", str(tmp_path / 't.pth'),
+                 'HVision-NKU/Conv2Former', 'convert_checkpoint.py',
+                 'model.backbone.init_cfg=None', 'MMCONV2FORMER_WEIGHTS'):
+        assert part in str(error.value)
+    torch.save(GOOD, tmp_path / 't.pth')
+    backbone = Conv2Former(
+        MINI, init_cfg=dict(type='Pretrained', checkpoint='t.pth'))
+    backbone.init_weights()
+    assert torch.equal(backbone.stages[0][0].attn.v.bias,
+                       GOOD['stages.0.0.attn.v.bias'])
+
+
+def test_other_init_cfgs_still_work_and_pretrained_comes_last(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(GOOD, path)
+    constant = dict(type='Constant', layer='Conv2d', val=.25)
+    backbone = Conv2Former(MINI, init_cfg=constant)
+    backbone.init_weights()
+    assert (backbone.stages[0][0].attn.v.weight == .25).all()
+    backbone = Conv2Former(
+        MINI, init_cfg=[dict(type='Pretrained', checkpoint=path), constant])
+    backbone.init_weights()
+    assert torch.equal(backbone.stages[0][0].attn.v.weight,
+                       GOOD['stages.0.0.attn.v.weight'])
+    assert backbone.init_cfg[0]['type'] == 'Pretrained'
+
+
+def test_conversion_proves_and_records_what_it_did(tmp_path):
+    src, dst = tmp_path / 'official.pth.tar', tmp_path / 'ours.pth'
+    torch.save(LAYOUTS['timm with EMA and module.'][0], src)
+    done = subprocess.run([sys.executable, CONVERT, src, dst],
+                          capture_output=True, text=True, check=True)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest()
+               for path in (src, dst)]
+    assert all(digest in done.stdout for digest in digests)
+    assert 'depths 1-1-2-1' in done.stdout and 'EMA weights' in done.stdout
+    assert Path(f'{dst}.sha256').read_text() == f'{digests[1]}  ours.pth\n'
+
+    ours = torch.load(dst, weights_only=True)
+    assert ours['meta']['source_sha256'] == digests[0]
+    model = official.Classifier(MINI)
+    model.load_state_dict(ours['state_dict'])  # strict
+    assert torch.equal(model.head.fc.weight, GOOD['pred.weight'])
+    assert torch.equal(model.neck.conv.weight, GOOD['head.0.weight'])
+    assert torch.equal(model.backbone.stages[3][0].layer_scale_2,
+                       GOOD['stages.3.0.layer_scale_2'])
+
+
+def test_conversion_of_the_backbone_alone_and_of_our_own_file(tmp_path):
+    convert = convert_module().convert
+    src, dst, again = (tmp_path / name for name in ('a.pth', 'b.pth', 'c.pth'))
+    torch.save(GOOD, src)
+    convert(src, dst)
+    convert(dst, again, backbone_only=True)
+    weights, _ = model_weights(read_checkpoint(str(again)))
+    assert set(weights) == {'backbone.' + k for k in backbone_part(GOOD)}
+
+
+@pytest.mark.parametrize('content, options, message', [
+    (dict(state_dict=GOOD, args=Evil()), (), r'pickled \S*exec'),
+    (backbone_part(GOOD), (), 'no whole classification head.*--backbone-only'),
+    (without('stages.2.1.mlp.pos'), (), 'missing: stages.2.1.mlp.pos.weight'),
+])
+def test_a_failed_conversion_leaves_nothing_behind(
+        content, options, message, tmp_path):
+    src, dst = tmp_path / 'a.pth', tmp_path / 'out' / 'b.pth'
+    dst.parent.mkdir()
+    torch.save(content, src)
+    with pytest.raises(CheckpointError, match=message):
+        convert_module().convert(src, dst)
+    assert list(dst.parent.iterdir()) == []
+
+
+def test_conversion_errors_are_one_message_without_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, CONVERT, tmp_path / 'none.pth', tmp_path / 'b.pth'],
+        capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'file to convert does not exist' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+class Settings:
+    """Stands for an object of the training code."""
+
+
+def test_trusted_pickles_are_converted_to_tensors_only(tmp_path):
+    src, dst = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    torch.save(dict(state_dict=GOOD, args=Settings()), src)
+    convert = convert_module().convert
+    with pytest.raises(CheckpointError, match='pickled test_checkpoint.Sett'):
+        convert(src, dst)
+    convert(src, dst, trust_pickle=True)
+    assert set(torch.load(dst, weights_only=True)) == {'meta', 'state_dict'}

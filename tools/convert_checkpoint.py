@@ -1,0 +1,137 @@
+"""Convert an official Conv2Former checkpoint to the names of OpenMMLab.
+
+    python tools/convert_checkpoint.py SRC DST [--backbone-only]
+
+DST holds tensors only, under ``backbone.``, ``neck.`` and ``head.`` as
+mmpretrain's ImageClassifier names them; it works as ``load_from`` of a
+classifier and as the ``Pretrained`` checkpoint of a backbone in any task. The
+SHA-256 of SRC is stored in it, that of DST in DST.sha256.
+"""
+import argparse
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mmconv2former import Conv2Former, Conv2FormerNeck
+from mmconv2former.archs import describe_arch
+from mmconv2former.checkpoint import (
+    CheckpointError,
+    infer_arch,
+    load_backbone,
+    model_weights,
+    read_checkpoint,
+    rename_classifier,
+)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('src', type=Path, help='official checkpoint')
+    parser.add_argument('dst', type=Path, help='file to write')
+    parser.add_argument(
+        '--backbone-only', action='store_true', help='leave the head out')
+    parser.add_argument(
+        '--trust-pickle',
+        action='store_true',
+        help='unpickle any object in SRC; this can run code that SRC holds')
+    return parser.parse_args()
+
+
+def sha256(path):
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def convert(src, dst, backbone_only=False, trust_pickle=False):
+    """Convert a checkpoint and prove that the result loads.
+
+    Args:
+        src (Path): The official checkpoint.
+        dst (Path): The file to write; untouched if anything fails.
+        backbone_only (bool): Whether to leave the head out.
+        trust_pickle (bool): Whether to unpickle objects of ``src``.
+
+    Returns:
+        dict: ``arch`` (str), ``tensors`` (int), ``kind`` (str) and the
+        digests ``src_sha256`` and ``dst_sha256``.
+
+    Raises:
+        FileNotFoundError: If ``src`` or the directory of ``dst`` is missing.
+        CheckpointError: If ``src`` cannot be read or is not one Conv2Former.
+    """
+    for path, what in ((src, 'file to convert'),
+                       (dst.parent, 'directory to write into')):
+        if not path.exists():
+            raise FileNotFoundError(f'the {what} does not exist: {path}')
+    weights, kind = model_weights(read_checkpoint(str(src), trust_pickle))
+    state_dict = {
+        key: value.detach().clone()
+        for key, value in rename_classifier(
+            weights, with_head=not backbone_only).items()
+    }
+    inner = {
+        key[len('backbone.'):]: value
+        for key, value in state_dict.items() if key.startswith('backbone.')
+    }
+    arch = infer_arch(inner)
+    meta = dict(
+        arch={key: list(value) if isinstance(value, tuple) else value
+              for key, value in arch.items()},
+        source=src.name,
+        source_sha256=sha256(src),
+        source_weights=kind)
+    handle, name = tempfile.mkstemp(dir=dst.parent, prefix=dst.name + '.')
+    os.close(handle)
+    try:
+        torch.save(dict(meta=meta, state_dict=state_dict), name)
+        prove(name, arch, backbone_only)
+        digest = sha256(name)
+        os.chmod(name, 0o644)
+        os.replace(name, dst)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    dst.with_name(dst.name + '.sha256').write_text(f'{digest}  {dst.name}\n')
+    return dict(
+        arch=describe_arch(arch),
+        tensors=len(state_dict),
+        kind=kind,
+        src_sha256=meta['source_sha256'],
+        dst_sha256=digest)
+
+
+def prove(path, arch, backbone_only):
+    """Load a converted file strictly into the modules that it is for."""
+    weights, _ = model_weights(read_checkpoint(path))
+    stem = weights['backbone.downsample_layers.0.0.weight']
+    load_backbone(Conv2Former(arch, in_channels=stem.shape[1]), path)
+    if not backbone_only:
+        neck = {
+            key[len('neck.'):]: value
+            for key, value in weights.items() if key.startswith('neck.')
+        }
+        Conv2FormerNeck(arch['dims'][-1],
+                        len(neck['norm.weight'])).load_state_dict(neck)
+
+
+def main():
+    args = parse_args()
+    try:
+        report = convert(args.src, args.dst, args.backbone_only,
+                         args.trust_pickle)
+    except (CheckpointError, OSError) as error:
+        sys.exit(f'error: {error}')
+    print(f'{report["arch"]}: {report["tensors"]} tensors '
+          f'({report["kind"]}), strict load proved')
+    print(f'{report["src_sha256"]}  {args.src}')
+    print(f'{report["dst_sha256"]}  {args.dst}')
+
+
+if __name__ == '__main__':
+    main()
