@@ -43,8 +43,9 @@ def safe_globals() -> list[tuple[Any, str]]:
     """
     reconstruct, _ = np.array(0).__reduce__()[:2]
     scalar, _ = np.float64(0).__reduce__()[:2]
+    buffer = f'{HistoryBuffer.__module__}.HistoryBuffer'
     allowed = [(argparse.Namespace, 'argparse.Namespace'),
-               (HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
+               (HistoryBuffer, buffer),
                (np.ndarray, 'numpy.ndarray'), (np.dtype, 'numpy.dtype'),
                (getattr, 'builtins.getattr'), (slice, 'builtins.slice')]
     # NumPy 2 moved these; a file names the place of the NumPy that wrote it.
