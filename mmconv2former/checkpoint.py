@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
@@ -41,20 +40,26 @@ def safe_globals() -> list[tuple[Any, str]]:
         list[tuple[object, str]]: Objects and the names that they are pickled
         under, for ``torch.serialization.safe_globals``.
     """
-    reconstruct, _ = np.array(0).__reduce__()[:2]
-    scalar, _ = np.float64(0).__reduce__()[:2]
-    buffer = f'{HistoryBuffer.__module__}.HistoryBuffer'
+    # NumPy's types are taken from torch, which saves the package an import.
+    arrays = [
+        torch.zeros((), dtype=dtype).numpy()
+        for dtype in (torch.float64, torch.float32, torch.int64, torch.int32,
+                      torch.uint8, torch.bool)
+    ]
+    reconstruct, scalar, dtype = (
+        value.__reduce__()[0]
+        for value in (arrays[0], arrays[0][()], arrays[0].dtype))
     allowed = [(argparse.Namespace, 'argparse.Namespace'),
-               (HistoryBuffer, buffer),
-               (np.ndarray, 'numpy.ndarray'), (np.dtype, 'numpy.dtype'),
-               (getattr, 'builtins.getattr'), (slice, 'builtins.slice')]
+               (HistoryBuffer, f'{HistoryBuffer.__module__}.HistoryBuffer'),
+               (getattr, 'builtins.getattr'), (slice, 'builtins.slice'),
+               (type(arrays[0]), 'numpy.ndarray'),
+               (dtype, 'numpy.dtype')]
     # NumPy 2 moved these; a file names the place of the NumPy that wrote it.
     for core in ('numpy.core', 'numpy._core'):
         allowed += [(reconstruct, f'{core}.multiarray._reconstruct'),
                     (scalar, f'{core}.multiarray.scalar')]
-    for code in '?bBhHiIlLfd':
-        dtype = type(np.dtype(code))
-        allowed.append((dtype, f'numpy.dtypes.{dtype.__name__}'))
+    for kind in (type(array.dtype) for array in arrays):
+        allowed.append((kind, f'numpy.dtypes.{kind.__name__}'))
     return allowed
 
 
