@@ -176,11 +176,14 @@ def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
     return tensors, kind
 
 
-def find_prefix(weights: dict[str, Tensor]) -> str:
+def find_prefix(weights: dict[str, Tensor],
+                prefix: str | None = None) -> str:
     """What precedes the backbone's names: '', 'module.', 'backbone.', ...
 
     Args:
         weights (dict[str, Tensor]): Tensors of a whole model.
+        prefix (str, optional): The one to take, where there are several.
+            Defaults to None.
 
     Returns:
         str: The prefix.
@@ -188,20 +191,24 @@ def find_prefix(weights: dict[str, Tensor]) -> str:
     Raises:
         CheckpointError: If the tensors are not of one Conv2Former.
     """
-    prefixes = [
+    found = [
         key[:-len(_ANCHOR)] for key in weights
         if key == _ANCHOR or key.endswith('.' + _ANCHOR)
     ]
-    if not prefixes:
+    if not found:
         raise CheckpointError(
             f'not a Conv2Former: no tensor ...{_ANCHOR}; the file has '
             f'{_some(list(weights))}')
-    if len(prefixes) > 1:
-        raise CheckpointError(
-            f'several Conv2Formers in the file, at {", ".join(prefixes)}; '
-            "say which with init_cfg=dict(type='Pretrained', "
-            f"checkpoint=..., prefix='{prefixes[0]}')")
-    return prefixes[0]
+    if prefix is None and len(found) == 1:
+        return found[0]
+    for candidate in found:
+        if prefix in (candidate, candidate.removesuffix('.')):
+            return candidate
+    raise CheckpointError(
+        f'Conv2Former is in the file under {", ".join(map(repr, found))}; '
+        "name one: init_cfg=dict(type='Pretrained', checkpoint=..., "
+        f'prefix={found[0]!r})' +
+        ('' if prefix is None else f' instead of prefix={prefix!r}'))
 
 
 def infer_arch(weights: dict[str, Tensor]) -> dict:
@@ -273,8 +280,7 @@ def load_backbone(backbone: nn.Module,
     path = find_checkpoint(checkpoint)
     try:
         weights, kind = model_weights(read_checkpoint(path))
-        if prefix is None:
-            prefix = find_prefix(weights)
+        prefix = find_prefix(weights, prefix)
     except CheckpointError as error:
         message = str(error)
         raise CheckpointError(message if path in message else

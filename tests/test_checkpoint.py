@@ -162,9 +162,11 @@ def test_one_of_several_backbones_is_named_by_prefix(tmp_path):
     torch.save({**prefixed(GOOD, 'teacher.backbone.'),
                 **prefixed(OTHER, 'student.backbone.')}, path)
     backbone = Conv2Former(MINI)
-    with pytest.raises(CheckpointError, match='several.*teacher.*prefix='):
+    with pytest.raises(CheckpointError, match='under .teacher.*name one'):
         load_backbone(backbone, path)
-    load_backbone(backbone, path, prefix='student.backbone.')
+    with pytest.raises(CheckpointError, match="instead of prefix='backbone'"):
+        load_backbone(backbone, path, prefix='backbone')
+    load_backbone(backbone, path, prefix='student.backbone')
     key = 'stages.0.0.attn.v.bias'
     assert torch.equal(backbone.state_dict()[key], OTHER[key])
 
