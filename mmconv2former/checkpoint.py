@@ -20,6 +20,12 @@ WEIGHTS_VARIABLE = 'MMCONV2FORMER_WEIGHTS'
 _ANCHOR = 'stages.0.0.attn.proj.weight'
 _BACKBONE_KEY = re.compile(r'(downsample_layers\.|stages\.|norm\d+\.)')
 _OUT_NORM_KEY = re.compile(r'norm\d+\.')
+# Layers of the official classification head -> ours.
+_HEAD_LAYERS = {
+    'head.0': 'neck.conv',
+    'head.2': 'neck.norm',
+    'pred': 'head.fc',
+}
 # Kernel of the stem's last convolution -> name of the stem.
 _STEM_OF_KERNEL = {2: 'conv', 16: 'patch', 4: '3conv'}
 
@@ -285,36 +291,16 @@ def load_backbone(backbone: nn.Module,
         message = str(error)
         raise CheckpointError(message if path in message else
                               f'{path}: {message}') from error
-    theirs = {
-        key[len(prefix):]: value
-        for key, value in weights.items() if key.startswith(prefix)
-        and _BACKBONE_KEY.match(key[len(prefix):])
-    }
+    theirs, others = {}, []
+    for key, value in weights.items():
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and _BACKBONE_KEY.match(name):
+            theirs[name] = value
+        else:
+            others.append(name.removeprefix(prefix.removesuffix('backbone.')))
     ours = backbone.state_dict()
-    built = len(backbone.stages)
-    not_built = [
-        key for key in theirs if key not in ours and not _OUT_NORM_KEY.match(
-            key) and int(key.split('.')[1]) >= built
-    ]
-    new = [key for key in ours if key not in theirs]
-    new_norms = [key for key in new if _OUT_NORM_KEY.match(key)]
-    missing = [key for key in new if key not in new_norms]
-    left_over = [
-        key for key in theirs if key not in ours and key not in not_built
-        and not _OUT_NORM_KEY.match(key)
-    ]
-    reshaped = [
-        f'{key} {tuple(theirs[key].shape)} instead of '
-        f'{tuple(ours[key].shape)}' for key in ours
-        if key in theirs and theirs[key].shape != ours[key].shape
-    ]
-    if missing or left_over or reshaped:
-        problems = [
-            f'{len(names)} {what}: {_some(names)}'
-            for what, names in (('missing', missing),
-                                ('of another shape', reshaped),
-                                ('that the model lacks', left_over)) if names
-        ]
+    problems = _misfits(theirs, ours, len(backbone.stages))
+    if problems:
         raise CheckpointError(
             f'{path} does not fit the backbone. Tensors '
             f'{"; ".join(problems)}. The file seems to be '
@@ -323,26 +309,48 @@ def load_backbone(backbone: nn.Module,
             'the config, or another file')
     loaded = {key: value for key, value in theirs.items() if key in ours}
     backbone.load_state_dict(loaded, strict=False)
-    outer = prefix.removesuffix('backbone.')
-    ignored = sorted({
-        key.removeprefix(prefix).removeprefix(outer).split('.')[0]
-        for key in weights if key.removeprefix(prefix) not in theirs
-    })
-    if any(_OUT_NORM_KEY.match(key) and key not in ours for key in theirs):
-        ignored.append('output norms')
-    if not_built:
-        ignored.append('stages that are not built')
-    notes = [kind]
-    if new_norms:
-        notes.append('new: ' + ', '.join(
-            sorted({key.split('.')[0]
-                    for key in new_norms})))
-    if ignored:
-        notes.append('ignored: ' + ', '.join(ignored))
+
+    new = {key.split('.')[0] for key in ours if key not in theirs}
+    ignored = {name.split('.')[0] for name in others}
+    ignored |= {
+        'output norms' if _OUT_NORM_KEY.match(key) else 'later stages'
+        for key in theirs if key not in ours
+    }
+    wanted = sum(key.split('.')[0] not in new for key in ours)
     print_log(
-        f'loaded {len(loaded)} of {len(ours) - len(new_norms)} backbone '
-        f'tensors from {path}, {", ".join(notes)}',
+        f'loaded {len(loaded)} of {wanted} backbone tensors from {path}, '
+        f'{kind}' + (f', new: {", ".join(sorted(new))}' if new else '') +
+        (f', ignored: {", ".join(sorted(ignored))}' if ignored else ''),
         logger='current')
+
+
+def _misfits(theirs: dict[str, Tensor], ours: dict[str, Tensor],
+             num_stages: int) -> list[str]:
+    """Say which tensors of a file do not fit those of a backbone.
+
+    Output norms may be on one side only, and the file may have more stages
+    than the backbone, whose last ones are not built if nobody reads them.
+    """
+    missing = [
+        key for key in ours
+        if key not in theirs and not _OUT_NORM_KEY.match(key)
+    ]
+    left_over = [
+        key for key in theirs if key not in ours
+        and not _OUT_NORM_KEY.match(key)
+        and int(key.split('.')[1]) < num_stages
+    ]
+    reshaped = [
+        f'{key} {tuple(theirs[key].shape)} instead of {tuple(value.shape)}'
+        for key, value in ours.items()
+        if key in theirs and theirs[key].shape != value.shape
+    ]
+    return [
+        f'{len(names)} {what}: {_some(names)}'
+        for names, what in ((missing, 'missing'),
+                            (reshaped, 'of another shape'),
+                            (left_over, 'that the model lacks')) if names
+    ]
 
 
 def rename_classifier(weights: dict[str, Tensor],
@@ -365,31 +373,22 @@ def rename_classifier(weights: dict[str, Tensor],
     """
     prefix = find_prefix(weights)
     outer = prefix.removesuffix('backbone.')
-    names = {
-        outer + 'head.0.': 'neck.conv.',
-        outer + 'head.2.': 'neck.norm.',
-        outer + 'pred.': 'head.fc.',
-        outer + 'neck.conv.': 'neck.conv.',
-        outer + 'neck.norm.': 'neck.norm.',
-        outer + 'head.fc.': 'head.fc.',
-    }
     renamed = {}
     for key, value in weights.items():
-        inner = key[len(prefix):] if key.startswith(prefix) else ''
-        if _BACKBONE_KEY.match(inner):
-            renamed['backbone.' + inner] = value
-            continue
-        for old, new in names.items():
-            if with_head and key.startswith(old):
-                renamed[new + key[len(old):]] = value
-    heads = {key for key in renamed if not key.startswith('backbone.')}
-    wanted = {
-        f'{layer}.{leaf}'
-        for layer in ('neck.conv', 'neck.norm', 'head.fc')
-        for leaf in ('weight', 'bias')
-    }
-    if with_head and heads != wanted:
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and _BACKBONE_KEY.match(name):
+            renamed['backbone.' + name] = value
+        elif with_head:
+            layer, _, leaf = key.removeprefix(outer).rpartition('.')
+            layer = _HEAD_LAYERS.get(layer, layer)
+            if layer in _HEAD_LAYERS.values():
+                renamed[f'{layer}.{leaf}'] = value
+    missing = [
+        f'{layer}.{leaf}' for layer in _HEAD_LAYERS.values()
+        for leaf in ('weight', 'bias') if f'{layer}.{leaf}' not in renamed
+    ]
+    if with_head and missing:
         raise CheckpointError(
             'the file has no whole classification head, missing '
-            f'{_some(sorted(wanted - heads))}; use --backbone-only')
+            f'{_some(missing)}; use --backbone-only')
     return renamed

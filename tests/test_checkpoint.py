@@ -154,7 +154,7 @@ def test_fewer_stages_load_from_a_whole_model(tmp_path, log):
     path = str(tmp_path / 'weights.pth')
     torch.save(GOOD, path)
     load_backbone(Conv2Former(MINI, out_indices=(1, )), path)
-    assert log[-1].endswith('ignored: head, pred, stages that are not built')
+    assert log[-1].endswith('ignored: head, later stages, pred')
 
 
 def test_one_of_several_backbones_is_named_by_prefix(tmp_path):
