@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Make the environment where there is none, then lint and run the test suite.
+#
+#   bash tools/run_tests.sh [--family onedl|original] [pytest arguments]
+#
+# Both always run; the exit status is that of the last one that failed.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+setup=()
+if [ "${1-}" = --family ]; then
+    setup=(--family "${2-}")
+    shift "$(($# < 2 ? $# : 2))"
+fi
+python=$(bash "$root/tools/setup_env.sh" "${setup[@]}")
+
+cd "$root"
+[ $# -gt 0 ] || set -- tests
+status=0
+"$python" -m ruff check . || status=$?
+"$python" -m pytest "$@" || status=$?
+exit "$status"
