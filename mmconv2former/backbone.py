@@ -346,8 +346,10 @@ class Conv2Former(BaseModule):
                 zip(self.downsample_layers, self.stages)):
             x = stage(downsample(x))
             if i in self.out_indices:
-                outs.append(
-                    getattr(self, f'norm{i}')(x) if self.out_norm else x)
+                out = getattr(self, f'norm{i}')(x) if self.out_norm else x
+                # The blocks leave channels-last memory, which mmcv's own
+                # operators (RoIAlign) misread without a word.
+                outs.append(out.contiguous())
         return tuple(outs)
 
     def _freeze_stages(self) -> None:

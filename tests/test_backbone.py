@@ -33,6 +33,13 @@ def test_declared_channels_and_strides_hold_for_any_size(size):
         assert tuple(out.shape[2:]) == (height, width)
 
 
+@pytest.mark.parametrize('out_norm', [False, True])
+def test_outputs_are_contiguous_because_roi_align_misreads_others(out_norm):
+    model = Conv2Former(MINI, out_indices=(0, 1, 2, 3), out_norm=out_norm)
+    x = images().contiguous(memory_format=torch.channels_last)
+    assert all(out.is_contiguous() for out in model(x))
+
+
 @pytest.mark.parametrize('arch', ['is', 'is_3conv'])
 def test_isotropic_models_return_one_map_of_stride_16(arch):
     for name, dim, millions in ((arch, 320, 23), (arch.replace('is', 'ib'),
