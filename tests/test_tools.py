@@ -1,0 +1,525 @@
+"""tools/train.py and tools/test.py, alone and in two processes."""
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / 'configs'
+TINY = ('dict(_delete_=True, depths=[1, 1, 1, 1], dims=[8, 8, 16, 16], '
+        'kernel_size=3)')
+
+# Written beside the config of the two-process run and imported by it.
+RECORD_HOOK = """
+import hashlib, json
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+def digest(model):
+    sha = hashlib.sha256()
+    for p in model.parameters():
+        sha.update(p.detach().numpy().tobytes())
+    return sha.hexdigest()
+
+@HOOKS.register_module()
+class Record(Hook):
+    def before_train(self, runner):
+        self.seen, self.first = [], digest(runner.model)
+
+    def after_train_iter(self, runner, batch_idx, data_batch, outputs=None):
+        self.seen += [s.img_path for s in data_batch['data_samples']]
+
+    def after_train(self, runner):
+        with open(f'{runner.work_dir}/rank{get_rank()}.json', 'w') as f:
+            json.dump(dict(first=self.first, last=digest(runner.model),
+                           seen=self.seen), f)
+"""
+
+DIGITS = """
+_base_ = [{base!r}]
+custom_imports = dict(
+    imports=['mmconv2former', 'record_hook'], allow_failed_imports=False)
+custom_hooks = [dict(type='Record')]
+train_dataloader = dict(
+    batch_size=4, num_workers=0, persistent_workers=False,
+    dataset=dict(data_root={data!r}))
+val_dataloader = dict(
+    batch_size=4, num_workers=0, persistent_workers=False,
+    dataset=dict(data_root={data!r}))
+test_dataloader = val_dataloader
+train_cfg = dict(max_epochs=2, val_interval=1)
+param_scheduler = [dict(type='ConstantLR', factor=1.)]
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=9))
+tta_model = dict(type='AverageClsScoreTTA')
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TestTimeAug', transforms=[
+        [dict(type='RandomFlip', prob=0.), dict(type='RandomFlip', prob=1.)],
+        [dict(type='PackInputs')]])]
+"""
+
+GONE = """
+_base_ = ['digits.py']
+model = dict(backbone=dict(
+    init_cfg=dict(type='Pretrained', checkpoint='gone.pth')))
+"""
+
+COCO = """
+_base_ = [{base!r}]
+model = dict(
+    backbone=dict(arch={tiny}),
+    neck=dict(in_channels=[8, 8, 16, 16], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=16),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(num_convs=1, in_channels=16, conv_out_channels=16)),
+    test_cfg=dict(rpn=dict(max_per_img=9), rcnn=dict(score_thr=0.)))
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(96, 64), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='PackDetInputs', meta_keys=(
+        'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
+test_dataloader = dict(
+    num_workers=0, persistent_workers=False,
+    dataset=dict(data_root={data!r}, pipeline=test_pipeline))
+test_evaluator = dict(
+    ann_file={data!r} + '/annotations/instances_val2017.json')
+"""
+
+ADE20K = """
+_base_ = [{base!r}]
+model = dict(
+    data_preprocessor=dict(size=(64, 64)),
+    backbone=dict(arch={tiny}),
+    decode_head=dict(in_channels=[8, 8, 16, 16], channels=8),
+    auxiliary_head=dict(in_channels=16, channels=8),
+    test_cfg=dict(crop_size=(64, 64), stride=(43, 43)))
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TestTimeAug', transforms=[
+        [dict(type='Resize', scale=(96, 64), keep_ratio=True)],
+        [dict(type='RandomFlip', prob=0., direction='horizontal'),
+         dict(type='RandomFlip', prob=1., direction='horizontal')],
+        [dict(type='LoadAnnotations')],
+        [dict(type='PackSegInputs')]])]
+test_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(data_root={data!r}))
+"""
+
+
+def write_config(path, text, base, data):
+    path.write_text(
+        text.format(base=str(CONFIGS / base), data=str(data), tiny=TINY))
+    return path
+
+
+def run(*command, cwd, **env):
+    """Run a command as a user would, and return what it printed."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={
+            **os.environ, 'PYTHONPATH': str(cwd),
+            'OMP_NUM_THREADS': '1',
+            'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+            **env
+        },
+        capture_output=True,
+        text=True,
+        timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Load a script of tools/ as Python finds it when it is run."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(
+            name, ROOT / 'tools' / f'{name}.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    monkeypatch.setitem(sys.modules, 'launch', load('launch'))
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    return load
+
+
+def refusal(main, *argv):
+    """The message with which a tool ends."""
+    with pytest.raises(SystemExit) as raised:
+        main([str(arg) for arg in argv])
+    assert isinstance(raised.value.code, str), 'ended without a message'
+    return raised.value.code
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """A folder with a Digits config on ten classes of six flat images."""
+    root = tmp_path_factory.mktemp('digits')
+    for split, count in (('train', 4), ('val', 2)):
+        for label in range(10):
+            folder = root / 'data' / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = np.full((32, 32, 3), 25 * label, dtype='uint8')
+                Image.fromarray(image).save(folder / f'{label}{i}.png')
+    (root / 'record_hook.py').write_text(RECORD_HOOK)
+    write_config(root / 'digits.py', DIGITS,
+                 'classification/conv2former_mini_digits.py', root / 'data')
+    (root / 'gone.py').write_text(GONE)
+    return root
+
+
+@pytest.fixture(scope='module')
+def two_processes(digits):
+    """What dist_train.sh printed; the run lies in digits/work."""
+    return run(
+        'bash', ROOT / 'tools/dist_train.sh', 'digits.py', '2', '--work-dir',
+        'work', cwd=digits)
+
+
+def untrained(config, path):
+    """Save the model of a config as mmengine saves checkpoints."""
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), path)
+    return path
+
+
+def test_two_processes_end_with_the_same_weights(digits, two_processes):
+    ranks = [
+        json.loads((digits / f'work/rank{i}.json').read_text())
+        for i in range(2)
+    ]
+    assert ranks[0]['first'] == ranks[1]['first']
+    assert ranks[0]['last'] == ranks[1]['last'] != ranks[0]['first']
+    # They learnt from different images: what is equal has been exchanged.
+    for epoch in (slice(0, 20), slice(20, 40)):
+        first, second = (set(rank['seen'][epoch]) for rank in ranks)
+        assert len(first) == len(second) == 20 and not first & second
+
+
+def test_resume_goes_on_without_the_pretrained_file(digits, two_processes):
+    log = run(
+        sys.executable, ROOT / 'tools/train.py', 'gone.py', '--work-dir',
+        'work', '--resume', '--cfg-options', 'train_cfg.max_epochs=3',
+        cwd=digits)
+    assert 'resumed epoch: 2' in log
+    assert 'Epoch(train) [3]' in log and 'Epoch(train) [2]' not in log
+    assert (digits / 'work/epoch_3.pth').is_file()
+
+
+def test_two_processes_test_without_the_pretrained_file(digits,
+                                                        two_processes):
+    run('bash', ROOT / 'tools/dist_test.sh', 'gone.py', 'work/epoch_2.pth',
+        '2', '--out', 'predictions.pkl', cwd=digits)
+    predictions = pickle.loads((digits / 'predictions.pkl').read_bytes())
+    paths = [prediction['img_path'] for prediction in predictions]
+    assert len(paths) == len(set(paths)) == 20
+
+
+def test_classification_is_augmented(digits, two_processes):
+    log = run(
+        sys.executable, ROOT / 'tools/test.py', 'digits.py',
+        'work/epoch_2.pth', '--tta', cwd=digits)
+    assert 'AverageClsScoreTTA' in log and 'accuracy/top1' in log
+
+
+def test_classification_paints_predictions(digits, two_processes):
+    run(sys.executable, ROOT / 'tools/test.py', 'digits.py',
+        'work/epoch_2.pth', '--show-dir', 'painted', cwd=digits)
+    assert len(list((digits / 'painted').iterdir())) == 20
+
+
+def test_detection_saves_and_paints_predictions(coco, tmp_path):
+    config = write_config(tmp_path / 'coco.py', COCO,
+                          'detection/mask_rcnn_conv2former_t_coco.py', coco)
+    untrained(config, tmp_path / 'model.pth')
+    # The config starts from a pre-trained file that is not here.
+    log = run(
+        sys.executable, ROOT / 'tools/test.py', 'coco.py', 'model.pth',
+        '--out', 'predictions.pkl', '--show-dir', 'painted', cwd=tmp_path)
+    assert 'coco/bbox_mAP' in log and 'coco/segm_mAP' in log
+    predictions = pickle.loads((tmp_path / 'predictions.pkl').read_bytes())
+    assert len(predictions) == 4
+    assert {'bboxes', 'labels', 'masks'} <= set(
+        predictions[0]['pred_instances'])
+    assert len(list((tmp_path / 'painted').glob('*.jpg'))) == 4
+
+
+def test_segmentation_is_augmented_saved_and_painted(ade20k, tmp_path):
+    config = write_config(
+        tmp_path / 'ade.py', ADE20K,
+        'segmentation/upernet_conv2former_t_ade20k.py', ade20k)
+    untrained(config, tmp_path / 'model.pth')
+    log = run(
+        sys.executable, ROOT / 'tools/test.py', 'ade.py', 'model.pth',
+        '--tta', '--out', 'labels', '--show-dir', 'painted', cwd=tmp_path)
+    assert 'SegTTAModel' in log and 'mIoU' in log
+    labels = sorted((tmp_path / 'labels').glob('*.png'))
+    assert len(labels) == 4
+    assert np.array(Image.open(labels[0])).shape == (64, 96)
+    assert len(list((tmp_path / 'painted').rglob('*.png'))) == 4
+
+
+def test_wrong_input_ends_with_a_message_and_no_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tools/train.py', 'missing.py'],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "config 'missing.py' does not exist" in done.stderr
+    assert 'Traceback' not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_missing_config_is_answered_with_near_names(tool):
+    message = refusal(
+        tool('train').main, 'configs/classification/conv2former_tiny_in1k.py')
+    assert 'does not exist' in message
+    assert 'classification/conv2former_t_in1k.py' in message
+
+
+@pytest.mark.parametrize('config, expected', [
+    ('classification/conv2former_t_in1k.py',
+     ['data/imagenet/train', 'data/imagenet/val', 'one folder per class']),
+    ('detection/mask_rcnn_conv2former_t_coco.py', [
+        'data/coco/train2017', 'data/coco/val2017',
+        'data/coco/annotations/instances_train2017.json'
+    ]),
+    ('segmentation/upernet_conv2former_t_ade20k.py', [
+        'ADEChallengeData2016/images/training',
+        'ADEChallengeData2016/annotations/validation'
+    ]),
+])
+def test_missing_data_is_answered_with_the_layout(config, expected, tool,
+                                                  monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(
+        tool('train').main, CONFIGS / config, '--cfg-options',
+        'model.backbone.init_cfg=None')
+    for path in expected:
+        assert path in message
+    assert '[MISSING]' in message and '[found]' not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_found_in_part_is_marked_so(tool, coco, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(
+        tool('train').main,
+        CONFIGS / 'detection/mask_rcnn_conv2former_t_coco.py', '--cfg-options',
+        'model.backbone.init_cfg=None',
+        f'train_dataloader.dataset.data_root={coco}')
+    lines = message.splitlines()
+    assert any('[found]' in x and 'train2017.json' in x for x in lines)
+    assert any('[MISSING]' in x and 'val2017.json' in x for x in lines)
+
+
+def test_wrapped_data_sets_are_checked(tool, tmp_path):
+    launch = tool('launch')
+    (tmp_path / 'here').mkdir()
+    leaf = dict(type='CustomDataset', data_root=str(tmp_path))
+    cfg = Config(
+        dict(
+            train_dataloader=dict(
+                dataset=dict(
+                    type='RepeatDataset',
+                    dataset=dict(
+                        type='ConcatDataset',
+                        datasets=[
+                            dict(data_prefix='here', **leaf),
+                            dict(data_prefix=dict(img='gone'), **leaf)
+                        ])))))
+    with pytest.raises(SystemExit) as raised:
+        launch.check_data(cfg, ('train', 'val'))
+    message = raised.value.code
+    assert f'[found] {tmp_path}/here' in message
+    assert f'[MISSING] {tmp_path}/gone' in message
+    assert 'train_dataloader.dataset.dataset.datasets.1' in message
+
+
+def test_data_sets_that_name_no_path_are_left_to_their_class(tool):
+    cfg = Config(
+        dict(
+            train_dataloader=dict(
+                dataset=dict(type='CIFAR10', data_root='gone',
+                             split='train'))))
+    tool('launch').check_data(cfg, ('train', ))
+
+
+def test_work_dir_that_cannot_be_made_is_refused(tool, digits, monkeypatch):
+    monkeypatch.chdir(digits)
+    monkeypatch.syspath_prepend(str(digits))
+    message = refusal(
+        tool('train').main, 'digits.py', '--work-dir', 'digits.py/work')
+    assert "cannot write in 'digits.py/work'" in message
+    assert '--work-dir' in message
+
+
+def test_missing_pretrained_file_is_refused_before_training(tool, tmp_path,
+                                                            monkeypatch):
+    monkeypatch.delenv('MMCONV2FORMER_WEIGHTS', raising=False)
+    monkeypatch.chdir(tmp_path)
+    message = refusal(
+        tool('train').main,
+        CONFIGS / 'detection/mask_rcnn_conv2former_t_coco.py')
+    assert "'conv2former_t_in1k.pth'" in message
+    assert 'MMCONV2FORMER_WEIGHTS' in message
+
+
+def test_pretrained_file_is_looked_for_in_the_named_folder(tool, tmp_path,
+                                                           monkeypatch):
+    (tmp_path / 'conv2former_t_in1k.pth').touch()
+    monkeypatch.setenv('MMCONV2FORMER_WEIGHTS', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    message = refusal(
+        tool('train').main,
+        CONFIGS / 'detection/mask_rcnn_conv2former_t_coco.py')
+    assert message.startswith('the data is not where')
+
+
+def test_missing_checkpoint_is_refused(tool):
+    message = refusal(
+        tool('test').main, CONFIGS / 'classification/conv2former_t_in1k.py',
+        'gone.pth')
+    assert "checkpoint 'gone.pth' does not exist" in message
+
+
+def train_config(tool, *options, device='cpu'):
+    """The config as train.py makes it of the options."""
+    train = tool('train')
+    train.get_device = lambda: device
+    args = train.parse_args(
+        [str(CONFIGS / 'classification/conv2former_t_in1k.py'), *options])
+    return train.merge_args(sys.modules['launch'].read_config(args), args)
+
+
+def test_missing_checkpoint_to_resume_is_refused(tool):
+    with pytest.raises(SystemExit, match="'gone.pth' does not exist"):
+        train_config(tool, '--resume', 'gone.pth')
+
+
+def test_resume_of_a_work_dir_without_checkpoint_starts_anew(tool, tmp_path):
+    cfg = train_config(
+        tool, '--resume', '--work-dir', str(tmp_path), '--cfg-options',
+        'load_from=weights.pth')
+    assert cfg.resume is False and cfg.load_from == 'weights.pth'
+
+
+def test_amp_keeps_the_dtype(tool):
+    cfg = train_config(
+        tool, '--amp', '--cfg-options', 'optim_wrapper.dtype=bfloat16',
+        device='cuda')
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.optim_wrapper.dtype == 'bfloat16'
+    assert cfg.optim_wrapper.optimizer.type == 'AdamW'
+
+
+def test_amp_without_a_gpu_is_refused(tool):
+    with pytest.raises(SystemExit, match='--amp needs a GPU'):
+        train_config(tool, '--amp')
+
+
+def test_auto_scale_lr_is_switched_on(tool):
+    assert train_config(tool, '--auto-scale-lr').auto_scale_lr.enable is True
+
+
+def test_auto_scale_lr_without_a_batch_size_is_refused(tool):
+    with pytest.raises(SystemExit, match='base_batch_size'):
+        train_config(tool, '--auto-scale-lr', '--cfg-options',
+                     'auto_scale_lr={}')
+
+
+@pytest.mark.parametrize('spelling', ['--local-rank', '--local_rank'])
+def test_both_spellings_of_local_rank_are_taken(tool, spelling):
+    assert tool('train').parse_args(['c.py', spelling, '1']).local_rank == 1
+    assert tool('test').parse_args(['c.py', 'p', f'{spelling}=1'
+                                    ]).local_rank == 1
+
+
+def test_work_dir_is_named_after_the_config(tool):
+    assert train_config(tool).work_dir == 'work_dirs/conv2former_t_in1k'
+    assert train_config(tool, '--work-dir', 'x').work_dir == 'x'
+
+
+def options_of_test(tool, config, *options):
+    """The config as test.py makes it of the options."""
+    test = tool('test')
+    args = test.parse_args([str(CONFIGS / config), __file__, *options])
+    return test.merge_args(sys.modules['launch'].read_config(args), args)
+
+
+def test_augmenting_instance_segmentation_is_refused(tool):
+    with pytest.raises(SystemExit, match='instance segmentation'):
+        options_of_test(tool, 'detection/mask_rcnn_conv2former_t_coco.py',
+                        '--tta')
+
+
+def test_augmenting_without_a_pipeline_is_refused(tool):
+    with pytest.raises(SystemExit, match='no tta_model and tta_pipeline'):
+        options_of_test(tool, 'classification/conv2former_mini_digits.py',
+                        '--tta')
+
+
+@pytest.mark.parametrize('options, expected', [
+    (['--launcher', 'pytorch'], 'first process only'),
+    (['--tta'], 'cannot paint augmented images'),
+])
+def test_painting_what_a_library_cannot_paint_is_refused(
+        options, expected, tool, tmp_path):
+    with pytest.raises(SystemExit, match=expected):
+        options_of_test(tool, 'classification/conv2former_t_in1k.py',
+                        '--show-dir', str(tmp_path / 'painted'), *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_of_boxes_go_to_a_pickle_only(tool):
+    with pytest.raises(SystemExit, match='.pkl'):
+        options_of_test(tool, 'detection/mask_rcnn_conv2former_t_coco.py',
+                        '--out', 'predictions.json')
+
+
+def test_batch_norm_is_not_synchronised_without_a_gpu(tool):
+    cfg = Config.fromfile(
+        CONFIGS / 'segmentation/upernet_conv2former_t_ade20k.py')
+    model = tool('launch').without_sync_bn(cfg.model)
+    assert model['decode_head']['norm_cfg']['type'] == 'BN'
+    assert 'SyncBN' in str(cfg.model) and 'SyncBN' not in str(model)
+    assert str(model) == str(cfg.model.to_dict()).replace('SyncBN', 'BN')
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh'])
+def test_dist_scripts_say_how_they_are_called(script):
+    done = subprocess.run(['bash', ROOT / 'tools' / script],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and 'usage: ' in done.stderr
+
+
+def test_several_machines_meet_where_they_are_told(tmp_path):
+    """What torchrun is given; a stand-in for python prints it."""
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    printed = run(
+        'bash', ROOT / 'tools/dist_train.sh', 'c.py', '8', '--amp',
+        cwd=tmp_path, PATH=f'{tmp_path}:{os.environ["PATH"]}', NNODES='2',
+        NODE_RANK='1', MASTER_ADDR='10.0.0.1', PORT='1234')
+    assert ('--nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port '
+            '1234 --nproc-per-node 8') in printed
+    assert printed.strip().endswith('train.py c.py --amp --launcher pytorch')

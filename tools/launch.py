@@ -1,0 +1,285 @@
+"""What train.py and test.py share: options, checks of the input, the start.
+
+The checks come before anything is built, so that wrong input ends in one
+message and not in a traceback after minutes of loading.
+"""
+import argparse
+import difflib
+import os
+import os.path as osp
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmconv2former.checkpoint import safe_globals
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+
+# mmengine 0.10.7 reads its own checkpoints with torch.load, which refuses
+# their log buffers since torch 2.6.
+torch.serialization.add_safe_globals(safe_globals())
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that both tools have.
+
+    Args:
+        parser (ArgumentParser): The parser to add to.
+    """
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and checkpoints; defaults to the work_dir of '
+        'the config, then to work_dirs/<name of the config>')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, such as '
+        'train_dataloader.batch_size=4 or \'model.neck.in_channels="[8,16]"\'')
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes; dist_train.sh and dist_test.sh '
+        'give pytorch')
+    # torch.distributed.launch passes the one or the other spelling.
+    parser.add_argument('--local-rank', '--local_rank', type=int, default=0)
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """Read the config and merge the options that both tools have.
+
+    Args:
+        args (Namespace): With ``config`` and what :func:`add_options` adds.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        SystemExit: If there is no such file.
+    """
+    if not osp.isfile(args.config):
+        raise SystemExit(_no_config(args.config))
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs', Path(args.config).stem)
+    return cfg
+
+
+def _no_config(path: str) -> str:
+    """The message for a config that does not exist, with near names."""
+    known = {}
+    for folder in (Path(path).parent, *CONFIGS.glob('*')):
+        for found in sorted(folder.glob('*.py')):
+            known.setdefault(found.stem, osp.relpath(found))
+    near = difflib.get_close_matches(Path(path).stem, known, cutoff=0.7)
+    if near:
+        hint = 'Did you mean ' + ' or '.join(known[name]
+                                             for name in near) + '?'
+    else:
+        hint = f'The configs of this project are in {osp.relpath(CONFIGS)}.'
+    return f"config '{path}' does not exist. {hint}"
+
+
+def check_writable(folder: str, option: str) -> None:
+    """Make a folder and try to write in it.
+
+    Args:
+        folder (str): The folder; made if it does not exist.
+        option (str): The option that it comes from, for the message.
+
+    Raises:
+        SystemExit: If it cannot be made or written in.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SystemExit(
+            f"cannot write in '{folder}': {error.strerror}. Name a folder "
+            f'that you may write in with {option}') from error
+
+
+def data_sets(cfg: ConfigDict, where: str) -> Iterator[tuple[str, ConfigDict]]:
+    """Data sets in a data-set config, those inside wrappers too.
+
+    Args:
+        cfg (ConfigDict): Config of a data set or of a wrapper around one
+            (``dataset``) or several (``datasets``).
+        where (str): Dotted name of ``cfg`` in the whole config.
+
+    Yields:
+        tuple[str, ConfigDict]: Dotted name and config of a data set.
+    """
+    if 'dataset' in cfg:
+        yield from data_sets(cfg.dataset, f'{where}.dataset')
+    elif 'datasets' in cfg:
+        for i, inner in enumerate(cfg.datasets):
+            yield from data_sets(inner, f'{where}.datasets.{i}')
+    else:
+        yield where, cfg
+
+
+def data_paths(data_set: ConfigDict) -> dict[str, str]:
+    """Paths that a data set reads, as mmengine's ``BaseDataset`` joins them.
+
+    Args:
+        data_set (ConfigDict): Config with ``data_root``, ``ann_file`` and
+            ``data_prefix`` (str or dict), each optional.
+
+    Returns:
+        dict[str, str]: Files and folders by the setting they come from.
+        Empty if the config names none: such a data set knows by itself what
+        it reads, or downloads it.
+    """
+    prefix = data_set.get('data_prefix') or {}
+    if not isinstance(prefix, dict):
+        prefix = {'images': prefix}
+    names = {f'data_prefix.{key}': name for key, name in prefix.items()}
+    kind, ann_file = str(data_set.get('type')), data_set.get('ann_file')
+    if not names and kind.endswith('ImageNet'):
+        names = {'split': data_set.get('split')}
+    if not ann_file and kind.endswith(('ImageNet', 'CustomDataset')):
+        names = {
+            f'{key}, one folder per class': name
+            for key, name in names.items()
+        }
+    names['ann_file'] = ann_file
+    root = data_set.get('data_root') or ''
+    return {
+        key: osp.join(root, name)
+        for key, name in names.items()
+        if name and isinstance(name, str) and '://' not in root + name
+    }
+
+
+def check_data(cfg: Config, parts: tuple[str, ...]) -> None:
+    """Check that the data which a run will read is there.
+
+    Args:
+        cfg (Config): The config.
+        parts (tuple[str]): Among 'train', 'val' and 'test'.
+
+    Raises:
+        SystemExit: If a path is missing; the message shows every path that
+            is expected, each marked as found or missing.
+    """
+    layout, missing = [], False
+    for part in parts:
+        loader = cfg.get(f'{part}_dataloader')
+        if not loader or 'dataset' not in loader:
+            continue
+        wanted = [
+            (f'{where} ({data_set.get("type")})', data_paths(data_set))
+            for where, data_set in data_sets(loader.dataset,
+                                             f'{part}_dataloader.dataset')
+            if not data_set.get('backend_args')
+        ]
+        wanted += [
+            (f'{part}_evaluator ({metric.type})', {
+                'ann_file': metric.ann_file
+            })
+            for metric in evaluators(cfg, part)
+            if metric.get('ann_file') and not metric.get('backend_args')
+        ]
+        for name, paths in wanted:
+            layout.append(name)
+            for key, path in paths.items():
+                found = osp.exists(osp.expanduser(path))
+                missing = missing or not found
+                layout.append(
+                    f'  [{"found" if found else "MISSING"}] {path}  ({key})')
+    if missing:
+        raise SystemExit(
+            'the data is not where the config expects it. Expected:\n' +
+            '\n'.join(layout) +
+            f'\nRelative paths start at {os.getcwd()}. Put the data there or '
+            'link it, or give the paths with --cfg-options, such as '
+            f'{parts[0]}_dataloader.dataset.data_root=FOLDER')
+
+
+def check_file(path: str, what: str) -> None:
+    """Check that a checkpoint is there.
+
+    Args:
+        path (str): A file, or a URL, which is left to mmengine.
+        what (str): What it is, for the message.
+
+    Raises:
+        SystemExit: If there is no such file.
+    """
+    if '://' not in path and not osp.isfile(path):
+        raise SystemExit(f"{what} '{path}' does not exist (working directory "
+                         f'{os.getcwd()})')
+
+
+def evaluators(cfg: Config, part: str) -> list[ConfigDict]:
+    """Configs of the metrics of 'val' or 'test', as a list.
+
+    Args:
+        cfg (Config): The config.
+        part (str): 'train' (which has none), 'val' or 'test'.
+
+    Returns:
+        list[ConfigDict]: The configs.
+    """
+    metrics = cfg.get(f'{part}_evaluator') or []
+    return metrics if isinstance(metrics, list) else [metrics]
+
+
+def without_sync_bn(model: Any) -> Any:
+    """Turn SyncBN into BN, since torch has the former on GPUs only.
+
+    Args:
+        model (object): Config of a model, or a part of one.
+
+    Returns:
+        object: A copy with plain batch norm.
+    """
+    if isinstance(model, dict):
+        copy = {key: without_sync_bn(part) for key, part in model.items()}
+        return {**copy, 'type': 'BN'} if copy.get('type') == 'SyncBN' else copy
+    if isinstance(model, (list, tuple)):
+        return type(model)(without_sync_bn(part) for part in model)
+    return model
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner; without a GPU, processes talk through gloo.
+
+    Args:
+        cfg (Config): The config; ``launcher`` says whether it is one of
+            several processes.
+
+    Returns:
+        Runner: The runner.
+    """
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+        # mmengine would call torch.cuda.set_device and give DDP a device id.
+        torch.distributed.init_process_group('gloo')
+        cfg.model = without_sync_bn(cfg.model)
+        cfg.model_wrapper_cfg = {
+            'type': 'MMDistributedDataParallel',
+            'broadcast_buffers': False,
+            'find_unused_parameters': cfg.get('find_unused_parameters', False),
+            **cfg.get('model_wrapper_cfg', {}), 'device_ids': None
+        }
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
+

@@ -1,0 +1,143 @@
+"""Test a checkpoint of any config: python tools/test.py CONFIG CHECKPOINT."""
+import argparse
+import os.path as osp
+
+from mmengine.config import Config, ConfigDict
+
+import launch
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+
+    Returns:
+        Namespace: The options.
+    """
+    parser = argparse.ArgumentParser(description='Test a model.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation, where the config has tta_model and '
+        'tta_pipeline')
+    parser.add_argument(
+        '--out',
+        metavar='PATH',
+        help='save the predictions: to a .pkl file in classification and '
+        'detection, as label maps into a folder in segmentation')
+    parser.add_argument(
+        '--show-dir', metavar='FOLDER', help='save painted predictions')
+    launch.add_options(parser)
+    return parser.parse_args(argv)
+
+
+def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
+    """Merge the options of testing into the config.
+
+    Args:
+        cfg (Config): The config, changed in place.
+        args (Namespace): What :func:`parse_args` returns.
+
+    Returns:
+        Config: The config.
+
+    Raises:
+        SystemExit: If an option cannot be followed.
+    """
+    launch.check_file(args.checkpoint, 'the checkpoint')
+    cfg.load_from = args.checkpoint
+    if args.tta:
+        _augment(cfg)
+    if args.out is not None:
+        _dump(cfg, args.out)
+    if args.show_dir is not None:
+        _paint(cfg, osp.abspath(args.show_dir), args.tta)
+    return cfg
+
+
+def _augment(cfg: Config) -> None:
+    """Wrap the model and exchange the pipeline for --tta."""
+    if 'mask_head' in cfg.model or 'mask_head' in cfg.model.get(
+            'roi_head', {}):
+        raise SystemExit(
+            '--tta: mmdet merges the boxes of augmented images but not their '
+            'masks, so it cannot be used with instance segmentation. Test '
+            'without it; a larger scale is the nearest thing: --cfg-options '
+            'test_dataloader.dataset.pipeline.1.scale="(1600,960)"')
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        raise SystemExit(
+            '--tta: the config has no tta_model and tta_pipeline, which say '
+            'how to augment and how to merge; '
+            'configs/*/_base_/imagenet_224.py and ade20k_512.py show them')
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    for _, data_set in launch.data_sets(cfg.test_dataloader.dataset, ''):
+        data_set.pipeline = cfg.tta_pipeline
+
+
+def _dump(cfg: Config, out: str) -> None:
+    """Save predictions to a file, or to a folder in segmentation."""
+    metrics = launch.evaluators(cfg, 'test')
+    scope = cfg.get('default_scope')
+    if scope == 'mmseg':
+        launch.check_writable(out, '--out')
+        # mmseg's metric writes label maps; a pickle would hold every logit.
+        for metric in metrics:
+            metric.output_dir = out
+        return
+    if not out.endswith(('.pkl', '.pickle')):
+        raise SystemExit(f"--out must end with .pkl or .pickle, got '{out}'")
+    launch.check_writable(osp.dirname(osp.abspath(out)), '--out')
+    cfg.test_evaluator = [
+        *metrics,
+        dict(
+            type='DumpDetResults' if scope == 'mmdet' else 'DumpResults',
+            out_file_path=out)
+    ]
+
+
+def _paint(cfg: Config, folder: str, tta: bool) -> None:
+    """Have the visualization hook of the task save every image."""
+    if cfg.launcher != 'none':
+        raise SystemExit('--show-dir: the libraries paint the images of the '
+                         'first process only; test in one process')
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    name = hook.type.split('.')[-1] if hook else None
+    if name == 'VisualizationHook':
+        if tta:
+            raise SystemExit('--show-dir: mmpretrain cannot paint augmented '
+                             'images; leave --tta out')
+        hook.update(enable=True, interval=1, out_dir=folder)
+    elif name == 'DetVisualizationHook':
+        hook.update(draw=True, interval=1, test_out_dir=folder)
+    elif name == 'SegVisualizationHook':
+        hook.update(draw=True, interval=1)
+        cfg.visualizer.update(
+            save_dir=folder, vis_backends=[dict(type='LocalVisBackend')])
+    else:
+        raise SystemExit(
+            '--show-dir: default_hooks.visualization of the config must be '
+            "the hook of mmpretrain, mmdet or mmseg ('VisualizationHook', "
+            "'DetVisualizationHook' or 'SegVisualizationHook'), got "
+            f'{name!r}')
+    launch.check_writable(folder, '--show-dir')
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Test.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+    """
+    args = parse_args(argv)
+    cfg = merge_args(launch.read_config(args), args)
+    launch.check_data(cfg, ('test', ))
+    launch.check_writable(cfg.work_dir, '--work-dir')
+    launch.build_runner(cfg).test()
+
+
+if __name__ == '__main__':
+    main()
