@@ -1,0 +1,320 @@
+"""Digits: the data, the three configs and the report."""
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from pycocotools import mask as rle
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSIFIER = 'conv2former_mini_digits'
+CONFIGS = {
+    CLASSIFIER: 'classification',
+    'mask_rcnn_conv2former_mini_digits': 'detection',
+    'upernet_conv2former_mini_digits': 'segmentation',
+}
+SETTINGS = dict(train_scenes=6, val_scenes=6, views=1)
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(
+        f'digits_{name}', ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make = load_tool('make_digits')
+report = load_tool('report')
+
+
+def silent(line):
+    pass
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    dest = tmp_path_factory.mktemp('data') / 'digits'
+    assert make.make_digits(dest, **SETTINGS, report=silent)
+    return dest
+
+
+@pytest.fixture
+def few_sources(monkeypatch):
+    """Make data from 150 source digits only, which takes no time."""
+    images, labels = make.load_sources()
+    monkeypatch.setattr(make, 'load_sources',
+                        lambda: (images[:150], labels[:150]))
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob('*') if path.is_file()
+    }
+
+
+def test_two_runs_make_the_same_files(few_sources, tmp_path):
+    for name in 'ab':
+        make.make_digits(tmp_path / name, **SETTINGS, report=silent)
+    first, second = contents(tmp_path / 'a'), contents(tmp_path / 'b')
+    assert len(first) == 150 + 2 * (6 + 6) + 2 + 1
+    assert first == second
+
+
+def test_another_seed_makes_other_pictures(few_sources, tmp_path):
+    for seed in (0, 1):
+        make.make_digits(
+            tmp_path / str(seed), **SETTINGS, seed=seed, report=silent)
+    name = 'scenes/val/0000.png'
+    assert (tmp_path / '0' / name).read_bytes() != (tmp_path / '1' /
+                                                    name).read_bytes()
+
+
+def test_train_and_val_show_different_source_digits(data):
+    manifest = json.loads((data / 'manifest.json').read_text())
+    train, val = map(set, (manifest['sources'][split]
+                           for split in ('train', 'val')))
+    assert len(train) + len(val) == 1797 and not train & val
+    shown = dict(train=set(), val=set())
+    for name, sources in manifest['files'].items():
+        split = Path(name).parts[1]
+        assert sources and (data / name).is_file()
+        shown[split].update(sources)
+    assert shown['train'] == train and shown['val'] == val
+
+
+def test_manifest_names_the_digits_of_the_annotations(data):
+    _, labels = make.load_sources()
+    files = json.loads((data / 'manifest.json').read_text())['files']
+    coco = json.loads((data / 'scenes/val.json').read_text())
+    for image in coco['images']:
+        classes = [
+            annotation['category_id'] - 1
+            for annotation in coco['annotations']
+            if annotation['image_id'] == image['id']
+        ]
+        sources = files[f'scenes/val/{image["file_name"]}']
+        assert classes == labels[sources].tolist()
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_annotations_agree_with_the_label_maps(data, split):
+    coco = json.loads((data / f'scenes/{split}.json').read_text())
+    assert [c['name'] for c in coco['categories']] == list('0123456789')
+    assert len(coco['images']) == 6
+    for image in coco['images']:
+        painted = cv2.imread(
+            str(data / 'scenes/labels' / split / image['file_name']),
+            cv2.IMREAD_UNCHANGED)
+        expected = np.zeros((128, 128), np.uint8)
+        for item in coco['annotations']:
+            if item['image_id'] != image['id']:
+                continue
+            mask = rle.decode(
+                rle.frPyObjects(item['segmentation'], 128, 128)).astype(bool)
+            assert item['area'] == mask.sum() > 0
+            assert item['iscrowd'] == 0
+            y, x = np.nonzero(mask)
+            assert item['bbox'] == [
+                x.min(), y.min(),
+                np.ptp(x) + 1, np.ptp(y) + 1
+            ]
+            assert not expected[mask].any(), 'two masks share a pixel'
+            expected[mask] = item['category_id']
+        np.testing.assert_array_equal(painted, expected)
+
+
+def test_covered_digits_keep_their_visible_pixels():
+    images, _ = make.load_sources()
+    covered = 0
+    for seed in range(20):
+        rng = np.random.RandomState(seed)
+        _, instances = make.draw_scene(rng, 96, images[:5], (40, 50))
+        alone = [
+            make.draw_scene(np.random.RandomState(seed), 96, images[:1],
+                            (40, 50))[1]
+        ]
+        # The first digit is drawn alike with and without the later ones.
+        visible = (instances == 1).sum() / (alone[0] == 1).sum()
+        assert visible >= make.MIN_VISIBLE
+        covered += visible < 1
+    assert covered > 0
+
+
+def test_second_run_does_nothing(few_sources, tmp_path):
+    dest = tmp_path / 'digits'
+    assert make.make_digits(dest, **SETTINGS, report=silent)
+    (dest / 'scenes/val/0000.png').write_bytes(b'untouched')
+    assert not make.make_digits(dest, **SETTINGS, report=silent)
+    assert (dest / 'scenes/val/0000.png').read_bytes() == b'untouched'
+
+
+@pytest.mark.parametrize('lost', ['manifest.json', 'scenes/val/0003.png'])
+def test_half_made_folder_is_remade(few_sources, tmp_path, lost):
+    dest = tmp_path / 'digits'
+    make.make_digits(dest, **SETTINGS, report=silent)
+    whole = contents(dest)
+    (dest / lost).unlink()
+    partial = tmp_path / 'digits.partial'
+    partial.mkdir()
+    (partial / 'left').write_text('from a run that was stopped')
+    assert make.make_digits(dest, **SETTINGS, report=silent)
+    assert contents(dest) == whole and not partial.exists()
+
+
+def test_other_settings_are_made_anew(few_sources, tmp_path):
+    dest = tmp_path / 'digits'
+    make.make_digits(dest, **SETTINGS, report=silent)
+    assert make.make_digits(
+        dest, **{
+            **SETTINGS, 'val_scenes': 2
+        }, report=silent)
+    assert len(list((dest / 'scenes/val').iterdir())) == 2
+
+
+def test_folder_with_other_things_is_not_touched(tmp_path):
+    (tmp_path / 'thesis.tex').write_text('all of it')
+    with pytest.raises(FileExistsError, match='thesis.tex.*empty folder'):
+        make.make_digits(tmp_path, report=silent)
+    assert (tmp_path / 'thesis.tex').read_text() == 'all of it'
+
+
+@pytest.fixture(scope='module')
+def runs(data, tmp_path_factory):
+    """Work dirs of the three configs after two iterations and a test."""
+    work_dirs = tmp_path_factory.mktemp('work_dirs')
+    checkpoint = None
+    for name, task in CONFIGS.items():
+        cfg = Config.fromfile(ROOT / 'configs' / task / f'{name}.py')
+        cfg.work_dir = str(work_dirs / name)
+        cfg.log_level = 'ERROR'
+        cfg.default_hooks.logger.interval = 1
+        for split in ('train', 'val', 'test'):
+            loader = cfg[f'{split}_dataloader']
+            loader.update(
+                batch_size=2, num_workers=0, persistent_workers=False)
+            root = loader.dataset.data_root
+            loader.dataset.data_root = root.replace('data/digits', str(data))
+            loader.dataset.indices = 4 if split == 'train' else 6
+        if task == 'classification':
+            cfg.train_cfg.max_epochs = 1
+        else:
+            cfg.model.backbone.init_cfg.checkpoint = checkpoint
+            cfg.train_cfg = dict(
+                type='IterBasedTrainLoop', max_iters=2, val_interval=2)
+            cfg.param_scheduler = []
+        cfg.default_hooks.checkpoint.update(interval=1, by_epoch=False)
+        out = work_dirs / name / 'test/predictions'
+        if task == 'segmentation':
+            cfg.val_evaluator.output_dir = str(out)
+        else:
+            if task == 'detection':
+                cfg.val_evaluator.ann_file = str(data / 'scenes/val.json')
+                cfg.model.test_cfg.rcnn.score_thr = 0.
+            kind = 'DumpDetResults' if task == 'detection' else 'DumpResults'
+            cfg.val_evaluator = [
+                cfg.val_evaluator,
+                dict(type=kind, out_file_path=f'{out}.pkl')
+            ]
+        cfg.test_evaluator = cfg.val_evaluator
+        out.parent.mkdir(parents=True)
+        Runner.from_cfg(cfg).train()
+        checkpoint = checkpoint or str(work_dirs / name / 'iter_2.pth')
+
+        cfg.work_dir = str(work_dirs / name / 'test')
+        cfg.load_from = str(work_dirs / name / 'iter_2.pth')
+        Runner.from_cfg(cfg).test()
+    return work_dirs
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_trains_and_is_evaluated(runs, name):
+    losses = report.read_losses(runs / name)[1]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    metrics = report.read_metrics(runs / name)
+    task = next(task for task in report.TASKS if task.run == name)
+    assert {metric.key for metric in task.metrics} <= set(metrics)
+
+
+@pytest.mark.parametrize('name', list(CONFIGS)[1:])
+def test_dense_config_names_the_weights_that_the_classifier_leaves(name):
+    classifier = Config.fromfile(
+        ROOT / f'configs/classification/{CLASSIFIER}.py')
+    dense = Config.fromfile(ROOT / f'configs/{CONFIGS[name]}/{name}.py')
+    assert dense.model.backbone.init_cfg == dict(
+        type='Pretrained',
+        checkpoint=f'work_dirs/{CLASSIFIER}/'
+        f'epoch_{classifier.train_cfg.max_epochs}.pth')
+    for key in ('type', 'arch', 'layer_scale_init_value'):
+        assert dense.model.backbone[key] == classifier.model.backbone[key]
+
+
+@pytest.mark.parametrize('name', list(CONFIGS)[1:])
+def test_dense_config_starts_from_the_classifier(runs, name, tmp_path):
+    trained = torch.load(
+        runs / CLASSIFIER / 'iter_2.pth', weights_only=False)['state_dict']
+    cfg = Config.fromfile(ROOT / f'configs/{CONFIGS[name]}/{name}.py')
+    cfg.work_dir, cfg.log_level = str(tmp_path), 'ERROR'
+    cfg.model.backbone.init_cfg.checkpoint = str(
+        runs / CLASSIFIER / 'iter_2.pth')
+    for key in list(cfg):
+        if key.startswith(('train_', 'val_', 'test_')) or key in (
+                'optim_wrapper', 'param_scheduler'):
+            cfg.pop(key)
+    model = Runner.from_cfg(cfg).model
+    model.init_weights()
+    carried = model.state_dict()
+    backbone = [key for key in trained if key.startswith('backbone.')]
+    assert len(backbone) > 100
+    for key in backbone:
+        torch.testing.assert_close(carried[key], trained[key])
+
+
+def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
+                                                monkeypatch, capsys):
+    names = [
+        f'{step} {name}' for name in CONFIGS for step in ('train', 'test')
+    ]
+    work_dirs = tmp_path / 'work_dirs'
+    shutil.copytree(runs, work_dirs)
+    (work_dirs / 'digits').mkdir()
+    (work_dirs / 'digits/seconds.tsv').write_text(''.join(
+        f'{name}\t30\n' for name in names) + 'total\t210\n')
+    top1 = report.newest(work_dirs / CLASSIFIER / 'test', '*/*.json')
+    top1.write_text(json.dumps({'accuracy/top1': 96.9}))
+    for name in list(CONFIGS)[1:]:
+        shutil.copytree(work_dirs / name,
+                        work_dirs / f'{name}{report.SCRATCH}')
+    monkeypatch.setattr(sys, 'argv', [
+        'report.py', '--work-dirs',
+        str(work_dirs), '--data',
+        str(data), '--compare', '--picture',
+        str(tmp_path / 'docs/digits.png')
+    ])
+    report.main()
+    printed = capsys.readouterr().out
+    table = printed[:printed.index('report:')].splitlines()
+    assert len(table) == 2 + 4 + 1
+    for row, target in zip(table[2:], ('97.0', '0.850', '0.800', '0.750')):
+        assert target in row and 'NO' in row
+    assert table[-1].split()[-1] == '3.5'
+    assert sum('+0.000' in row for row in table) == 3
+    page = (work_dirs / 'digits/report.html').read_text()
+    assert page.count('<img ') == 3 and page.count('class="missed"') == 4
+    assert 'src="data:image/png;base64,' in page and 'http' not in page
+    picture = cv2.imread(str(tmp_path / 'docs/digits.png'))
+    assert picture.std() > 10
+    assert (tmp_path / 'docs/digits.png').stat().st_size < 300_000
+
+
+def test_report_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match='quickstart.sh makes it'):
+        report.read_metrics(tmp_path)
