@@ -95,17 +95,11 @@ train_and_evaluate() {
     evaluate "$1" "$2"
 }
 
-# beside FUNCTION CONFIG NAME [OPTIONS]: run the function while others run, on
-# half the cores, because small models keep one core busier than two; each
-# line of its output begins with the task
+# beside FUNCTION CONFIG NAME [OPTIONS]: run the function while others run;
+# each line of its output begins with the task
 pids=()
 beside() {
-    local cores
-    cores=$(getconf _NPROCESSORS_ONLN)
-    (
-        export OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
-        "$@"
-    ) > >(sed -u "s/^/[$(basename "$(dirname "$2")")] /") 2>&1 &
+    "$@" > >(sed -u "s/^/[$(basename "$(dirname "$2")")] /") 2>&1 &
     pids+=($!)
 }
 
@@ -116,6 +110,9 @@ wait_for_all() {
     [ $status -eq 0 ] || exit $status
 }
 
+# Two models side by side use two cores better than two threads of one: the
+# layers are so small that threads wait for each other more than they work.
+export OMP_NUM_THREADS=1
 begin=$SECONDS
 step data "$python" tools/make_digits.py data/digits
 train "$classifier" "$(name_of "$classifier")"
