@@ -360,7 +360,9 @@ def test_data_sets_that_name_no_path_are_left_to_their_class(tool):
             train_dataloader=dict(
                 dataset=dict(type='CIFAR10', data_root='gone',
                              split='train'))))
-    tool('launch').check_data(cfg, ('train', ))
+    launch = tool('launch')
+    assert launch.data_paths(cfg.train_dataloader.dataset) == {}
+    launch.check_data(cfg, ('train', ))
 
 
 def test_work_dir_that_cannot_be_made_is_refused(tool, digits, monkeypatch):
