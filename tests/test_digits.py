@@ -195,6 +195,9 @@ def runs(data, tmp_path_factory):
     for name, task in CONFIGS.items():
         cfg = Config.fromfile(ROOT / 'configs' / task / f'{name}.py')
         cfg.work_dir = str(work_dirs / name)
+        # mmengine hands a visualizer of the same name to every later runner
+        # of the process, which then logs to the folder of the first.
+        cfg.visualizer.name = name
         cfg.log_level = 'ERROR'
         cfg.default_hooks.logger.interval = 1
         for split in ('train', 'val', 'test'):
