@@ -118,6 +118,9 @@ tta_pipeline = [
         [dict(type='PackSegInputs')]])]
 test_dataloader = dict(
     num_workers=0, persistent_workers=False, dataset=dict(data_root={data!r}))
+# With the original packages, mmseg's painting makes the runner read the
+# training data too.
+train_dataloader = dict(dataset=dict(data_root={data!r}))
 """
 
 
