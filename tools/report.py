@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools import mask as rle
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
+matplotlib.use('Agg')  # pictures go to files: no screen is needed
 
 
 class Metric(NamedTuple):
