@@ -3,12 +3,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
-from mmengine.model import BaseModule
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from .archs import resolve_arch
-from .checkpoint import load_backbone
+from .checkpoint import PretrainedModule, load_backbone
 from .operators import FUSIONS, DropPath, LayerNorm2d, add_position, modulate
 from .registry import MODELS
 
@@ -152,7 +151,7 @@ class Block(nn.Module):
 
 
 @MODELS.register_module()
-class Conv2Former(BaseModule):
+class Conv2Former(PretrainedModule):
     """Conv2Former backbone.
 
     From `Conv2Former: A Simple Transformer-Style ConvNet for Visual
@@ -299,28 +298,10 @@ class Conv2Former(BaseModule):
                 f'{out_indices}')
         return tuple(sorted({i % num_stages for i in out_indices}))
 
-    def init_weights(self) -> None:
-        """Initialise; a ``Pretrained`` init_cfg is loaded last and strictly.
-
-        Raises:
-            FileNotFoundError: If the checkpoint is not found.
-            mmconv2former.checkpoint.CheckpointError: If it does not fit.
-        """
-        first_call = not self.is_init
-        init_cfg = self.init_cfg
-        cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
-        pretrained = [
-            cfg for cfg in cfgs
-            if getattr(cfg['type'], '__name__', cfg['type']) in
-            ('Pretrained', 'PretrainedInit')
-        ]
-        # mmengine's own Pretrained only warns about tensors that do not fit.
-        self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
-        super().init_weights()
-        self.init_cfg = init_cfg
-        if first_call:
-            for cfg in pretrained:
-                load_backbone(self, cfg['checkpoint'], cfg.get('prefix'))
+    def load_pretrained(self, checkpoint: str,
+                        prefix: str | None = None) -> None:
+        """See :func:`mmconv2former.checkpoint.load_backbone`."""
+        load_backbone(self, checkpoint, prefix)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the feature maps.

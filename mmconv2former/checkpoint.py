@@ -3,12 +3,15 @@ import argparse
 import os
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .archs import describe_arch
@@ -261,6 +264,17 @@ def _some(names: list[str], count: int = 3) -> str:
     return ', '.join(names[:count]) + (f' and {rest} more' if rest > 0 else '')
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Have the errors about a file begin with its name."""
+    try:
+        yield
+    except CheckpointError as error:
+        message = str(error)
+        raise CheckpointError(message if path in message else
+                              f'{path}: {message}') from error
+
+
 def load_backbone(backbone: nn.Module,
                   checkpoint: str,
                   prefix: str | None = None) -> None:
@@ -284,13 +298,9 @@ def load_backbone(backbone: nn.Module,
             backbone is missing, left over or of another shape.
     """
     path = find_checkpoint(checkpoint)
-    try:
+    with _naming(path):
         weights, kind = model_weights(read_checkpoint(path))
         prefix = find_prefix(weights, prefix)
-    except CheckpointError as error:
-        message = str(error)
-        raise CheckpointError(message if path in message else
-                              f'{path}: {message}') from error
     theirs, others = {}, []
     for key, value in weights.items():
         name = key.removeprefix(prefix)
@@ -353,8 +363,92 @@ def _misfits(theirs: dict[str, Tensor], ours: dict[str, Tensor],
     ]
 
 
+def load_neck(neck: nn.Module,
+              checkpoint: str,
+              prefix: str | None = None) -> None:
+    """Load the neck of a pre-trained classifier, wholly or not at all.
+
+    For fine-tuning on other classes: of the official head, the layers before
+    the linear one. Reads what :func:`load_backbone` reads; one line is logged.
+
+    Args:
+        neck (Conv2FormerNeck): The neck, changed in place.
+        checkpoint (str): As for :func:`find_checkpoint`.
+        prefix (str, optional): As for :func:`load_backbone`. Defaults to
+            None.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file cannot be read, has no such head or one
+            of another shape.
+    """
+    path = find_checkpoint(checkpoint)
+    with _naming(path):
+        weights, kind = model_weights(read_checkpoint(path))
+        theirs = {
+            key.removeprefix('neck.'): value
+            for key, value in rename_classifier(
+                weights, prefix=prefix).items() if key.startswith('neck.')
+        }
+    ours = neck.state_dict()
+    reshaped = [
+        f'{key} {tuple(theirs[key].shape)} instead of {tuple(value.shape)}'
+        for key, value in ours.items() if theirs[key].shape != value.shape
+    ]
+    if reshaped:
+        raise CheckpointError(
+            f'{path} does not fit the neck. Tensors of another shape: '
+            f'{_some(reshaped)}. Give the neck the in_channels and '
+            'out_channels of the file, or leave its init_cfg out')
+    neck.load_state_dict(theirs)
+    print_log(
+        f'loaded {len(theirs)} of {len(ours)} neck tensors from {path}, '
+        f'{kind}', logger='current')
+
+
+class PretrainedModule(BaseModule):
+    """A module that loads a ``Pretrained`` init_cfg last and strictly.
+
+    mmengine's own ``Pretrained`` only warns about tensors that do not fit.
+    """
+
+    def load_pretrained(self, checkpoint: str,
+                        prefix: str | None = None) -> None:
+        """Load weights of a pre-trained model, wholly or not at all.
+
+        Args:
+            checkpoint (str): As for :func:`find_checkpoint`.
+            prefix (str, optional): What precedes the names in the file.
+                Defaults to None, which finds it.
+        """
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Initialise; a ``Pretrained`` init_cfg is loaded last.
+
+        Raises:
+            FileNotFoundError: If the checkpoint is not found.
+            CheckpointError: If it does not fit.
+        """
+        first_call = not self.is_init
+        init_cfg = self.init_cfg
+        cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
+        pretrained = [
+            cfg for cfg in cfgs
+            if getattr(cfg['type'], '__name__', cfg['type']) in
+            ('Pretrained', 'PretrainedInit')
+        ]
+        self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
+        super().init_weights()
+        self.init_cfg = init_cfg
+        if first_call:
+            for cfg in pretrained:
+                self.load_pretrained(cfg['checkpoint'], cfg.get('prefix'))
+
+
 def rename_classifier(weights: dict[str, Tensor],
-                      with_head: bool = True) -> dict[str, Tensor]:
+                      with_head: bool = True,
+                      prefix: str | None = None) -> dict[str, Tensor]:
     """Give the tensors of an official classifier our names.
 
     Args:
@@ -362,6 +456,7 @@ def rename_classifier(weights: dict[str, Tensor],
             any prefix.
         with_head (bool): Whether to keep the head, as ``neck.*`` and
             ``head.fc.*``. Defaults to True.
+        prefix (str, optional): As for :func:`find_prefix`. Defaults to None.
 
     Returns:
         dict[str, Tensor]: Tensors under ``backbone.`` and, with the head,
@@ -371,7 +466,7 @@ def rename_classifier(weights: dict[str, Tensor],
         CheckpointError: If the tensors are not of one Conv2Former, or the
             head is wanted and not there.
     """
-    prefix = find_prefix(weights)
+    prefix = find_prefix(weights, prefix)
     outer = prefix.removesuffix('backbone.')
     renamed = {}
     for key, value in weights.items():
@@ -390,5 +485,6 @@ def rename_classifier(weights: dict[str, Tensor],
     if with_head and missing:
         raise CheckpointError(
             'the file has no whole classification head, missing '
-            f'{_some(missing)}; use --backbone-only')
+            f'{_some(missing)}; take the backbone alone (--backbone-only of '
+            'tools/convert_checkpoint.py, no init_cfg in the neck)')
     return renamed

@@ -2,16 +2,16 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .backbone import init_convs
+from .checkpoint import PretrainedModule, load_neck
 from .operators import LayerNorm2d
 from .registry import MODELS
 
 
 @MODELS.register_module()
-class Conv2FormerNeck(BaseModule):
+class Conv2FormerNeck(PretrainedModule):
     """1x1 convolution - GELU - layer norm - global average pooling.
 
     In front of mmpretrain's ``LinearClsHead`` it makes the official
@@ -21,7 +21,9 @@ class Conv2FormerNeck(BaseModule):
         in_channels (int): Channels of the last feature map, 576 for tiny.
         out_channels (int): Width of the head. Defaults to 1280.
         init_cfg (dict, optional): Initialisation config of mmengine.
-            Defaults to None, the official initialisation.
+            ``dict(type='Pretrained', checkpoint=...)`` takes the head of a
+            pre-trained classifier, for fine-tuning on other classes. Defaults
+            to None, the official initialisation.
     """
 
     def __init__(self,
@@ -32,6 +34,11 @@ class Conv2FormerNeck(BaseModule):
         self.conv = nn.Conv2d(in_channels, out_channels, 1)
         self.norm = LayerNorm2d(out_channels)
         init_convs(self)
+
+    def load_pretrained(self, checkpoint: str,
+                        prefix: str | None = None) -> None:
+        """See :func:`mmconv2former.checkpoint.load_neck`."""
+        load_neck(self, checkpoint, prefix)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor]:
         """Pool the last feature map.

@@ -1,8 +1,12 @@
-"""Operators of the Conv2Former block, written plainly.
+"""Operators of the Conv2Former block.
 
-Each function is the reference for what it computes: the block calls these and
-nothing else, so a faster form goes beside its reference, behind one switch.
+The block calls these functions and nothing else. Each is written plainly;
+where there is a faster form, it stands beside the plain one, is taken where it
+is known to be faster, and is switched off by ``MMCONV2FORMER_FUSED=0``.
 """
+import os
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +36,91 @@ FUSIONS = {
 }
 
 
+def _depthwise_weight_grad(x: Tensor, grad: Tensor,
+                           kernel_size: int) -> Tensor:
+    """Weight gradient of a depthwise convolution, as another convolution.
+
+    dW[c, i, j] = sum over n, h, w of x[n, c, h + i - p, w + j - p] *
+    grad[n, c, h, w] is itself a depthwise convolution: of the image with its
+    gradient as the kernel, each sample a group. oneDNN is fast at forward
+    convolutions of any kernel, and at weight gradients up to 3x3 only.
+
+    Args:
+        x (Tensor): Input of the convolution, (N, C, H, W).
+        grad (Tensor): Gradient of its output, (N, C, H, W).
+        kernel_size (int): Size of the kernel k, odd; the padding is k // 2.
+
+    Returns:
+        Tensor: (C, 1, k, k).
+    """
+    n, c, h, w = x.shape
+    padding = kernel_size // 2
+    dtype = x.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        # As fast, and rounds once instead of once for each sample.
+        x, grad = x.float(), grad.float()
+    # oneDNN's contiguous kernels are the faster ones, but end at 13 and where
+    # the padding exceeds the image; its channels-last ones take anything.
+    if kernel_size <= 13 and min(h, w) > padding:
+        image, kernel = x.reshape(1, n * c, h, w), grad.reshape(
+            n * c, 1, h, w)
+    else:
+        image, kernel = (
+            t.permute(2, 3, 0, 1).reshape(1, h, w, n * c).permute(0, 3, 1, 2)
+            for t in (x, grad))
+        kernel = kernel.transpose(0, 1)
+    out = F.conv2d(image, kernel, padding=padding, groups=n * c)
+    grads = out.view(n, c, 1, kernel_size, kernel_size)
+    return grads.sum(0).to(dtype)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    """``F.conv2d`` with the weight gradient above."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2,
+                        groups=len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        k = weight.shape[-1]
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, (1, 1), (k // 2, k // 2), (1, 1),
+                False, (0, 0), len(weight), (True, False, False))[0]
+        if ctx.needs_input_grad[1]:
+            grad_weight = _depthwise_weight_grad(x, grad, k)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Depthwise convolution that keeps the size.
+
+    Args:
+        x (Tensor): (N, C, H, W).
+        weight (Tensor): (C, 1, k, k), k odd.
+        bias (Tensor): (C, ).
+
+    Returns:
+        Tensor: (N, C, H, W).
+    """
+    k = weight.shape[-1]
+    if (x.device.type == 'cpu' and k > 3 and weight.requires_grad
+            and torch.is_grad_enabled()
+            and os.environ.get('MMCONV2FORMER_FUSED') != '0'):
+        if torch.is_autocast_enabled('cpu'):
+            dtype = torch.get_autocast_dtype('cpu')
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        return _DepthwiseConv.apply(x, weight, bias)
+    return F.conv2d(x, weight, bias, padding=k // 2, groups=len(weight))
+
+
 def modulate(z: Tensor, v: Tensor, weight: Tensor, bias: Tensor,
              fusion: str = 'hadamard') -> Tensor:
     """Convolutional modulation: ``fuse(DW_k(GELU(z)), v)``.
@@ -46,9 +135,7 @@ def modulate(z: Tensor, v: Tensor, weight: Tensor, bias: Tensor,
     Returns:
         Tensor: (N, C, H, W).
     """
-    a = F.conv2d(
-        F.gelu(z), weight, bias, padding=weight.shape[-1] // 2,
-        groups=weight.shape[0])
+    a = depthwise_conv2d(F.gelu(z), weight, bias)
     return FUSIONS[fusion](a, v)
 
 
@@ -66,8 +153,7 @@ def add_position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         Tensor: (N, C, H, W).
     """
     h = F.gelu(z)
-    return h + F.gelu(
-        F.conv2d(h, weight, bias, padding=1, groups=weight.shape[0]))
+    return h + F.gelu(depthwise_conv2d(h, weight, bias))
 
 
 class LayerNorm2d(nn.LayerNorm):

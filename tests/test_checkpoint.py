@@ -13,7 +13,7 @@ from mmengine.logging import HistoryBuffer, MMLogger
 from torch import nn
 
 import official
-from mmconv2former import Conv2Former
+from mmconv2former import Conv2Former, Conv2FormerNeck
 from mmconv2former.checkpoint import (
     CheckpointError,
     load_backbone,
@@ -134,6 +134,38 @@ def test_every_layout_loads_through_init_cfg(layout, out_norm, tmp_path, log):
         notes = ', '.join([kind, 'new: norm0, norm1, norm2, norm3', *rest])
     assert [line for line in log if line.startswith('loaded')] == [
         f'loaded {count} of {count} backbone tensors from {path}, {notes}']
+
+
+def neck_of(path, out_channels=None):
+    neck = Conv2FormerNeck(
+        GOOD['head.0.weight'].shape[1],
+        out_channels or len(GOOD['head.0.weight']),
+        init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    neck.init_weights()
+    return neck
+
+
+@pytest.mark.parametrize('layout', [
+    'timm with EMA and module.', 'bare'])
+def test_neck_loads_the_head_of_a_classifier(layout, tmp_path, log):
+    content, _ = LAYOUTS[layout]
+    torch.save(content, tmp_path / 'weights.pth')
+    neck = neck_of(tmp_path / 'weights.pth')
+    for name, key in (('conv', 'head.0'), ('norm', 'head.2')):
+        for leaf in ('weight', 'bias'):
+            assert torch.equal(neck.state_dict()[f'{name}.{leaf}'],
+                               GOOD[f'{key}.{leaf}'])
+    assert any('loaded 4 of 4 neck tensors' in line for line in log)
+
+
+def test_neck_refuses_a_file_without_head_and_one_of_another_width(tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(backbone_part(GOOD), path)
+    with pytest.raises(CheckpointError, match='no whole classification head'):
+        neck_of(path)
+    torch.save(GOOD, path)
+    with pytest.raises(CheckpointError, match='does not fit the neck.*conv'):
+        neck_of(path, out_channels=7)
 
 
 def test_all_official_archs_load_with_their_names(tmp_path, log):

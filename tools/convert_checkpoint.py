@@ -22,6 +22,7 @@ from mmconv2former.checkpoint import (
     CheckpointError,
     infer_arch,
     load_backbone,
+    load_neck,
     model_weights,
     read_checkpoint,
     rename_classifier,
@@ -112,12 +113,9 @@ def prove(path, arch, backbone_only):
     stem = weights['backbone.downsample_layers.0.0.weight']
     load_backbone(Conv2Former(arch, in_channels=stem.shape[1]), path)
     if not backbone_only:
-        neck = {
-            key[len('neck.'):]: value
-            for key, value in weights.items() if key.startswith('neck.')
-        }
-        Conv2FormerNeck(arch['dims'][-1],
-                        len(neck['norm.weight'])).load_state_dict(neck)
+        neck = Conv2FormerNeck(arch['dims'][-1],
+                               len(weights['neck.norm.weight']))
+        load_neck(neck, path)
 
 
 def main():

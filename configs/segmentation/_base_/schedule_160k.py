@@ -12,7 +12,6 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         decay_rate=0.9,
         decay_type='stage_wise',
-        num_layers=6,
         norm_decay_mult=0.,
         bias_decay_mult=0.,
         flat_decay_mult=0.))

@@ -1,0 +1,26 @@
+"""Cascade Mask R-CNN with Conv2Former-S on COCO, 3x schedule (36 epochs).
+
+Train: bash tools/dist_train.sh \
+           configs/detection/cascade_mask_rcnn_conv2former_s_coco.py 8 --amp
+Batch: 8 GPUs x 2 images = 16 at lr 2e-4; with another batch,
+lr = 2e-4 * (GPUs x images) / 16, which --auto-scale-lr sets.
+Weights: conv2former_s_in1k.pth, an ImageNet-1K classifier (docs/model_zoo.md).
+Expected: not trained by us, and no published figure is known to us.
+"""
+_base_ = [
+    './_base_/cascade_mask_rcnn_conv2former.py',
+    './_base_/coco_instance_ms_crop.py',
+    './_base_/schedule_3x.py',
+]
+
+# ConvNeXt-S's drop path, rate and decay.
+model = dict(
+    backbone=dict(
+        arch='small',
+        drop_path_rate=0.6,
+        init_cfg=dict(type='Pretrained', checkpoint='conv2former_s_in1k.pth')),
+    neck=dict(in_channels=[72, 144, 288, 576]))
+
+optim_wrapper = dict(
+    optimizer=dict(lr=2e-4),
+    paramwise_cfg=dict(decay_rate=0.7, num_layers=12))
