@@ -123,9 +123,13 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
         CheckpointError: If the file is damaged, or holds an object that is
             neither a tensor nor plain data and is not trusted.
     """
+    # torch forgets on the way out what it was given, and would forget what
+    # somebody else has allowed for good.
+    known = torch.serialization.get_safe_globals()
+    new = [item for item in safe_globals() if item not in known]
     try:
         with get_local_path(path) as local, \
-                torch.serialization.safe_globals(safe_globals()):
+                torch.serialization.safe_globals(new):
             return torch.load(
                 local, map_location='cpu', weights_only=not trust_pickle)
     except pickle.UnpicklingError as error:

@@ -19,6 +19,7 @@ from mmconv2former.checkpoint import (
     load_backbone,
     model_weights,
     read_checkpoint,
+    safe_globals,
 )
 
 MINI = dict(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], kernel_size=5)
@@ -279,6 +280,17 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
     with pytest.raises(CheckpointError, match=r'pickled \S*exec.*convert_chec'
                        'kpoint.py SRC DST --trust-pickle'):
         load_backbone(Conv2Former(MINI), path)
+
+
+def test_what_others_allow_to_be_loaded_stays_allowed(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(dict(state_dict=GOOD, args=argparse.Namespace(lr=1.)), path)
+    before = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals(safe_globals()):
+        read_checkpoint(path)
+        assert torch.load(path, weights_only=True)['args'].lr == 1.
+    read_checkpoint(path)
+    assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
 def test_missing_file_says_where_weights_are_and_how_to_do_without(

@@ -1,0 +1,235 @@
+"""Count the parameters and the MACs of any config of the three tasks.
+
+    python tools/get_flops.py CONFIG [--shape H W]
+
+Neither data, weights nor memory is needed: the model lives on the meta
+device, and a large detector takes a second.
+
+MACs are multiply-accumulates of convolutions and matrix products, what papers
+of this field print as FLOPs. torch's FlopCounterMode counts them, two FLOPs
+for each. mmengine's ``get_model_complexity_info`` adds norms and pooling to
+them, which papers leave out, and has to trace the model, which detectors do
+not take.
+
+What the input is, unless --shape says otherwise:
+
+- classification: the crop that the config tests with;
+- detection: 1280x800, as in the papers of Swin and ConvNeXt;
+- segmentation: the height of the training crop and four times as wide, as in
+  ConvNeXt: 2048x512 for crops of 512. The auxiliary head is there in training
+  only and does not count to the total.
+
+How many boxes a two-stage detector proposes depends on the image, and on the
+meta device there is none. What its RoI heads do for one box does not: they
+are counted for as many boxes as testing lets pass at most
+(``test_cfg.rpn.max_per_img``, 1000) and as many masks
+(``test_cfg.rcnn.max_per_img``, 100), the numbers that the published figures
+stand for. RoIAlign and NMS have no MACs.
+"""
+import argparse
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import launch
+
+TRAINING_ONLY = 'auxiliary_head'
+# Parts that read the feature maps of the neck, or of the backbone.
+HEADS = ('head', 'decode_head', TRAINING_ONLY, 'rpn_head', 'bbox_head')
+PARTS = ('backbone', 'neck', *HEADS, 'roi_head')
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+
+    Returns:
+        Namespace: The options.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=int,
+        metavar=('H', 'W'),
+        help='height and width of the input in pixels, at least 32')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, such as '
+        'model.backbone.kernel_size=21')
+    # What read_config wants to know of a run.
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    return parser.parse_args(argv)
+
+
+def crop_size(loader: dict | None) -> int | tuple[int, int] | None:
+    """Size of the crop in the pipeline of a data loader, None without."""
+    for transform in loader.dataset.pipeline if loader else ():
+        for key, crops in (('crop_size', ('CenterCrop', 'RandomCrop')),
+                           ('scale', ('RandomResizedCrop', ))):
+            if transform.type in crops:
+                return transform[key]
+    return None
+
+
+def default_shape(cfg: Config) -> tuple[int, int]:
+    """The input that figures for a config are given for.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        tuple[int, int]: Height and width in pixels.
+
+    Raises:
+        SystemExit: If the config does not say.
+    """
+    size = None
+    if 'decode_head' in cfg.model:
+        size = cfg.model.get('data_preprocessor', {}).get('size')
+        size = size and (size[0], 4 * size[0])
+    elif 'head' in cfg.model:
+        size = crop_size(cfg.get('test_dataloader')) or crop_size(
+            cfg.get('train_dataloader'))
+    else:
+        size = (800, 1280)
+    if size is None:
+        raise SystemExit('the config names no size of the input (a crop in '
+                         'the pipelines for classification, '
+                         'model.data_preprocessor.size for segmentation): '
+                         'give it with --shape H W')
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build a model without memory for its weights.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        nn.Module: The model on the meta device, in evaluation mode.
+
+    Raises:
+        SystemExit: If it has parts that this tool cannot count.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    try:
+        with torch.device('meta'):
+            model = MODELS.build(cfg.model)
+    except RuntimeError:
+        # Some backbones calculate with tensors while they are built (the drop
+        # path rates of ConvNeXt), which takes a real device.
+        model = MODELS.build(cfg.model).to('meta')
+    model.eval()
+    unknown = [
+        name for name, part in model.named_children()
+        if name not in PARTS and count_parameters(part)
+    ]
+    if unknown or not hasattr(model, 'backbone'):
+        raise SystemExit(
+            f'{type(model).__name__} cannot be counted: this tool knows '
+            f'{", ".join(PARTS)}, and the model has '
+            f'{", ".join(name for name, _ in model.named_children())}')
+    return model
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, trained or frozen."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def each(module: nn.Module) -> list[nn.Module]:
+    """The modules of a list of modules, or the module itself."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+def run_roi_head(roi_head: nn.Module, test_cfg: dict) -> None:
+    """Run box and mask heads on as many regions as testing has at most."""
+    for kind, regions in (('bbox', test_cfg.rpn.max_per_img),
+                          ('mask', test_cfg.rcnn.max_per_img)):
+        if not getattr(roi_head, f'with_{kind}'):
+            continue
+        extractors = getattr(roi_head, f'{kind}_roi_extractor')
+        for extractor, head in zip(
+                each(extractors), each(getattr(roi_head, f'{kind}_head'))):
+            head(
+                torch.empty(regions, extractor.out_channels,
+                            *extractor.roi_layers[0].output_size))
+
+
+def count(cfg: Config, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Count parameters and MACs of a model, part by part.
+
+    Args:
+        cfg (Config): The config.
+        shape (tuple[int, int]): Height and width of the input in pixels.
+
+    Returns:
+        dict[str, tuple[int, int]]: Parameters and MACs by part, in the order
+        of computation, and those of the model as 'total'. The total has the
+        parameters of the auxiliary head, but not its MACs.
+    """
+    model = build_model(cfg)
+    rows, total = {}, 0
+    feats = torch.empty(1, 3, *shape, device='meta')
+    for name in PARTS:
+        part = getattr(model, name, None)
+        if part is None:
+            continue
+        with torch.no_grad(), torch.device('meta'), FlopCounterMode(
+                display=False) as counter:
+            if name == 'roi_head':
+                run_roi_head(part, cfg.model.test_cfg)
+            elif name in HEADS:
+                for head in each(part):
+                    head(feats)
+            else:
+                feats = part(feats)
+        macs = counter.get_total_flops() // 2
+        rows[name] = count_parameters(part), macs
+        total += macs * (name != TRAINING_ONLY)
+    rows['total'] = count_parameters(model), total
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+    """
+    args = parse_args(argv)
+    if args.shape is not None and min(args.shape) < 32:
+        raise SystemExit('--shape must be at least 32 32, which the stride '
+                         f'of 32 needs; got {args.shape[0]} {args.shape[1]}')
+    cfg = launch.read_config(args)
+    if 'model' not in cfg:
+        raise SystemExit(f"config '{args.config}' has no model")
+    shape = args.shape or default_shape(cfg)
+    rows = count(cfg, shape)
+    print(f'input: {shape[1]}x{shape[0]} (width x height)')
+    if 'roi_head' in rows:
+        test_cfg = cfg.model.test_cfg
+        print(f'roi_head: {test_cfg.rpn.max_per_img} boxes, '
+              f'{test_cfg.rcnn.max_per_img} masks')
+    if TRAINING_ONLY in rows:
+        print(f'{TRAINING_ONLY}: in training only, no MACs in the total')
+    print(f'{"part":14}  {"parameters":>11}  {"MACs":>10}')
+    for name, (parameters, macs) in rows.items():
+        print(f'{name:14}  {parameters:11,}  {macs / 1e9:8.2f} G')
+
+
+if __name__ == '__main__':
+    main()
