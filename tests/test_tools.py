@@ -1,8 +1,10 @@
 """tools/train.py and tools/test.py, alone and in two processes."""
 import importlib.util
 import json
+import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +307,8 @@ def test_missing_config_is_answered_with_near_names(tool):
         'data/coco/train2017', 'data/coco/val2017',
         'data/coco/annotations/instances_train2017.json'
     ]),
+    ('classification/conv2former_b_in22k.py',
+     ['data/imagenet22k/train', 'one folder per class']),
     ('segmentation/upernet_conv2former_t_ade20k.py', [
         'ADEChallengeData2016/images/training',
         'ADEChallengeData2016/annotations/validation'
@@ -388,6 +392,18 @@ def test_missing_pretrained_file_is_refused_before_training(tool, tmp_path,
     assert 'MMCONV2FORMER_WEIGHTS' in message
 
 
+def test_resume_needs_neither_backbone_nor_neck_to_be_pretrained(
+        tool, tmp_path):
+    train = tool('train')
+    checkpoint = tmp_path / 'epoch_1.pth'
+    checkpoint.touch()
+    config = CONFIGS / 'classification/conv2former_b_in22k_ft_in1k.py'
+    for resume, count in (([], 2), (['--resume', str(checkpoint)], 0)):
+        args = train.parse_args([str(config), *resume])
+        cfg = train.merge_args(sys.modules['launch'].read_config(args), args)
+        assert len(train.pretrained_parts(cfg)) == count
+
+
 def test_pretrained_file_is_looked_for_in_the_named_folder(tool, tmp_path,
                                                            monkeypatch):
     (tmp_path / 'conv2former_t_in1k.pth').touch()
@@ -427,13 +443,23 @@ def test_resume_of_a_work_dir_without_checkpoint_starts_anew(tool, tmp_path):
     assert cfg.resume is False and cfg.load_from == 'weights.pth'
 
 
-def test_amp_keeps_the_dtype(tool):
-    cfg = train_config(
-        tool, '--amp', '--cfg-options', 'optim_wrapper.dtype=bfloat16',
-        device='cuda')
-    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
-    assert cfg.optim_wrapper.dtype == 'bfloat16'
-    assert cfg.optim_wrapper.optimizer.type == 'AdamW'
+@pytest.mark.parametrize('options, dtype, loss_scale', [
+    (['--amp'], 'float16', 'dynamic'),
+    (['--amp', 'fp16'], 'float16', 'dynamic'),
+    (['--amp', 'bf16'], 'bfloat16', 1.),
+    # What the config sets stays where nothing else is asked for.
+    (['--amp', '--cfg-options', 'optim_wrapper.dtype=bfloat16'], 'bfloat16',
+     1.),
+    (['--amp', 'fp16', '--cfg-options', 'optim_wrapper.dtype=bfloat16',
+      'optim_wrapper.loss_scale=8.'], 'float16', 8.),
+])
+def test_amp_is_one_switch(tool, options, dtype, loss_scale):
+    settings = train_config(tool, *options, device='cuda').optim_wrapper
+    assert settings.type == 'AmpOptimWrapper'
+    assert settings.dtype == dtype
+    # 'dynamic' is the default of mmengine.
+    assert settings.get('loss_scale', 'dynamic') == loss_scale
+    assert settings.optimizer.type == 'AdamW'
 
 
 def test_amp_without_a_gpu_is_refused(tool):
@@ -441,14 +467,107 @@ def test_amp_without_a_gpu_is_refused(tool):
         train_config(tool, '--amp')
 
 
-def test_auto_scale_lr_is_switched_on(tool):
-    assert train_config(tool, '--auto-scale-lr').auto_scale_lr.enable is True
+def test_config_taken_for_a_value_of_amp_is_explained(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool('train').parse_args(['--amp', 'config.py'])
+    assert "got 'config.py'; if that is the config, put --amp after it" in \
+        ' '.join(capsys.readouterr().err.split())
+
+
+def fit_lr(tool, *options):
+    """The config and the line for the log that train.py makes of options."""
+    cfg = train_config(tool, *options)
+    return cfg, tool('train').fit_lr(cfg)
+
+
+@pytest.mark.parametrize('launcher, variable', [
+    ('none', 'WORLD_SIZE'),
+    ('pytorch', 'WORLD_SIZE'),
+    ('slurm', 'SLURM_NTASKS'),
+    ('mpi', 'OMPI_COMM_WORLD_SIZE'),
+])
+def test_learning_rate_is_scaled_to_the_images_of_an_update(
+        launcher, variable, tool, monkeypatch):
+    monkeypatch.setenv(variable, '4')
+    cfg, (level, text) = fit_lr(
+        tool, '--auto-scale-lr', '--launcher', launcher, '--cfg-options',
+        'train_dataloader.batch_size=16', 'optim_wrapper.accumulative_counts=2'
+    )
+    processes = 1 if launcher == 'none' else 4
+    # 1e-3 is meant for 1024.
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(
+        1e-3 * processes * 16 * 2 / 1024)
+    # What the run saves says what the rate is meant for now, and mmengine,
+    # which knows nothing of accumulated steps, does not scale it once more.
+    assert cfg.auto_scale_lr == dict(
+        enable=False, base_batch_size=processes * 32)
+    assert level == logging.INFO and f'sees {processes * 32} images' in text
+
+
+def test_batch_that_the_learning_rate_does_not_fit_is_reported(tool):
+    cfg, (level, text) = fit_lr(tool)
+    assert level == logging.WARNING
+    assert 'sees 128 images' in text and '0.001 is meant for 1024' in text
+    assert 'would make it 0.000125: add --auto-scale-lr' in text
+    assert cfg.optim_wrapper.optimizer.lr == 1e-3
+
+
+def test_batch_that_the_learning_rate_fits_is_not_reported(tool, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    _, note = fit_lr(tool, '--launcher', 'pytorch', '--cfg-options',
+                     'optim_wrapper.accumulative_counts=4')
+    assert note is None
 
 
 def test_auto_scale_lr_without_a_batch_size_is_refused(tool):
     with pytest.raises(SystemExit, match='base_batch_size'):
-        train_config(tool, '--auto-scale-lr', '--cfg-options',
-                     'auto_scale_lr={}')
+        fit_lr(tool, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None')
+
+
+def test_scaled_and_decayed_rates_reach_the_optimizer(
+        tool, ade20k, tmp_path, monkeypatch):
+    config = write_config(
+        tmp_path / 'ade.py', ADE20K,
+        'segmentation/upernet_conv2former_t_ade20k.py', ade20k)
+    monkeypatch.chdir(tmp_path)
+    groups = {}
+    for name, options in dict(plain=[], scaled=['--auto-scale-lr']).items():
+        tool('train').main([
+            str(config), '--work-dir', name, *options, '--cfg-options',
+            f'experiment_name={name}',
+            'model.backbone.init_cfg=None', 'train_dataloader.num_workers=0',
+            'train_dataloader.persistent_workers=False',
+            'train_dataloader.dataset.pipeline.2.scale=(128,64)',
+            'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+            'optim_wrapper.accumulative_counts=4', 'val_cfg=None',
+            'val_dataloader=None', 'val_evaluator=None',
+            'train_cfg.max_iters=1', 'train_cfg.val_interval=1',
+            'default_hooks.checkpoint.save_best=None'
+        ])
+        checkpoint = torch.load(
+            tmp_path / name / 'iter_1.pth', weights_only=False)
+        groups[name] = checkpoint['optimizer']['param_groups']
+        log, = (path.read_text() for path in tmp_path.glob(f'{name}/*/*.log'))
+        assert ('It has been scaled to 5e-05' in log) == bool(options)
+    assert len(groups['plain']) == len(groups['scaled']) > 4
+    for plain, scaled in zip(groups['plain'], groups['scaled']):
+        assert plain['initial_lr'] == pytest.approx(1e-4 * plain['lr_scale'])
+        assert scaled['lr_scale'] == plain['lr_scale']
+        # 1 process x 2 images x 4 steps of the 16 that the rate is meant for
+        for key in ('lr', 'initial_lr'):
+            assert scaled[key] == pytest.approx(plain[key] / 2)
+
+
+def test_sharding_needs_several_processes(tool):
+    with pytest.raises(SystemExit, match='dist_train.sh'):
+        train_config(tool, '--fsdp')
+
+
+def test_slurm_without_a_gpu_is_refused(tool):
+    launch = tool('launch')
+    launch.get_device = lambda: 'cpu'
+    with pytest.raises(SystemExit, match='--launcher slurm needs GPUs'):
+        launch.build_runner(Config(dict(launcher='slurm')))
 
 
 @pytest.mark.parametrize('spelling', ['--local-rank', '--local_rank'])
@@ -470,9 +589,10 @@ def options_of_test(tool, config, *options):
     return test.merge_args(sys.modules['launch'].read_config(args), args)
 
 
-def test_augmenting_instance_segmentation_is_refused(tool):
-    with pytest.raises(SystemExit, match='instance segmentation'):
-        options_of_test(tool, 'detection/mask_rcnn_conv2former_t_coco.py',
+@pytest.mark.parametrize('config', ['mask_rcnn', 'cascade_mask_rcnn'])
+def test_augmenting_instance_segmentation_is_refused(tool, config):
+    with pytest.raises(SystemExit, match='instance segmentation.*a larger'):
+        options_of_test(tool, f'detection/{config}_conv2former_t_coco.py',
                         '--tta')
 
 
@@ -509,11 +629,53 @@ def test_batch_norm_is_not_synchronised_without_a_gpu(tool):
     assert str(model) == str(cfg.model.to_dict()).replace('SyncBN', 'BN')
 
 
-@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh'])
-def test_dist_scripts_say_how_they_are_called(script):
-    done = subprocess.run(['bash', ROOT / 'tools' / script],
+@pytest.mark.parametrize('script, given', [
+    ('dist_train.sh', ['c.py']),
+    ('dist_test.sh', ['c.py', 'p.pth']),
+    ('slurm_train.sh', ['part', 'job', 'c.py', '--amp']),
+    ('slurm_test.sh', ['part', 'job', 'c.py']),
+])
+def test_scripts_say_how_they_are_called(script, given):
+    done = subprocess.run(['bash', ROOT / 'tools' / script, *given],
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and 'usage: ' in done.stderr
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Run a script with a stand-in for srun that prints what it is given."""
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\necho "port $MASTER_PORT: $@"\n')
+    srun.chmod(0o755)
+
+    def slurm(script, *arguments, **env):
+        return run('bash', ROOT / 'tools' / script, *arguments, cwd=tmp_path,
+                   PATH=f'{tmp_path}:{os.environ["PATH"]}', **env).strip()
+
+    return slurm
+
+
+def test_slurm_trains_with_a_task_per_gpu(slurm):
+    printed = slurm('slurm_train.sh', 'gpu', 'name', 'c.py', 'work', '--amp',
+                    'bf16', GPUS='16')
+    assert ('--partition=gpu --job-name=name --gres=gpu:8 --ntasks=16 '
+            '--ntasks-per-node=8 --cpus-per-task=8 --kill-on-bad-exit=1 '
+            'python -u ') in printed
+    assert printed.endswith(
+        'train.py c.py --work-dir work --amp bf16 --launcher slurm')
+    assert re.match(r'port 2\d{4}: ', printed)
+
+
+def test_slurm_tests_with_what_the_environment_sets(slurm):
+    printed = slurm(
+        'slurm_test.sh', 'gpu', 'name', 'c.py', 'p.pth', '--out', 'o.pkl',
+        GPUS='4', CPUS_PER_TASK='3', SRUN_ARGS='--time=1:00 --account=us',
+        MASTER_PORT='1234')
+    assert printed.startswith('port 1234: ')
+    assert ('--gres=gpu:4 --ntasks=4 --ntasks-per-node=4 --cpus-per-task=3 '
+            '--kill-on-bad-exit=1 --time=1:00 --account=us python') in printed
+    assert printed.endswith(
+        'test.py c.py p.pth --out o.pkl --launcher slurm')
 
 
 def test_several_machines_meet_where_they_are_told(tmp_path):

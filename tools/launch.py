@@ -1,13 +1,16 @@
 """What train.py and test.py share: options, checks of the input, the start.
 
 The checks come before anything is built, so that wrong input ends in one
-message and not in a traceback after minutes of loading.
+message and not in a traceback after minutes of loading. What only the built
+data sets show is left to data_checks.py.
 """
 import argparse
+import atexit
 import difflib
 import os
 import os.path as osp
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+import data_checks
 from mmconv2former.checkpoint import safe_globals
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
@@ -152,9 +156,10 @@ def data_paths(data_set: ConfigDict) -> dict[str, str]:
         prefix = {'images': prefix}
     names = {f'data_prefix.{key}': name for key, name in prefix.items()}
     kind, ann_file = str(data_set.get('type')), data_set.get('ann_file')
-    if not names and kind.endswith('ImageNet'):
+    if not names and kind.endswith(('ImageNet', 'ImageNet21k')):
         names = {'split': data_set.get('split')}
-    if not ann_file and kind.endswith(('ImageNet', 'CustomDataset')):
+    if not ann_file and kind.endswith(
+        ('ImageNet', 'ImageNet21k', 'CustomDataset')):
         names = {
             f'{key}, one folder per class': name
             for key, name in names.items()
@@ -267,11 +272,22 @@ def build_runner(cfg: Config) -> Runner:
             several processes.
 
     Returns:
-        Runner: The runner.
+        Runner: The runner, which checks each data loader that it builds.
+
+    Raises:
+        SystemExit: If the launcher needs a GPU, and there is none.
     """
+    if cfg.launcher in ('slurm', 'mpi') and get_device() == 'cpu':
+        raise SystemExit(f'--launcher {cfg.launcher} needs GPUs, and torch '
+                         'sees none; on a CPU dist_train.sh and dist_test.sh '
+                         'start several processes')
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         # mmengine would call torch.cuda.set_device and give DDP a device id.
-        torch.distributed.init_process_group('gloo')
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group('gloo')
+            # A thread of gloo that has yet to free a tensor of the last
+            # exchange aborts the process if Python ends before it.
+            atexit.register(time.sleep, 0.5)
         cfg.model = without_sync_bn(cfg.model)
         cfg.model_wrapper_cfg = {
             'type': 'MMDistributedDataParallel',
@@ -279,7 +295,22 @@ def build_runner(cfg: Config) -> Runner:
             'find_unused_parameters': cfg.get('find_unused_parameters', False),
             **cfg.get('model_wrapper_cfg', {}), 'device_ids': None
         }
+    # test.py --tta wraps the model.
+    sizes = data_checks.head_sizes(cfg.model.get('module', cfg.model))
     if 'runner_type' in cfg:
-        return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = Runner.from_cfg(cfg)
+    build_dataloader = runner.build_dataloader
+
+    def build_and_check(*args: Any, **kwargs: Any) -> Any:
+        loader = data_checks.build_loader(build_dataloader, *args, **kwargs)
+        # A classifier may have more classes than the data.
+        data_checks.check_loader(
+            loader, sizes, exact=cfg.get('default_scope') != 'mmpretrain')
+        return loader
+
+    # The loops ask the runner for their data.
+    runner.build_dataloader = build_and_check
+    return runner
 

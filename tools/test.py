@@ -4,6 +4,7 @@ import os.path as osp
 
 from mmengine.config import Config, ConfigDict
 
+import data_checks
 import launch
 
 
@@ -136,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = merge_args(launch.read_config(args), args)
     launch.check_data(cfg, ('test', ))
     launch.check_writable(cfg.work_dir, '--work-dir')
-    launch.build_runner(cfg).test()
+    with data_checks.one_message():
+        launch.build_runner(cfg).test()
 
 
 if __name__ == '__main__':

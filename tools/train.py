@@ -1,12 +1,47 @@
 """Train any config of the three tasks: python tools/train.py CONFIG."""
 import argparse
+import logging
+import os
+from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
+from mmengine.hooks import Hook
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import Tensor
 
+import data_checks
 import launch
+from fsdp import ShardedStrategy
 from mmconv2former.checkpoint import find_checkpoint
+
+# What --amp may be given, and the name that torch has for it.
+DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
+# Where a launcher says how many processes there are.
+WORLD_SIZE = {
+    'pytorch': 'WORLD_SIZE',
+    'slurm': 'SLURM_NTASKS',
+    'mpi': 'OMPI_COMM_WORLD_SIZE',
+}
+
+
+def dtype(name: str) -> str:
+    """Read the value of --amp.
+
+    Args:
+        name (str): 'fp16' or 'bf16'.
+
+    Returns:
+        str: torch's name.
+
+    Raises:
+        ArgumentTypeError: If it is another; most often the config.
+    """
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(
+            f"expected fp16, bf16 or nothing, got '{name}'; if that is the "
+            'config, put --amp after it')
+    return DTYPES[name]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,14 +64,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'the latest one in the work dir if there is one')
     parser.add_argument(
         '--amp',
-        action='store_true',
-        help='train in mixed precision: fp16, or bf16 with --cfg-options '
-        'optim_wrapper.dtype=bfloat16')
+        nargs='?',
+        const=True,
+        type=dtype,
+        metavar='fp16|bf16',
+        help='train in mixed precision: fp16 with dynamic loss scaling, '
+        'unless the config sets another dtype, or bf16')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help='scale the learning rate with the real batch size, linearly '
-        'from auto_scale_lr.base_batch_size of the config')
+        help='scale the learning rate linearly from '
+        'auto_scale_lr.base_batch_size of the config to the images of an '
+        'update: processes x batch size x accumulated steps')
+    parser.add_argument(
+        '--fsdp',
+        action='store_true',
+        help='shard gradients and optimizer state over the processes, for '
+        'models that outgrow one GPU (docs/training.md)')
     launch.add_options(parser)
     return parser.parse_args(argv)
 
@@ -58,15 +102,26 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         if get_device() == 'cpu':
             raise SystemExit('--amp needs a GPU, and torch sees none: train '
                              'without it')
-        # A dtype or a loss scale that the config sets stays.
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        settings = cfg.optim_wrapper
+        settings.type = 'AmpOptimWrapper'
+        if args.amp is True:
+            settings.setdefault('dtype', 'float16')
+        else:
+            settings.dtype = args.amp
+        if settings.dtype == 'bfloat16':
+            # It has the range of fp32, so that nothing needs scaling.
+            settings.setdefault('loss_scale', 1.)
+    if args.fsdp:
+        if cfg.launcher == 'none':
+            raise SystemExit('--fsdp shards over several processes: start '
+                             'them with dist_train.sh or slurm_train.sh')
+        cfg.runner_type = 'FlexibleRunner'
+        cfg.strategy = {
+            **cfg.get('strategy', {}), 'type': ShardedStrategy.__name__
+        }
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise SystemExit(
-                '--auto-scale-lr needs the batch size that the learning rate '
-                'is meant for: auto_scale_lr=dict(base_batch_size=...) in '
-                'the config')
-        cfg.auto_scale_lr.enable = True
+        auto = cfg.get('auto_scale_lr') or {}
+        cfg.auto_scale_lr = {**auto, 'enable': True}
     checkpoint = args.resume
     if checkpoint == 'auto':
         checkpoint = find_latest_checkpoint(cfg.work_dir)
@@ -75,13 +130,109 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.resume = True
         cfg.load_from = checkpoint
         # The checkpoint has all weights: those of init_cfg are not needed.
-        if 'backbone' in cfg.model:
-            cfg.model.backbone.init_cfg = None
+        for part, _ in pretrained_parts(cfg):
+            part.init_cfg = None
     return cfg
 
 
+class BoxesInFloat32(Hook):
+    """Compute the boxes of detectors in fp32 where the rest is in bf16.
+
+    mmdet makes anchors, and the corners of regions, of the type that the
+    features have. In bf16 they would be rounded to 8 pixels from 1024 on, and
+    mmcv has no bf16 kernel on the GPU to extract regions with.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Cast what dense heads return and what RoI extractors are given.
+
+        Args:
+            runner (Runner): The runner.
+        """
+        for module in runner.model.modules():
+            if hasattr(module, 'prior_generator'):
+                module.register_forward_hook(
+                    lambda head, inputs, outputs: _in_float32(outputs))
+            if hasattr(module, 'roi_layers'):
+                module.register_forward_pre_hook(
+                    lambda extractor, inputs: _in_float32(inputs))
+
+
+def _in_float32(values: Any) -> Any:
+    """Tensors in fp32, in the lists and tuples that they came in."""
+    if isinstance(values, (list, tuple)):
+        return type(values)(_in_float32(value) for value in values)
+    return values.float() if isinstance(values, Tensor) else values
+
+
+def fit_lr(cfg: Config) -> tuple[int, str] | None:
+    """Compare the images of an update with those that the rate is meant for.
+
+    mmengine would scale the rate too, but counts neither accumulated steps
+    nor scales the base rate in its log.
+
+    Args:
+        cfg (Config): The config. If ``auto_scale_lr.enable`` is set, the
+            learning rate is scaled in place, and ``auto_scale_lr`` then says
+            what it is meant for.
+
+    Returns:
+        tuple[int, str] | None: Level and text of a line for the log, if there
+        is something to say.
+
+    Raises:
+        SystemExit: If the rate is to be scaled and something is not known.
+    """
+    auto = cfg.get('auto_scale_lr') or {}
+    base = auto.get('base_batch_size')
+    images = cfg.train_dataloader.get('batch_size')
+    optimizer = cfg.optim_wrapper.get('optimizer') or {}
+    if None in (base, images, optimizer.get('lr')):
+        if auto.get('enable'):
+            raise SystemExit(
+                '--auto-scale-lr needs auto_scale_lr.base_batch_size, '
+                'train_dataloader.batch_size and optim_wrapper.optimizer.lr '
+                f'in the config, got {base}, {images} and '
+                f'{optimizer.get("lr")}')
+        return None
+    processes = int(os.environ.get(WORLD_SIZE.get(cfg.launcher, ''), 1))
+    steps = cfg.optim_wrapper.get('accumulative_counts', 1)
+    batch = processes * images * steps
+    scaled = optimizer.lr * batch / base
+    text = (f'An update sees {batch} images (processes {processes} x batch '
+            f'size {images} x accumulated steps {steps}), and the learning '
+            f'rate {optimizer.lr:g} is meant for {base}. ')
+    if auto.get('enable'):
+        optimizer.lr = scaled
+        cfg.auto_scale_lr = dict(enable=False, base_batch_size=batch)
+        return logging.INFO, text + f'It has been scaled to {scaled:g}.'
+    if batch == base:
+        return None
+    return logging.WARNING, text + (
+        f'Linear scaling would make it {scaled:g}: add --auto-scale-lr, or '
+        'set optim_wrapper.optimizer.lr.')
+
+
+def pretrained_parts(cfg: Config) -> list[tuple[ConfigDict, ConfigDict]]:
+    """Parts of a model that start from pre-trained weights of this package.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        list[tuple[ConfigDict, ConfigDict]]: Config of the backbone and of
+        the neck, where they are this package's, and their ``init_cfg``.
+    """
+    parts = [cfg.model.get(name) for name in ('backbone', 'neck')]
+    return [(part, part.init_cfg) for part in parts
+            if isinstance(part, dict)
+            and 'Conv2Former' in str(part.get('type'))
+            and isinstance(part.get('init_cfg'), dict)
+            and part.init_cfg.get('type') == 'Pretrained']
+
+
 def check_pretrained(cfg: Config) -> None:
-    """Check that the weights which the backbone starts from are there.
+    """Check that the weights which the model starts from are there.
 
     Args:
         cfg (Config): The config.
@@ -89,10 +240,7 @@ def check_pretrained(cfg: Config) -> None:
     Raises:
         SystemExit: If they are not; the message says what can be done.
     """
-    backbone = cfg.model.get('backbone', {})
-    init_cfg = backbone.get('init_cfg')
-    if str(backbone.get('type')).endswith('Conv2Former') and isinstance(
-            init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+    for _, init_cfg in pretrained_parts(cfg):
         try:
             find_checkpoint(init_cfg.checkpoint)
         except FileNotFoundError as error:
@@ -110,7 +258,14 @@ def main(argv: list[str] | None = None) -> None:
     check_pretrained(cfg)
     launch.check_data(cfg, ('train', 'val'))
     launch.check_writable(cfg.work_dir, '--work-dir')
-    launch.build_runner(cfg).train()
+    note = fit_lr(cfg)
+    with data_checks.one_message():
+        runner = launch.build_runner(cfg)
+        if note is not None:
+            runner.logger.log(*note)
+        if cfg.optim_wrapper.get('dtype') == 'bfloat16':
+            runner.register_hook(BoxesInFloat32())
+        runner.train()
 
 
 if __name__ == '__main__':

@@ -1,0 +1,491 @@
+"""Data that cannot be used is refused with a message that names the file."""
+import json
+import os
+import pickle
+import shutil
+import sys
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import Runner
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import data_checks
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+COCO = CONFIGS / 'detection/mask_rcnn_conv2former_t_coco.py'
+CASCADE = CONFIGS / 'detection/cascade_mask_rcnn_conv2former_t_coco.py'
+ADE20K = CONFIGS / 'segmentation/upernet_conv2former_t_ade20k.py'
+IN1K = CONFIGS / 'classification/conv2former_t_in1k.py'
+TINY = ('dict(_delete_=True, depths=[1, 1, 1, 1], dims=[8, 8, 16, 16], '
+        'kernel_size=3)')
+# Recipes with models that are built in a moment, read in this process.
+SMALL = {
+    COCO: """
+model = dict(
+    backbone=dict(arch={tiny}, init_cfg=None),
+    neck=dict(in_channels=[8, 8, 16, 16], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=16),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(num_convs=1, in_channels=16, conv_out_channels=16)),
+    train_cfg=dict(rpn_proposal=dict(max_per_img=9)))
+train_cfg = dict(max_epochs=1, val_interval=2)
+train_dataloader['dataset']['pipeline'] = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', scale=(96, 64), keep_ratio=True),
+    dict(type='PackDetInputs', meta_keys=(
+        'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
+""",
+    ADE20K: """
+model = dict(
+    data_preprocessor=dict(size=(64, 64)),
+    backbone=dict(arch={tiny}, init_cfg=None),
+    decode_head=dict(in_channels=[8, 8, 16, 16], channels=8),
+    auxiliary_head=dict(in_channels=16, channels=8))
+train_cfg = dict(max_iters=4, val_interval=9)
+param_scheduler = [dict(type='ConstantLR', factor=1., by_epoch=False)]
+train_dataloader['dataset']['pipeline'] = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomResize', scale=(128, 64), ratio_range=(1., 1.),
+         keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(64, 64)),
+    dict(type='PackSegInputs')]
+""",
+    IN1K: """
+model = dict(
+    backbone=dict(arch={tiny}), neck=dict(in_channels=16, out_channels=16),
+    head=dict(in_channels=16))
+train_cfg = dict(max_epochs=1, val_interval=2)
+for loader in (train_dataloader, val_dataloader):
+    loader['dataset']['metainfo'] = dict(classes=['a', 'b'])
+param_scheduler = [dict(type='ConstantLR', factor=1.)]
+"""
+}
+HERE = """
+_base_ = [{base!r}]
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False,
+    dataset=dict(data_root={data!r}))
+val_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(data_root={data!r}))
+test_dataloader = val_dataloader
+default_hooks = dict(checkpoint=dict(interval=-1, save_best=None))
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """Copy a data set, to damage it."""
+
+    def copy(root):
+        return Path(shutil.copytree(root, tmp_path / 'data'))
+
+    return copy
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of three pictures as folders, for train and val."""
+    for split in ('train', 'val'):
+        for name in 'ab':
+            folder = tmp_path / 'data' / split / name
+            folder.mkdir(parents=True)
+            for i in range(3):
+                noise = np.random.RandomState(i).randint(0, 255, (64, 64, 3))
+                Image.fromarray(noise.astype('uint8')).save(
+                    folder / f'{i}.jpg')
+    return tmp_path / 'data'
+
+
+def write_config(base, data):
+    path = data.parent / 'config.py'
+    text = HERE.format(base=str(base), data=str(data))
+    if base == COCO:
+        annotations = str(data / 'annotations/instances_val2017.json')
+        text += (f'val_evaluator = dict(ann_file={annotations!r})\n'
+                 'test_evaluator = val_evaluator\n')
+    path.write_text(text + SMALL[base].format(tiny=TINY))
+    return path
+
+
+@pytest.fixture
+def train(load_tool, monkeypatch, tmp_path):
+    """Train a small model on a data set, as tools/train.py does."""
+    monkeypatch.setitem(sys.modules, 'launch', load_tool('launch'))
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    runs = count()
+
+    def train(base, data, *options):
+        load_tool('train').main([
+            str(write_config(base, data)), '--work-dir',
+            str(tmp_path / 'work'), '--cfg-options',
+            # mmengine's logger is found by name: none may be used again.
+            f'experiment_name={tmp_path.name}_{next(runs)}', *options
+        ])
+
+    return train
+
+
+@pytest.fixture
+def refusal(train):
+    """The message with which training ends."""
+
+    def refusal(*args):
+        with pytest.raises(SystemExit) as raised:
+            train(*args)
+        assert isinstance(raised.value.code, str), 'ended without a message'
+        return raised.value.code
+
+    return refusal
+
+
+def log(tmp_path):
+    """What the run has logged."""
+    text, = (path.read_text() for path in tmp_path.glob('work/*/*.log'))
+    return text
+
+
+def edit(path, change):
+    """Change an annotation file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def build(base, data, part='train', **settings):
+    """Build a data loader of a recipe, without a model."""
+    cfg = Config.fromfile(write_config(base, data))
+    init_default_scope(cfg.default_scope)
+    loader = cfg[f'{part}_dataloader']
+    loader.dataset.update(settings)
+    return data_checks.build_loader(Runner.build_dataloader, loader)
+
+
+def check(base, data, part='train', sizes=None, exact=True, **settings):
+    loader = build(base, data, part, **settings)
+    data_checks.check_loader(loader, sizes or {}, exact)
+    return loader
+
+
+def rename_person(content):
+    content['categories'][0]['name'] = 'human'
+
+
+def reverse(content):
+    content['categories'].reverse()
+
+
+def stray(content):
+    content['annotations'][0]['category_id'] = 12
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_class_that_a_coco_file_lacks_is_named_before_training(
+        split, coco, copy, refusal, tmp_path):
+    data = copy(coco)
+    path = data / f'annotations/instances_{split}2017.json'
+    edit(path, rename_person)
+    message = refusal(COCO, data)
+    assert f"'{path}' does not fit" in message
+    assert "no category 'person'." in message and "'human'" in message
+    assert 'metainfo.classes' in message and 'num_classes' in message
+    assert 'Epoch(train)' not in log(tmp_path)
+
+
+def test_categories_in_another_order_are_refused(coco, copy):
+    data = copy(coco)
+    edit(data / 'annotations/instances_train2017.json', reverse)
+    with pytest.raises(
+            data_checks.DataError, match="another order.*'toothbrush'"):
+        check(COCO, data)
+
+
+def test_annotations_of_no_category_are_refused(coco, copy):
+    data = copy(coco)
+    edit(data / 'annotations/instances_train2017.json', stray)
+    with pytest.raises(data_checks.DataError, match='category_id 12,'):
+        check(COCO, data)
+
+
+def test_classes_may_be_some_of_the_categories(coco, copy):
+    loader = check(
+        COCO, copy(coco), metainfo=dict(classes=('person', 'toothbrush')))
+    assert len(loader.dataset.cat_ids) == 2
+
+
+@pytest.mark.parametrize('content, expected', [
+    ('{"categories": [{"id": 3, "name": "cell"}], "images": []}', {3: 'cell'}),
+    ('{"images": [], "categories" :\n[{"name": "Küche", "id": 1}]}',
+     {1: 'Küche'}),
+])
+def test_categories_are_read_wherever_they_stand(content, expected, tmp_path):
+    path = tmp_path / 'file.json'
+    path.write_text(content, encoding='utf-8')
+    assert data_checks.read_categories(str(path)) == expected
+
+
+def test_file_without_categories_is_named(tmp_path):
+    path = tmp_path / 'file.json'
+    path.write_text('{"images": []}')
+    with pytest.raises(data_checks.DataError, match=f"'{path}' has no list"):
+        data_checks.read_categories(str(path))
+
+
+def test_message_about_other_classes_says_what_makes_it_run(
+        coco, copy, train, refusal, tmp_path):
+    """The options that it names, and nothing else, make training start."""
+    classes = [
+        f'{part}_dataloader.dataset.metainfo.classes=[person,toothbrush]'
+        for part in ('train', 'val', 'test')
+    ]
+    data = copy(coco)
+    message = refusal(COCO, data, *classes)
+    assert 'has 2 classes' in message
+    assert 'roi_head.bbox_head.num_classes=80' in message
+    options = message.partition('--cfg-options ')[2].split()
+    assert set(options) == {
+        'model.roi_head.bbox_head.num_classes=2',
+        'model.roi_head.mask_head.num_classes=2'
+    }
+    shutil.rmtree(tmp_path / 'work')
+    train(COCO, data, *classes, *options, 'val_cfg=None',
+          'val_dataloader=None', 'val_evaluator=None')
+    assert 'Epoch(train)' in log(tmp_path)
+
+
+def test_text_in_place_of_a_list_of_classes_is_refused(coco, copy):
+    with pytest.raises(
+            data_checks.DataError, match=r'classes="\[person\]"'):
+        check(COCO, copy(coco), metainfo=dict(classes='person'))
+
+
+def test_heads_are_found_wherever_they_are():
+    assert set(data_checks.head_sizes(Config.fromfile(CASCADE).model)) == {
+        *(f'model.roi_head.bbox_head.{i}.num_classes' for i in range(3)),
+        'model.roi_head.mask_head.num_classes'
+    }
+    assert data_checks.head_sizes(Config.fromfile(ADE20K).model) == {
+        'model.decode_head.num_classes': 150,
+        'model.auxiliary_head.num_classes': 150
+    }
+    assert data_checks.head_sizes(Config.fromfile(IN1K).model) == {
+        'model.head.num_classes': 1000
+    }
+
+
+def test_classifier_may_have_more_classes_than_the_data(pictures):
+    check(IN1K, pictures, sizes={'model.head.num_classes': 9}, exact=False)
+    with pytest.raises(
+            data_checks.DataError, match='2 classes.*model.head.num_cla'):
+        check(IN1K, pictures, sizes={'model.head.num_classes': 1}, exact=False)
+
+
+def test_suffix_that_no_image_has_is_refused(ade20k, copy):
+    with pytest.raises(
+            data_checks.DataError, match='img_suffix.*has no images'):
+        check(ADE20K, copy(ade20k), img_suffix='.tiff')
+
+
+def test_classes_that_ade20k_does_not_have_are_refused(ade20k, copy):
+    with pytest.raises(
+            data_checks.DataError, match="does not have.*'BaseSegDataset'"):
+        check(ADE20K, copy(ade20k), metainfo=dict(classes=['cell', 'none']))
+
+
+def test_annotation_file_that_is_cut_off_is_named(coco, copy):
+    data = copy(coco)
+    path = data / 'annotations/instances_train2017.json'
+    damage(path, 'cut')
+    with pytest.raises(
+            data_checks.DataError, match=f'{path.name}.* is no JSON'):
+        check(COCO, data)
+
+
+def test_image_that_an_annotation_file_names_and_that_is_not_there(
+        coco, copy):
+    data = copy(coco)
+    gone = sorted((data / 'val2017').iterdir())[0]
+    gone.unlink()
+    with pytest.raises(data_checks.DataError, match=f"'{gone}', which does"):
+        check(COCO, data, part='val')
+
+
+def paint(path, label):
+    """Put a label into a corner of a label map."""
+    labels = np.array(Image.open(path))
+    labels[:2, :3] = label
+    Image.fromarray(labels).save(path)
+
+
+def label_maps(data, split='training'):
+    return sorted((data / f'annotations/{split}').iterdir())
+
+
+@pytest.mark.parametrize('split', ['training', 'validation'])
+def test_label_that_is_no_class_is_named_before_training(
+        split, ade20k, copy, refusal, tmp_path):
+    data = copy(ade20k)
+    path = label_maps(data, split)[-1]
+    paint(path, 151)
+    message = refusal(ADE20K, data)
+    assert f"'{path}' has the label 151 (6 pixels)" in message
+    assert 'labels 1 to 150, and 0 and 255' in message
+    assert 'Iter(train)' not in log(tmp_path)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_label_that_is_no_class_is_named_when_it_is_read(
+        workers, ade20k, copy, refusal, monkeypatch):
+    monkeypatch.setattr(data_checks, 'SAMPLE', 1)
+    data = copy(ade20k)
+    path = label_maps(data)[-1]
+    paint(path, 200)
+    message = refusal(ADE20K, data, f'train_dataloader.num_workers={workers}',
+                      'train_dataloader.sampler.shuffle=False')
+    assert message.startswith(f"the label map '{path}' has the label 200")
+    assert 'Traceback' not in message
+
+
+@pytest.mark.parametrize('label', [0, 1, 150, 255])
+def test_labels_of_ade20k_are_taken(label, ade20k, copy):
+    data = copy(ade20k)
+    paint(label_maps(data)[0], label)
+    loader = check(ADE20K, data)
+    labels = loader.dataset[0]['data_samples'].gt_sem_seg.data
+    assert labels.max() <= 149 or 255 in labels
+
+
+def test_labels_of_other_data_sets_start_at_zero(ade20k, copy):
+    settings = dict(
+        type='BaseSegDataset', metainfo=dict(classes=['a', 'b', 'c']))
+    data = copy(ade20k)
+    for path in label_maps(data):
+        Image.fromarray(np.full((64, 96), 2, 'uint8')).save(path)
+    check(ADE20K, data, **settings)
+    paint(label_maps(data)[1], 3)
+    with pytest.raises(
+            data_checks.DataError, match='label 3 .* 0 to 2, and 255 for'):
+        check(ADE20K, data, **settings)
+
+
+def test_label_map_of_colours_is_refused(ade20k, copy):
+    data = copy(ade20k)
+    path = label_maps(data)[2]
+    Image.fromarray(np.zeros((64, 96, 3), 'uint8')).save(path)
+    with pytest.raises(
+            data_checks.DataError, match=f"'{path}' has 3 channels"):
+        check(ADE20K, data)
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    path.write_bytes({
+        'empty': b'',
+        'cut': content[:len(content) // 2],
+        'garbage': os.urandom(len(content))
+    }[how])
+
+
+@pytest.mark.parametrize('how', ['empty', 'cut', 'garbage'])
+@pytest.mark.parametrize('base, data, folder, kind', [
+    (IN1K, 'pictures', 'train/a', 'image'),
+    (COCO, 'coco', 'train2017', 'image'),
+    (ADE20K, 'ade20k', 'images/training', 'image'),
+    (ADE20K, 'ade20k', 'annotations/training', 'label map'),
+], ids=['imagenet', 'coco', 'ade20k', 'label map'])
+def test_damaged_file_is_named_when_it_is_read(
+        base, data, folder, kind, how, copy, request, monkeypatch):
+    monkeypatch.setattr(data_checks, 'SAMPLE', 0)
+    root = request.getfixturevalue(data)
+    root = root if data == 'pictures' else copy(root)
+    path = sorted((root / folder).iterdir())[0]
+    damage(path, how)
+    data_set = check(base, root).dataset
+    with pytest.raises(data_checks.DataError) as raised:
+        for i in range(len(data_set)):
+            data_set[i]
+    assert f"cannot read the {kind} '{path}': it is damaged" in str(
+        raised.value)
+    assert 'Put a good copy there' in str(raised.value)
+
+
+@pytest.mark.parametrize('base, data, folder', [
+    (IN1K, 'pictures', 'train/b'),
+    (COCO, 'coco', 'train2017'),
+], ids=['imagenet', 'coco'])
+def test_training_ends_with_the_name_of_a_damaged_image(
+        base, data, folder, copy, request, refusal):
+    root = request.getfixturevalue(data)
+    root = root if data == 'pictures' else copy(root)
+    path = sorted((root / folder).iterdir())[0]
+    damage(path, 'cut')
+    message = refusal(base, root, 'train_dataloader.num_workers=1')
+    assert message.startswith(f"cannot read the image '{path}': it is damaged")
+    assert 'Traceback' not in message
+
+
+def test_workers_that_are_spawned_name_the_file_too(ade20k, copy):
+    data = copy(ade20k)
+    path = sorted((data / 'images/training').iterdir())[1]
+    damage(path, 'garbage')
+    loader = DataLoader(
+        check(ADE20K, data).dataset, num_workers=1, collate_fn=pseudo_collate,
+        multiprocessing_context='spawn')
+    with pytest.raises(SystemExit) as raised, data_checks.one_message():
+        list(loader)
+    assert raised.value.code.startswith(
+        f"cannot read the image '{path}': it is damaged")
+
+
+def test_steps_inside_test_time_augmentation_are_checked(ade20k, copy):
+    data = copy(ade20k)
+    pipeline = Config.fromfile(ADE20K).tta_pipeline
+    loader = check(ADE20K, data, part='val', pipeline=pipeline)
+    damage(label_maps(data, 'validation')[0], 'cut')
+    with pytest.raises(data_checks.DataError, match='label map'):
+        loader.dataset[0]
+
+
+def test_wrapped_data_sets_are_checked_once(ade20k, copy):
+    data = copy(ade20k)
+    init_default_scope('mmseg')
+    inner = dict(Config.fromfile(write_config(
+        ADE20K, data)).train_dataloader.dataset)
+    data_set = DATASETS.build(
+        dict(
+            type='RepeatDataset', times=2,
+            dataset=dict(type='ConcatDataset', datasets=[inner, inner])))
+    loader = type('Loader', (), dict(dataset=data_set))
+    for _ in range(2):
+        data_checks.check_loader(loader, {}, True)
+    for leaf in data_set.dataset.datasets:
+        first, second = leaf.pipeline.transforms[:2]
+        for step in (first, second):
+            assert type(step) is data_checks.CheckedLoad
+            assert type(step.load).__name__.startswith('Load')
+
+
+def test_checked_step_survives_pickling_and_changes_no_sample(ade20k, copy):
+    data = copy(ade20k)
+    pipeline = [
+        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')
+    ]
+    plain = build(ADE20K, data, pipeline=pipeline).dataset
+    checked = check(ADE20K, data, pipeline=pipeline).dataset
+    checked.pipeline = pickle.loads(pickle.dumps(checked.pipeline))
+    for i in range(len(plain)):
+        expected, sample = plain[i], checked[i]
+        assert expected.keys() == sample.keys()
+        for key in ('img', 'gt_seg_map'):
+            assert np.array_equal(expected[key], sample[key])
