@@ -1,4 +1,6 @@
 """Every config builds, and the recipes are the published ones."""
+import copy
+import functools
 import re
 from pathlib import Path
 
@@ -32,8 +34,14 @@ CASCADE = 'detection/cascade_mask_rcnn_conv2former_l_coco.py'
 ADE20K = 'segmentation/upernet_conv2former_t_ade20k.py'
 
 
-def load(config):
+@functools.cache
+def read(config):
     return Config.fromfile(CONFIGS / config)
+
+
+def load(config):
+    """A config that a test may change."""
+    return copy.deepcopy(read(Path(config)))
 
 
 def build_model(cfg):
@@ -132,11 +140,13 @@ def test_recipe_is_a_small_delta(config):
     assert len(settings) <= 16
 
 
-@pytest.mark.parametrize('config', RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'config',
+    # Ablations change one setting of a recipe whose header has the numbers.
+    [path for path in RECIPES if 'ablation' not in path.parts],
+    ids=lambda path: path.stem)
 def test_arithmetic_in_the_header_is_that_of_the_config(config):
     header = (CONFIGS / config).read_text().split('"""')[1]
-    if 'All else is' in header:
-        pytest.skip('a delta of another recipe, whose header has it')
     found = re.search(
         r'Batch: 8 GPUs x (\d+) images = (\d+) at lr (\S+); with another '
         r'batch,\nlr = (\S+) \* \(GPUs x images\) / (\d+)', header)

@@ -25,8 +25,8 @@ model = dict(
     decode_head=dict(in_channels=[8, 8, 16, 16], channels=8, dropout_ratio=0),
     auxiliary_head=dict(in_channels=16, channels=8, dropout_ratio=0),
     test_cfg=dict(crop_size=(64, 64), stride=(43, 43)))
-# Half of the images need one window, half of them two.
-test_pipeline = [
+# Images differ in size, and so in the number of windows when validated.
+train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='Resize', scale=(64, 64)),
@@ -38,7 +38,7 @@ val_pipeline = [
     dict(type='PackSegInputs')]
 train_dataloader = dict(
     num_workers=0, persistent_workers=False,
-    dataset=dict(data_root={data!r}, pipeline=test_pipeline))
+    dataset=dict(data_root={data!r}, pipeline=train_pipeline))
 val_dataloader = dict(
     num_workers=0, persistent_workers=False,
     dataset=dict(data_root={data!r}, pipeline=val_pipeline))
@@ -121,9 +121,14 @@ def groups(checkpoint):
 
 
 def test_sharded_parameters_have_the_same_rates_and_decay(folder):
-    plain, sharded = (
-        groups(load(folder / run / 'iter_2.pth'))
-        for run in ('plain', 'sharded'))
+    checkpoints = [
+        load(folder / run / 'iter_2.pth') for run in ('plain', 'sharded')
+    ]
+    first, second = (
+        checkpoint['optimizer']['base_param_settings']['lr']
+        for checkpoint in checkpoints)
+    assert first == second
+    plain, sharded = map(groups, checkpoints)
     assert plain == sharded
     assert len({settings[2] for settings in plain.values()}) == 2
     assert len({settings[1] for settings in plain.values()}) > 2

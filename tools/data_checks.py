@@ -15,6 +15,8 @@ from typing import Any
 
 import cv2
 from mmcv.transforms import BaseTransform
+from mmengine.config import ConfigDict
+from mmengine.registry import DATASETS
 from PIL import Image
 
 # Files of a data set that are looked at before the first iteration.
@@ -41,6 +43,26 @@ def one_message() -> Iterator[None]:
     except DataError as error:
         mark = f'{DataError.__name__}: '
         raise SystemExit(str(error).rpartition(mark)[2].strip()) from error
+
+
+def data_sets(cfg: ConfigDict, where: str) -> Iterator[tuple[str, ConfigDict]]:
+    """Data sets in a data-set config, those inside wrappers too.
+
+    Args:
+        cfg (ConfigDict): Config of a data set or of a wrapper around one
+            (``dataset``) or several (``datasets``).
+        where (str): Dotted name of ``cfg`` in the whole config.
+
+    Yields:
+        tuple[str, ConfigDict]: Dotted name and config of a data set.
+    """
+    if 'dataset' in cfg:
+        yield from data_sets(cfg.dataset, f'{where}.dataset')
+    elif 'datasets' in cfg:
+        for i, inner in enumerate(cfg.datasets):
+            yield from data_sets(inner, f'{where}.datasets.{i}')
+    else:
+        yield where, cfg
 
 
 def head_sizes(model: Any, where: str = 'model') -> dict[str, int]:
@@ -70,7 +92,7 @@ def head_sizes(model: Any, where: str = 'model') -> dict[str, int]:
 
 
 def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-    """Build a data loader; name the data set that has nothing to load.
+    """Build a data loader; say why where there is nothing to load.
 
     Args:
         build (Callable): ``build_dataloader`` of the runner.
@@ -90,6 +112,7 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(error, json.JSONDecodeError):
             reason = f'an annotation file that is no JSON ({error})'
         elif 'at least one array' in str(error):  # NumPy, asked by mmengine
+            _explain_no_images(cfg['dataset'])
             reason = ('no images. Compare data_root, data_prefix, ann_file, '
                       'the suffixes and filter_cfg with the files')
         elif 'subset of classes' in str(error):  # mmseg
@@ -104,6 +127,22 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
             for key, value in cfg['dataset'].items() if key != 'pipeline'
         }
         raise DataError(f'the data set {settings} has {reason}') from error
+
+
+def _explain_no_images(cfg: ConfigDict) -> None:
+    """Where no category of a COCO file is a class, mmdet filters all images.
+
+    Args:
+        cfg (ConfigDict): Config of the data set without images.
+
+    Raises:
+        DataError: If that is why.
+    """
+    for _, leaf in data_sets(cfg, ''):
+        # It has not read its file, but knows the path and the classes.
+        data_set = DATASETS.build({**leaf, 'lazy_init': True})
+        if hasattr(data_set, 'COCOAPI'):
+            _compare_categories(data_set)
 
 
 def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
@@ -129,8 +168,15 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
                 f"text '{classes}'. Write metainfo.classes=\"[{classes}]\"")
         if classes is not None:
             _check_sizes(name, len(classes), sizes, exact)
-            if hasattr(data_set, 'cat_ids'):
-                _check_categories(data_set, list(classes))
+            if hasattr(data_set, 'cat_ids') and osp.isfile(data_set.ann_file):
+                categories = _compare_categories(data_set)
+                stray = sorted(set(data_set.cat_img_map) - set(categories))
+                if stray:
+                    raise DataError(
+                        f"'{data_set.ann_file}' has annotations with "
+                        f'category_id {_some(stray)}, and its categories are '
+                        f'{_some(list(categories))}. Correct the ids, or add '
+                        'the categories to the file')
         # Only mmseg computes its loss from label maps as they are.
         limit = None
         if hasattr(data_set, 'reduce_zero_label'):
@@ -172,18 +218,26 @@ def _check_sizes(name: str, count: int, sizes: dict[str, int],
             ' '.join(f'{key}={wanted}' for key in wrong))
 
 
-def _check_categories(data_set: Any, classes: list[str]) -> None:
+def _compare_categories(data_set: Any) -> dict[int, str]:
     """Compare the categories of a COCO file with the classes.
 
     mmdet leaves out, without a word, classes that the file does not have and
     annotations of other categories, and numbers the labels in the order of
     the file.
+
+    Args:
+        data_set (CocoDataset): The data set, loaded or not.
+
+    Returns:
+        dict[int, str]: The categories.
+
+    Raises:
+        DataError: If they are not the classes.
     """
-    path = data_set.ann_file
-    if not osp.isfile(path):
-        return
+    path, classes = data_set.ann_file, list(data_set.metainfo['classes'])
     names = read_categories(path)
-    found = [names[key] for key in data_set.cat_ids]
+    ids = getattr(data_set, 'cat_ids', names)
+    found = [names[key] for key in ids if names[key] in classes]
     if found != classes:
         missing = [name for name in classes if name not in found]
         raise DataError(
@@ -194,12 +248,7 @@ def _check_categories(data_set: Any, classes: list[str]) -> None:
             'metainfo.classes of the data sets of train, val and test to '
             'those names, in that order, and num_classes of the heads to '
             'their number')
-    stray = sorted(set(data_set.cat_img_map) - set(names))
-    if stray:
-        raise DataError(
-            f"'{path}' has annotations with category_id {_some(stray)}, and "
-            f'its categories are {_some(list(names))}. Correct the ids, or '
-            'add the categories to the file')
+    return names
 
 
 def _some(values: list, count: int = 20) -> str:

@@ -11,7 +11,6 @@ import os
 import os.path as osp
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import data_checks
+from data_checks import data_sets
 from mmconv2former.checkpoint import safe_globals
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
@@ -117,26 +117,6 @@ def check_writable(folder: str, option: str) -> None:
         raise SystemExit(
             f"cannot write in '{folder}': {error.strerror}. Name a folder "
             f'that you may write in with {option}') from error
-
-
-def data_sets(cfg: ConfigDict, where: str) -> Iterator[tuple[str, ConfigDict]]:
-    """Data sets in a data-set config, those inside wrappers too.
-
-    Args:
-        cfg (ConfigDict): Config of a data set or of a wrapper around one
-            (``dataset``) or several (``datasets``).
-        where (str): Dotted name of ``cfg`` in the whole config.
-
-    Yields:
-        tuple[str, ConfigDict]: Dotted name and config of a data set.
-    """
-    if 'dataset' in cfg:
-        yield from data_sets(cfg.dataset, f'{where}.dataset')
-    elif 'datasets' in cfg:
-        for i, inner in enumerate(cfg.datasets):
-            yield from data_sets(inner, f'{where}.datasets.{i}')
-    else:
-        yield where, cfg
 
 
 def data_paths(data_set: ConfigDict) -> dict[str, str]:
