@@ -4,6 +4,8 @@ Train: bash tools/dist_train.sh \
            configs/classification/conv2former_l_in22k.py 8 --amp
 Batch: 8 GPUs x 128 images = 1024 at lr 1e-3; with another batch,
 lr = 1e-3 * (GPUs x images) / 1024, which --auto-scale-lr sets.
+Memory: --cfg-options model.backbone.with_cp=True recomputes the blocks in the
+backward pass; docs/training.md has more.
 Expected: not evaluated by itself; fine-tuned on ImageNet-1K, see
 conv2former_l_in22k_ft_in1k.py.
 """
