@@ -84,7 +84,7 @@ optim_wrapper = dict(
     optimizer=dict(
         type='AdamW', lr=1e-3, weight_decay=0.05, fused=True),
     # Without layer decay (a rate of 1), for its few parameter groups: mmengine
-    # makes one of each tensor, and its steps take a fifth of the time here.
+    # makes one of each tensor, and goes through 125 of them at every step.
     constructor='LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(
         decay_rate=1., norm_decay_mult=0., bias_decay_mult=0.),
