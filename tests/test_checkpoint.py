@@ -1,7 +1,6 @@
 """Pre-trained weights: every layout loads, everything else is refused."""
 import argparse
 import hashlib
-import importlib.util
 import logging
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 from mmengine.logging import HistoryBuffer, MMLogger
 from torch import nn
 
+import convert_checkpoint
 import official
 from mmconv2former import Conv2Former, Conv2FormerNeck
 from mmconv2former.checkpoint import (
@@ -24,13 +24,6 @@ from mmconv2former.checkpoint import (
 
 MINI = dict(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], kernel_size=5)
 CONVERT = Path(__file__).parents[1] / 'tools' / 'convert_checkpoint.py'
-
-
-def convert_module():
-    spec = importlib.util.spec_from_file_location('convert', CONVERT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -347,7 +340,7 @@ def test_conversion_proves_and_records_what_it_did(tmp_path):
 
 
 def test_conversion_of_the_backbone_alone_and_of_our_own_file(tmp_path):
-    convert = convert_module().convert
+    convert = convert_checkpoint.convert
     src, dst, again = (tmp_path / name for name in ('a.pth', 'b.pth', 'c.pth'))
     torch.save(GOOD, src)
     convert(src, dst)
@@ -367,7 +360,7 @@ def test_a_failed_conversion_leaves_nothing_behind(
     dst.parent.mkdir()
     torch.save(content, src)
     with pytest.raises(CheckpointError, match=message):
-        convert_module().convert(src, dst)
+        convert_checkpoint.convert(src, dst)
     assert list(dst.parent.iterdir()) == []
 
 
@@ -387,7 +380,7 @@ class Settings:
 def test_trusted_pickles_are_converted_to_tensors_only(tmp_path):
     src, dst = tmp_path / 'a.pth', tmp_path / 'b.pth'
     torch.save(dict(state_dict=GOOD, args=Settings()), src)
-    convert = convert_module().convert
+    convert = convert_checkpoint.convert
     with pytest.raises(CheckpointError, match='pickled test_checkpoint.Sett'):
         convert(src, dst)
     convert(src, dst, trust_pickle=True)

@@ -1,5 +1,4 @@
 """Digits: the data, the three configs and the report."""
-import importlib.util
 import json
 import shutil
 import sys
@@ -13,6 +12,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from pycocotools import mask as rle
 
+import make_digits as make
+import report
+
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = 'conv2former_mini_digits'
 CONFIGS = {
@@ -21,18 +23,6 @@ CONFIGS = {
     'upernet_conv2former_mini_digits': 'segmentation',
 }
 SETTINGS = dict(train_scenes=6, val_scenes=6, views=1)
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(
-        f'digits_{name}', ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make = load_tool('make_digits')
-report = load_tool('report')
 
 
 def silent(line):

@@ -1,5 +1,4 @@
 """tools/train.py and tools/test.py, alone and in two processes."""
-import importlib.util
 import json
 import logging
 import os
@@ -151,19 +150,11 @@ def run(*command, cwd, **env):
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    """Load a script of tools/ as Python finds it when it is run."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(
-            name, ROOT / 'tools' / f'{name}.py')
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    monkeypatch.setitem(sys.modules, 'launch', load('launch'))
+def tool(load_tool, monkeypatch):
+    """Load a script that uses launch.py, each as a new module."""
+    monkeypatch.setitem(sys.modules, 'launch', load_tool('launch'))
     monkeypatch.setenv('LOCAL_RANK', '0')
-    return load
+    return load_tool
 
 
 def refusal(main, *argv):

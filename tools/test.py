@@ -75,7 +75,7 @@ def _augment(cfg: Config) -> None:
             'how to augment and how to merge; '
             'configs/*/_base_/imagenet_224.py and ade20k_512.py show them')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    for _, data_set in launch.data_sets(cfg.test_dataloader.dataset, ''):
+    for _, data_set in data_checks.data_sets(cfg.test_dataloader.dataset, ''):
         data_set.pipeline = cfg.tta_pipeline
 
 
