@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from .archs import resolve_arch
 from .checkpoint import PretrainedModule, load_backbone
-from .operators import FUSIONS, DropPath, LayerNorm2d, add_position, modulate
+from .fused import ResidualBranch, available
+from .operators import (
+    FUSIONS,
+    DropPath,
+    LayerNorm2d,
+    Pointwise,
+    add_position,
+    modulate,
+)
 from .registry import MODELS
 
 
@@ -72,11 +80,11 @@ class ConvModulation(nn.Module):
         self.fusion = fusion
         self.norm = LayerNorm2d(dim)
         self.att = nn.Sequential(
-            nn.Conv2d(dim, dim, 1), nn.GELU(),
+            Pointwise(dim, dim), nn.GELU(),
             nn.Conv2d(
                 dim, dim, kernel_size, padding=kernel_size // 2, groups=dim))
-        self.v = nn.Conv2d(dim, dim, 1)
-        self.proj = nn.Conv2d(dim, dim, 1)
+        self.v = Pointwise(dim, dim)
+        self.proj = Pointwise(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
@@ -85,6 +93,16 @@ class ConvModulation(nn.Module):
         return self.proj(
             modulate(self.att[0](x), self.v(x), depthwise.weight,
                      depthwise.bias, self.fusion))
+
+    def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
+        """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
+        z, _, depthwise = self.att
+        return ResidualBranch.apply(
+            x, self.norm.weight, self.norm.bias,
+            torch.cat([z.weight, self.v.weight]).flatten(1),
+            torch.cat([z.bias, self.v.bias]), depthwise.weight,
+            depthwise.bias, self.proj.weight.flatten(1), self.proj.bias,
+            scale, keep, self.norm.eps, 'gate')
 
 
 class MLP(nn.Module):
@@ -99,14 +117,22 @@ class MLP(nn.Module):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.norm = LayerNorm2d(dim)
-        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.fc1 = Pointwise(dim, hidden)
         self.pos = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.fc2 = Pointwise(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         z = self.fc1(self.norm(x))
         return self.fc2(add_position(z, self.pos.weight, self.pos.bias))
+
+    def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
+        """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
+        return ResidualBranch.apply(
+            x, self.norm.weight, self.norm.bias, self.fc1.weight.flatten(1),
+            self.fc1.bias, self.pos.weight, self.pos.bias,
+            self.fc2.weight.flatten(1), self.fc2.bias, scale, keep,
+            self.norm.eps, 'position')
 
 
 class Block(nn.Module):
@@ -120,11 +146,13 @@ class Block(nn.Module):
         drop_path_rate (float): Probability of dropping a branch.
         layer_scale_init_value (float): Initial scale of both branches.
         with_cp (bool): Whether to recompute the block in the backward pass.
+        fused (bool): Whether to take the fused operators where possible.
     """
 
     def __init__(self, dim: int, kernel_size: int, mlp_ratio: float,
                  fusion: str, drop_path_rate: float,
-                 layer_scale_init_value: float, with_cp: bool) -> None:
+                 layer_scale_init_value: float, with_cp: bool,
+                 fused: bool) -> None:
         super().__init__()
         self.attn = ConvModulation(dim, kernel_size, fusion)
         self.mlp = MLP(dim, mlp_ratio)
@@ -134,12 +162,30 @@ class Block(nn.Module):
             torch.full((dim, ), float(layer_scale_init_value)))
         self.drop_path = DropPath(drop_path_rate)
         self.with_cp = with_cp
+        self.fused = fused and fusion == 'hadamard'
 
     def _forward(self, x: Tensor) -> Tensor:
-        g1 = self.layer_scale_1[:, None, None]
-        g2 = self.layer_scale_2[:, None, None]
-        x = x + self.drop_path(g1 * self.attn(x))
-        return x + self.drop_path(g2 * self.mlp(x))
+        branches = ((self.attn, self.layer_scale_1),
+                    (self.mlp, self.layer_scale_2))
+        if self.fused and available(x, self.layers()):
+            x = x.permute(0, 2, 3, 1).contiguous()
+            for branch, scale in branches:
+                x = branch.fused(x, scale, self.drop_path.factor(x))
+            return x.permute(0, 3, 1, 2)
+        for branch, scale in branches:
+            # In the precision of x: the fp32 scale would raise that of the
+            # residual under autocast.
+            y = scale[:, None, None].to(x.dtype) * branch(x).to(x.dtype)
+            x = x + self.drop_path(y)
+        return x
+
+    def layers(self) -> list[nn.Module]:
+        """The layers with parameters, which the fused operators replace."""
+        attn, mlp = self.attn, self.mlp
+        return [
+            attn.norm, attn.att[0], attn.att[2], attn.v, attn.proj, mlp.norm,
+            mlp.fc1, mlp.pos, mlp.fc2
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
@@ -190,6 +236,12 @@ class Conv2Former(PretrainedModule):
             evaluation mode while training. Defaults to False.
         with_cp (bool): Whether to recompute the blocks in the backward pass
             to save memory. Defaults to False.
+        residual_in_fp32 (bool): Whether the sums of the residual branches
+            stay in fp32 under autocast. Defaults to False, the precision of
+            autocast.
+        fused (bool): Whether to take the fused operators of
+            :mod:`mmconv2former.fused` where possible; environment variable
+            MMCONV2FORMER_FUSED=0 turns them off everywhere. Defaults to True.
         init_cfg (dict | list[dict], optional): Initialisation config of
             mmengine. ``dict(type='Pretrained', checkpoint=...)`` takes the
             files that :func:`mmconv2former.checkpoint.load_backbone` reads
@@ -223,6 +275,8 @@ class Conv2Former(PretrainedModule):
                  frozen_stages: int = -1,
                  norm_eval: bool = False,
                  with_cp: bool = False,
+                 residual_in_fp32: bool = False,
+                 fused: bool = True,
                  init_cfg: dict | Sequence[dict] | None = None):
         super().__init__(init_cfg)
         self.arch = resolve_arch(arch)
@@ -235,6 +289,7 @@ class Conv2Former(PretrainedModule):
         self.out_norm = out_norm
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.residual_in_fp32 = residual_in_fp32
 
         stem_stride, build_stem = STEMS[self.arch['stem']]
         strides = [stem_stride * 2**i for i in range(len(dims))]
@@ -255,7 +310,7 @@ class Conv2Former(PretrainedModule):
             self.stages.append(
                 nn.Sequential(*(
                     Block(dims[i], self.arch['kernel_size'], mlp_ratio,
-                          fusion, rate, layer_scale_init_value, with_cp)
+                          fusion, rate, layer_scale_init_value, with_cp, fused)
                     for rate in rates[first:first + depths[i]])))
         if out_norm:
             for i in self.out_indices:
@@ -322,10 +377,13 @@ class Conv2Former(PretrainedModule):
             raise ValueError(
                 f'expected images of shape (N, {self.in_channels}, H, W) '
                 f'with H and W at least 32, got {tuple(x.shape)}')
+        # The layout of all that follows.
+        x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, (downsample, stage) in enumerate(
                 zip(self.downsample_layers, self.stages)):
-            x = stage(downsample(x))
+            x = downsample(x)
+            x = stage(x.float() if self.residual_in_fp32 else x)
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x) if self.out_norm else x
                 # The blocks leave channels-last memory, which mmcv's own

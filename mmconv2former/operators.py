@@ -1,12 +1,8 @@
-"""Operators of the Conv2Former block.
+"""Operators of the Conv2Former block, written plainly.
 
-The block calls these functions and nothing else. Each is written plainly;
-where there is a faster form, it stands beside the plain one, is taken where it
-is known to be faster, and is switched off by ``MMCONV2FORMER_FUSED=0``.
+They are the reference of the fused ones in :mod:`mmconv2former.fused`, and
+what is exported.
 """
-import os
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,67 +32,15 @@ FUSIONS = {
 }
 
 
-def _depthwise_weight_grad(x: Tensor, grad: Tensor,
-                           kernel_size: int) -> Tensor:
-    """Weight gradient of a depthwise convolution, as another convolution.
-
-    dW[c, i, j] = sum over n, h, w of x[n, c, h + i - p, w + j - p] *
-    grad[n, c, h, w] is itself a depthwise convolution: of the image with its
-    gradient as the kernel, each sample a group. oneDNN is fast at forward
-    convolutions of any kernel, and at weight gradients up to 3x3 only.
-
-    Args:
-        x (Tensor): Input of the convolution, (N, C, H, W).
-        grad (Tensor): Gradient of its output, (N, C, H, W).
-        kernel_size (int): Size of the kernel k, odd; the padding is k // 2.
-
-    Returns:
-        Tensor: (C, 1, k, k).
-    """
-    n, c, h, w = x.shape
-    padding = kernel_size // 2
-    dtype = x.dtype
-    if dtype in (torch.bfloat16, torch.float16):
-        # As fast, and rounds once instead of once for each sample.
-        x, grad = x.float(), grad.float()
-    # oneDNN's contiguous kernels are the faster ones, but end at 13 and where
-    # the padding exceeds the image; its channels-last ones take anything.
-    if kernel_size <= 13 and min(h, w) > padding:
-        image, kernel = x.reshape(1, n * c, h, w), grad.reshape(
-            n * c, 1, h, w)
-    else:
-        image, kernel = (
-            t.permute(2, 3, 0, 1).reshape(1, h, w, n * c).permute(0, 3, 1, 2)
-            for t in (x, grad))
-        kernel = kernel.transpose(0, 1)
-    out = F.conv2d(image, kernel, padding=padding, groups=n * c)
-    grads = out.view(n, c, 1, kernel_size, kernel_size)
-    return grads.sum(0).to(dtype)
-
-
-class _DepthwiseConv(torch.autograd.Function):
-    """``F.conv2d`` with the weight gradient above."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2,
-                        groups=len(weight))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        k = weight.shape[-1]
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, (1, 1), (k // 2, k // 2), (1, 1),
-                False, (0, 0), len(weight), (True, False, False))[0]
-        if ctx.needs_input_grad[1]:
-            grad_weight = _depthwise_weight_grad(x, grad, k)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        return grad_x, grad_weight, grad_bias
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """1x1 convolution: (N, H, W, C), (O, C), (O, ) -> (N, H, W, O)."""
+    if x.device.type == 'cpu' and x.dtype == torch.float32:
+        # oneDNN's; torch asks MKL for fp32 products, which on AMD is half as
+        # fast.
+        return F.conv2d(
+            x.permute(0, 3, 1, 2), weight[:, :, None, None],
+            bias).permute(0, 2, 3, 1)
+    return F.linear(x, weight, bias)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -110,15 +54,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         Tensor: (N, C, H, W).
     """
-    k = weight.shape[-1]
-    if (x.device.type == 'cpu' and k > 3 and weight.requires_grad
-            and torch.is_grad_enabled()
-            and os.environ.get('MMCONV2FORMER_FUSED') != '0'):
-        if torch.is_autocast_enabled('cpu'):
-            dtype = torch.get_autocast_dtype('cpu')
-            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        return _DepthwiseConv.apply(x, weight, bias)
-    return F.conv2d(x, weight, bias, padding=k // 2, groups=len(weight))
+    return F.conv2d(
+        x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
 
 def modulate(z: Tensor, v: Tensor, weight: Tensor, bias: Tensor,
@@ -176,6 +113,24 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Pointwise(nn.Conv2d):
+    """1x1 convolution, as the matrix product that it is.
+
+    Args:
+        in_channels (int): Channels of the input.
+        out_channels (int): Channels of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, O, H, W), in channels-last memory."""
+        return linear(
+            x.permute(0, 2, 3, 1), self.weight.flatten(1),
+            self.bias).permute(0, 3, 1, 2)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch per sample while training.
 
@@ -187,15 +142,20 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, ...) -> (N, ...); the expected value is that of the input."""
+    def factor(self, x: Tensor) -> Tensor | None:
+        """Draw what each sample is multiplied with, (N, 1, ...), if any."""
         if not self.training or self.rate == 0.:
-            return x
+            return None
         keep = 1. - self.rate
         mask = torch.empty(
             (len(x), ) + (1, ) * (x.ndim - 1), dtype=x.dtype,
             device=x.device).bernoulli_(keep)
-        return x * (mask / keep)
+        return mask / keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, ...) -> (N, ...); the expected value is that of the input."""
+        factor = self.factor(x)
+        return x if factor is None else x * factor
 
     def extra_repr(self) -> str:
         return f'rate={self.rate:g}'

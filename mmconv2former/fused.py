@@ -1,0 +1,428 @@
+"""The residual branches of a block with hand-written gradients.
+
+Both branches have one form,
+
+    x + keep * scale * linear(middle(linear(layer_norm(x)))),
+
+where the middle is ``gate`` for convolutional modulation, [z|v] ->
+DW_k(GELU(z)) * v, and ``position`` for the MLP, z -> h + GELU(DW_3(h)) with
+h = GELU(z). On the plain path, in :mod:`mmconv2former.backbone`, autograd
+stores what each operator read, some 27 tensors of the size of x in a block.
+Here 8 are stored, the inputs of the branches and of their middles, and layer
+norm, GELU and depthwise convolution are computed once more in the backward
+pass, where they are cheap beside the matrix products.
+
+Tensors are (N, H, W, C). What is not a matrix product is done by one of two
+sets of kernels with the same signatures: torch's, in this file, or those of
+:mod:`mmconv2former.triton_kernels` on GPUs.
+"""
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from .operators import LayerNorm2d, Pointwise
+
+# What ResidualBranch computes by itself, from their parameters.
+LAYERS = (LayerNorm2d, Pointwise, nn.Conv2d)
+
+aten = torch.ops.aten
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32, in which gradients of parameters are handed on."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, groups: int,
+                   mask: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+    """Gradients of a size-keeping convolution; all tensors are NCHW."""
+    p = weight.shape[-1] // 2
+    return aten.convolution_backward(grad, x, weight, None, (1, 1), (p, p),
+                                     (1, 1), False, (0, 0), groups, mask)
+
+
+def _onednn(x: Tensor) -> bool:
+    """Whether to ask oneDNN for products, which torch does in bf16 only.
+
+    There is no public name for the operator, which torch's compiler uses.
+    """
+    return (x.device.type == 'cpu' and x.dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
+            and not torch.compiler.is_compiling())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer: (..., I), (O, I), (O, ) -> (..., O), without gradients."""
+    if _onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [],
+                                                  '')
+    return F.linear(x, weight, bias)
+
+
+def _linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """(N, H, W, O), (N, H, W, I) -> (O, I)."""
+    grad, x = grad.flatten(0, 2).t(), x.flatten(0, 2).t()
+    # oneDNN copies the first of the two, which had better be the smaller.
+    if len(x) < len(grad):
+        return _wide(linear(x, grad).t().contiguous())
+    return _wide(linear(grad, x))
+
+
+def _bias_grad(grad: Tensor) -> Tensor:
+    # Sums in fp32 by itself; asked for an fp32 result it is five times slower.
+    return _wide(grad.sum((0, 1, 2)))
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N, H, W, C), the latter in any memory layout."""
+    k = weight.shape[-1]
+    image = _nchw(x)
+    if _onednn(x) and 9 <= k <= 13 and min(image.shape[2:]) > k // 2:
+        # Nearly twice as fast in oneDNN, which pays for the copy.
+        image = image.contiguous()
+    return _nhwc(F.conv2d(image, weight, bias, padding=k // 2,
+                          groups=len(weight)))
+
+
+def _depthwise_grad_input(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return _nhwc(
+        _conv_backward(
+            _nchw(grad), _nchw(x), weight, len(weight),
+            (True, False, False))[0])
+
+
+def depthwise_grad_weight(grad: Tensor, x: Tensor,
+                          kernel_size: int) -> Tensor:
+    """Weight gradient of a depthwise convolution, as another convolution.
+
+    dW[c, i, j] = sum over n, h, w of x[n, h + i - p, w + j - p, c] *
+    grad[n, h, w, c] is itself a depthwise convolution: of the image with its
+    gradient as the kernel, each sample a group. oneDNN is fast at forward
+    convolutions of any kernel, and at weight gradients up to 3x3 only.
+
+    Args:
+        grad (Tensor): Gradient of the output of the convolution,
+            (N, H, W, C).
+        x (Tensor): Its input, (N, H, W, C).
+        kernel_size (int): Size of the kernel k, odd; the padding is k // 2.
+
+    Returns:
+        Tensor: (C, 1, k, k), in fp32 where the input has less.
+    """
+    n, h, w, c = x.shape
+    padding = kernel_size // 2
+    grad, x = _nchw(grad), _nchw(x)
+    if x.device.type != 'cpu' or kernel_size <= 3:
+        weight = x.new_empty(c, 1, kernel_size, kernel_size)
+        return _wide(
+            _conv_backward(grad, x, weight, c, (False, True, False))[1])
+    # As fast in fp32, and rounds once instead of once for each sample.
+    x, grad = _wide(x), _wide(grad)
+    # oneDNN's contiguous kernels are the faster ones, but end at 13 and where
+    # the padding exceeds the image; its channels-last ones take anything.
+    if kernel_size <= 13 and min(h, w) > padding:
+        image, kernel = x.reshape(1, n * c, h, w), grad.reshape(
+            n * c, 1, h, w)
+    else:
+        image, kernel = (
+            t.permute(2, 3, 0, 1).reshape(1, h, w, n * c).permute(0, 3, 1, 2)
+            for t in (x, grad))
+        kernel = kernel.transpose(0, 1)
+    out = F.conv2d(image, kernel, padding=padding, groups=n * c)
+    return out.view(n, c, 1, kernel_size, kernel_size).sum(0)
+
+
+def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``DW_k(GELU(z)) * v``.
+
+    Args:
+        zv (Tensor): [z|v], (N, H, W, 2C).
+        weight (Tensor): Depthwise kernel, (C, 1, k, k), k odd.
+        bias (Tensor): Bias of the depthwise convolution, (C, ).
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    z, v = zv.chunk(2, -1)
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return torch.mul(_depthwise(F.gelu(z), weight, bias), v, out=out)
+
+
+def gate_backward(grad: Tensor, zv: Tensor, weight: Tensor,
+                  bias: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of :func:`gate`, and its output once more.
+
+    Args:
+        grad (Tensor): Gradient of the output, (N, H, W, C).
+        zv, weight, bias: As above.
+
+    Returns:
+        tuple[Tensor]: Gradients of zv, weight and bias (the latter two in
+        fp32) and the output, which the caller has not stored.
+    """
+    z, v = zv.chunk(2, -1)
+    grad_zv = torch.empty_like(zv)
+    grad_z, grad_v = grad_zv.chunk(2, -1)
+    h = F.gelu(z)
+    a = _depthwise(h, weight, bias)
+    out = torch.mul(a, v, out=torch.empty_like(grad))
+    torch.mul(grad, a, out=grad_v)
+    grad_a = grad * v
+    grad_h = _depthwise_grad_input(grad_a, h, weight)
+    aten.gelu_backward(grad_h, z, grad_input=grad_z)
+    return (grad_zv, depthwise_grad_weight(grad_a, h, weight.shape[-1]),
+            _bias_grad(grad_a), out)
+
+
+def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``h + GELU(DW_3(h))`` with ``h = GELU(z)``.
+
+    Args:
+        z (Tensor): (N, H, W, C).
+        weight (Tensor): Depthwise kernel, (C, 1, 3, 3).
+        bias (Tensor): Bias of the depthwise convolution, (C, ).
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    h = F.gelu(z)
+    return aten.gelu_(_depthwise(h, weight, bias)).add_(h)
+
+
+def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
+                      bias: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of :func:`position`, and its output once more.
+
+    Args:
+        grad (Tensor): Gradient of the output, (N, H, W, C).
+        z, weight, bias: As above.
+
+    Returns:
+        tuple[Tensor]: Gradients of z, weight and bias (the latter two in
+        fp32) and the output, which the caller has not stored.
+    """
+    h = F.gelu(z)
+    d = _depthwise(h, weight, bias)
+    grad_d = aten.gelu_backward(grad, d)
+    out = aten.gelu_(d).add_(h)
+    grad_h = _depthwise_grad_input(grad_d, h, weight).add_(grad)
+    return (aten.gelu_backward(grad_h, z),
+            depthwise_grad_weight(grad_d, h, weight.shape[-1]),
+            _bias_grad(grad_d), out)
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+                        weight: Tensor, bias: Tensor,
+                        residual: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a layer norm over the channels, and of what passes by it.
+
+    Args:
+        grad (Tensor): Gradient of the output, (N, H, W, C).
+        x (Tensor): Input, (N, H, W, C).
+        mean, rstd (Tensor): Statistics of x, (N, H, W, 1).
+        weight, bias (Tensor): (C, ).
+        residual (Tensor): What else reaches x, (N, H, W, C).
+
+    Returns:
+        tuple[Tensor]: Gradients of x, weight and bias.
+    """
+    grad_x, grad_weight, grad_bias = aten.native_layer_norm_backward(
+        grad.to(x.dtype), x, weight.shape, mean, rstd, weight, bias,
+        (True, True, True))
+    return grad_x.add_(residual), _wide(grad_weight), _wide(grad_bias)
+
+
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+                   keep: Tensor | None) -> Tensor:
+    """``x + keep * scale * y``.
+
+    Args:
+        x, y (Tensor): (N, H, W, C).
+        scale (Tensor): Layer scale, (C, ).
+        keep (Tensor, optional): Drop path, (N, 1, 1, 1).
+
+    Returns:
+        Tensor: (N, H, W, C), of the type of x.
+    """
+    return torch.addcmul(x, y.to(x.dtype), _factor(x, scale, keep)).to(x.dtype)
+
+
+def _factor(x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
+    if x.dtype != torch.float16:  # whose numbers end above 1e-6 * 0.02
+        scale = scale.to(x.dtype)
+    return scale if keep is None else scale * keep
+
+
+class ResidualBranch(torch.autograd.Function):
+    """``x + keep * scale * linear(middle(linear(layer_norm(x))))``.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        norm_weight, norm_bias (Tensor): (C, ).
+        in_weight, in_bias (Tensor): First linear layer, (O, C) and (O, ).
+        dw_weight, dw_bias (Tensor): Depthwise convolution of the middle.
+        out_weight, out_bias (Tensor): Second linear layer, (C, O') and (C, ).
+        scale (Tensor): Layer scale, (C, ).
+        keep (Tensor, optional): Drop path, (N, 1, 1, 1).
+        eps (float): Of the layer norm.
+        middle (str): 'gate' (O = 2C, O' = C) or 'position' (O' = O).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+                in_weight: Tensor, in_bias: Tensor, dw_weight: Tensor,
+                dw_bias: Tensor, out_weight: Tensor, out_bias: Tensor,
+                scale: Tensor, keep: Tensor | None, eps: float,
+                middle: str) -> Tensor:
+        device = x.device.type
+        dtype = x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        if x.is_cuda:  # CPUs take weights of another type, and are faster
+            norm_weight, norm_bias = (
+                p.to(x.dtype) for p in (norm_weight, norm_bias))
+        in_weight, in_bias, dw_weight, dw_bias, weight, bias = (
+            p.to(dtype) for p in (in_weight, in_bias, dw_weight, dw_bias,
+                                  out_weight, out_bias))
+        kernels = _kernels(x)
+        with torch.autocast(device, enabled=False):
+            normed = F.layer_norm(x, norm_weight.shape, norm_weight,
+                                  norm_bias, eps)
+            z = linear(normed.to(dtype), in_weight, in_bias)
+            del normed
+            y = linear(
+                getattr(kernels, middle)(z, dw_weight, dw_bias), weight, bias)
+            out = kernels.scale_residual(x, y, scale, keep)
+        ctx.eps, ctx.middle = eps, middle
+        ctx.save_for_backward(x, z, norm_weight, norm_bias, in_weight,
+                              dw_weight, dw_bias, weight, out_weight, out_bias,
+                              scale, keep)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'the fused operators of Conv2Former have no second '
+                'derivatives; build the backbone with fused=False or set '
+                'MMCONV2FORMER_FUSED=0 to differentiate twice')
+        (x, z, norm_weight, norm_bias, in_weight, dw_weight, dw_bias, weight,
+         out_weight, out_bias, scale, keep) = ctx.saved_tensors
+        kernels = _kernels(x)
+        with torch.autocast(x.device.type, enabled=False):
+            grad = grad.contiguous()
+            # Of the branch before its layer scale, which is therefore part of
+            # the weights here and gets its gradient from theirs.
+            grad_y = (grad if keep is None else grad * keep).to(z.dtype)
+            grad_middle = linear(
+                (grad * _factor(grad, scale, keep)).to(z.dtype), weight.t())
+            grad_z, grad_dw_weight, grad_dw_bias, middle = getattr(
+                kernels, f'{ctx.middle}_backward')(grad_middle, z, dw_weight,
+                                                   dw_bias)
+            del grad_middle
+            grad_weight = _linear_grad_weight(grad_y, middle)
+            grad_bias = _bias_grad(grad_y)
+            del middle, grad_y
+            grad_scale = (
+                torch.einsum('ij,ij->i', _wide(out_weight), grad_weight) +
+                _wide(out_bias) * grad_bias)
+            scale = _wide(scale)
+            grad_weight = grad_weight.mul_(scale[:, None])
+            grad_bias = grad_bias.mul_(scale)
+
+            normed, mean, rstd = aten.native_layer_norm(
+                x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)
+            normed = normed.to(z.dtype)
+            grad_in_weight = _linear_grad_weight(grad_z, normed)
+            grad_in_bias = _bias_grad(grad_z)
+            grad_normed = linear(grad_z, in_weight.t())
+            grad_x, grad_norm_weight, grad_norm_bias = (
+                kernels.layer_norm_backward(grad_normed, x, mean, rstd,
+                                            norm_weight, norm_bias, grad))
+        return (grad_x, grad_norm_weight, grad_norm_bias, grad_in_weight,
+                grad_in_bias, grad_dw_weight, grad_dw_bias, grad_weight,
+                grad_bias, grad_scale, None, None, None)
+
+
+@cache
+def _triton_kernels() -> ModuleType | str:
+    """The Triton kernels, or why there are none."""
+    try:
+        from . import triton_kernels
+    except ImportError as error:
+        return f'Triton cannot be imported ({error})'
+    return triton_kernels
+
+
+@cache
+def _gpu_kernels(device: torch.device) -> ModuleType | str:
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip or capability < (8, 0):
+        return 'the Triton kernels want an NVIDIA GPU of the Ampere ' \
+            'generation or later'
+    return _triton_kernels()
+
+
+def _kernels(x: Tensor) -> ModuleType:
+    kernels = _gpu_kernels(x.device) if x.is_cuda else ''
+    return sys.modules[__name__] if isinstance(kernels, str) else kernels
+
+
+@cache
+def _report(path: str) -> None:
+    print_log(f'Conv2Former: {path}', logger='current')
+
+
+def _obstacle(x: Tensor, modules: Iterable[nn.Module]) -> str:
+    """Why the plain path must run, or ''."""
+    if os.environ.get('MMCONV2FORMER_FUSED') == '0':
+        return 'MMCONV2FORMER_FUSED=0'
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return 'the model is being exported'
+    if x.device.type not in ('cpu', 'cuda'):
+        return f'device {x.device.type} has no fused operators'
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
+           or m._backward_pre_hooks or type(m) not in LAYERS
+           for m in modules):
+        return 'layers of the blocks were replaced, or have hooks'
+    return ''
+
+
+def available(x: Tensor, modules: Iterable[nn.Module]) -> bool:
+    """Whether the fused operators can take these layers; logged once.
+
+    Args:
+        x (Tensor): Input of the block.
+        modules (Iterable[nn.Module]): Layers whose parameters the operators
+            would read, passing by their ``forward``.
+
+    Returns:
+        bool: Whether :class:`ResidualBranch` may stand in for them.
+    """
+    obstacle = _obstacle(x, modules)
+    if not torch.compiler.is_compiling():
+        if obstacle:
+            _report(f'plain operators, because {obstacle}')
+        elif not x.is_cuda:
+            _report(f'fused operators on the {x.device.type}')
+        elif isinstance(reason := _gpu_kernels(x.device), str):
+            _report(f'fused operators of torch alone, because {reason}')
+        else:
+            _report('fused operators with Triton kernels')
+    return not obstacle

@@ -1,0 +1,372 @@
+"""The fused operators against the plain path."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmconv2former import Conv2Former, fused, operators
+from mmconv2former.backbone import Block
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LOW = [torch.bfloat16, torch.float16]
+
+
+def random(*shape, dtype=torch.double, scale=1.):
+    return (torch.randn(*shape, dtype=torch.double) * scale).to(dtype)
+
+
+def block(dim, kernel_size, drop_path_rate=0., **kwargs):
+    """A block in double precision, of which no parameter is trivial."""
+    kwargs = dict(dict(with_cp=False, fused=True), **kwargs)
+    model = Block(dim, kernel_size, 4., 'hadamard', drop_path_rate, 1e-6,
+                  **kwargs).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            scale = 1. if p.ndim == 1 else p[0].numel()**-.5
+            p.copy_(random(*p.shape, scale=scale))
+    return model
+
+
+def run(model, x, grad, autocast=None):
+    """Output and gradients, and whether the fused operators ran."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(0)  # of drop path
+    with torch.autocast('cpu', autocast, enabled=autocast is not None):
+        out = model(x)
+    names = set()
+    nodes = [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in names:
+            names.add(node)
+            nodes += [n for n, _ in node.next_functions]
+    is_fused = any('ResidualBranch' in n.name() for n in names)
+    out.backward(grad.to(out.dtype))
+    results = {n: p.grad for n, p in model.named_parameters()}
+    return {'out': out.detach(), 'x': x.grad, **results}, is_fused
+
+
+def three_ways(model, x, grad, monkeypatch, autocast=None):
+    """Results in double precision, of the plain and of the fused path."""
+    cast = copy.deepcopy(model).to(x.dtype)
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    exact, _ = run(model, x.double(), grad.double())
+    plain, is_fused = run(cast, x, grad, autocast)
+    assert not is_fused
+    plain = {k: v.clone() for k, v in plain.items()}
+    monkeypatch.delenv('MMCONV2FORMER_FUSED')
+    ours, is_fused = run(cast, x, grad, autocast)
+    assert is_fused
+    return exact, plain, ours
+
+
+def assert_as_exact(exact, plain, ours):
+    for name, true in exact.items():
+        own, other = ours[name], plain[name]
+        assert (own.dtype, own.shape) == (other.dtype, other.shape), name
+        # The sums of thousands are taken in another order.
+        noise = 1e-6 * true.abs().max()
+        assert (own - true).abs().max() <= 2 * (
+            other - true).abs().max() + noise, name
+
+
+@pytest.mark.parametrize('n, c, h, w, k', [
+    (1, 8, 1, 1, 3), (3, 8, 5, 7, 11), (2, 20, 13, 1, 7), (1, 36, 7, 13, 21),
+    (2, 72, 7, 7, 11), (1, 100, 5, 5, 5), (2, 144, 13, 13, 11),
+    (2, 8, 56, 56, 11), (1, 8, 17, 56, 13), (2, 20, 2, 2, 9),
+])
+def test_block_is_as_exact_as_the_plain_one(n, c, h, w, k, monkeypatch):
+    torch.manual_seed(c * h * w + k)
+    x, grad = random(n, c, h, w).float(), random(n, c, h, w).float()
+    assert_as_exact(*three_ways(block(c, k, .5), x, grad, monkeypatch))
+
+
+@pytest.mark.parametrize('dtype', LOW)
+@pytest.mark.parametrize('residual', ['low', 'fp32'])
+@pytest.mark.parametrize('n, c, h, w, k', [
+    (3, 8, 5, 7, 11), (2, 20, 13, 13, 7), (2, 72, 7, 7, 11), (1, 8, 28, 28, 9),
+])
+def test_block_is_as_exact_under_autocast(n, c, h, w, k, residual, dtype,
+                                          monkeypatch):
+    torch.manual_seed(c * h * w + k)
+    model = block(c, k)
+    x, grad = (random(n, c, h, w).to(dtype).float() for _ in range(2))
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    exact, _ = run(model, x.double(), grad.double())
+    model = model.float()
+    if residual == 'low':
+        x = x.to(dtype)
+    plain, _ = run(model, x, grad, dtype)
+    plain = {k: v.clone() for k, v in plain.items()}
+    monkeypatch.delenv('MMCONV2FORMER_FUSED')
+    ours, is_fused = run(model, x, grad, dtype)
+    assert is_fused
+    assert ours['out'].dtype == (dtype if residual == 'low' else torch.float)
+    # Norms, not maxima: single values differ by a rounding either way.
+    rounding = torch.finfo(dtype).eps / 2
+    for name, true in exact.items():
+        assert ours[name].dtype == plain[name].dtype, name
+        own, other = ((r[name] - true).norm() for r in (ours, plain))
+        assert own <= 2 * other + rounding * true.norm(), name
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('n, c, h, w, k', [
+    (3, 8, 56, 56, 11), (1, 20, 13, 13, 11), (4, 8, 5, 7, 11),
+    (3, 8, 1, 1, 11), (2, 20, 1, 13, 7), (5, 8, 2, 2, 7), (2, 72, 13, 5, 5),
+    (2, 8, 56, 13, 21), (1, 8, 7, 7, 21), (2, 8, 16, 9, 15),
+    (2, 8, 30, 30, 13), (2, 8, 9, 9, 3),
+])
+def test_depthwise_weight_gradient_is_as_exact_as_torchs(
+        n, c, h, w, k, dtype):
+    torch.manual_seed(h * w + k)
+    x, grad = (random(n, h, w, c, dtype=dtype) for _ in range(2))
+
+    def torchs(x, grad):
+        weight = torch.zeros(
+            c, 1, k, k, dtype=x.dtype, requires_grad=True)
+        out = operators.depthwise_conv2d(
+            x.permute(0, 3, 1, 2), weight, torch.zeros_like(x[0, 0, 0]))
+        out.backward(grad.permute(0, 3, 1, 2))
+        return weight.grad
+
+    exact = torchs(x.double(), grad.double())
+    ours = fused.depthwise_grad_weight(grad, x, k)
+    assert ours.dtype == torch.float32
+    error = (torchs(x, grad) - exact).abs().max()
+    noise = 1e-6 * exact.abs().max()
+    assert (ours - exact).abs().max() <= 2 * error + noise
+
+
+@pytest.mark.parametrize('middle, width', [('gate', 2), ('position', 1)])
+@pytest.mark.parametrize('keep', [None, [0., 2.]])
+def test_gradients_in_double_precision(middle, width, keep):
+    torch.manual_seed(0)
+    c, k = 2, 5 if middle == 'gate' else 3
+    if keep is not None:
+        keep = torch.tensor(keep).double().view(2, 1, 1, 1)
+    inputs = [
+        random(2, 3, 4, c), random(c), random(c), random(width * c, c),
+        random(width * c), random(c, 1, k, k), random(c), random(c, c),
+        random(c), random(c)
+    ]
+
+    def branch(*inputs):
+        return fused.ResidualBranch.apply(*inputs, keep, 1e-6, middle)
+
+    assert torch.autograd.gradcheck(
+        branch, [t.requires_grad_() for t in inputs])
+
+
+def test_plain_path_has_second_derivatives_and_the_fused_one_says_so():
+    torch.manual_seed(0)
+    x = random(1, 2, 3, 3).requires_grad_()
+    model = block(2, 3)
+    with pytest.raises(RuntimeError, match='MMCONV2FORMER_FUSED=0'):
+        torch.autograd.grad(
+            model(x).pow(2).sum(), x, create_graph=True)
+    plain = block(2, 3, fused=False)
+    assert torch.autograd.gradcheck(plain, x)
+    assert torch.autograd.gradgradcheck(plain, x)
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+def test_recomputed_blocks_and_changed_weights_give_the_same_bits(dtype):
+    torch.manual_seed(0)
+    kept, again = block(20, 7).float(), block(20, 7, with_cp=True).float()
+    again.load_state_dict(kept.state_dict())
+    x, grad = random(2, 20, 9, 9).float(), random(2, 20, 9, 9).float()
+    results = []
+    for _ in range(2):
+        first, _ = run(kept, x, grad, dtype)
+        second, _ = run(again, x, grad, dtype)
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), name
+        results.append(first['out'])
+        with torch.no_grad():
+            for model in (kept, again):
+                model.attn.att[2].weight.mul_(-2)
+    assert not torch.equal(*results)
+
+
+def test_two_runs_give_the_same_bits():
+    torch.manual_seed(0)
+    model = block(20, 11, .5).float()
+    x, grad = random(2, 20, 9, 9).float(), random(2, 20, 9, 9).float()
+    first, second = ({k: v.clone() for k, v in run(model, x, grad)[0].items()}
+                     for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_frozen_blocks_pass_gradients_on():
+    torch.manual_seed(0)
+    model = block(8, 5).float().requires_grad_(False)
+    x = random(1, 8, 9, 9).float().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_less_is_kept_for_the_backward_pass(monkeypatch):
+    model = block(16, 11).float()
+    x = random(2, 16, 20, 20).float().requires_grad_()
+
+    def kept():
+        sizes = {}
+
+        def pack(t):
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage(
+            ).nbytes() // 4
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = model(x)
+        assert out.requires_grad
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(v for k, v in sizes.items() if k not in own) / x.numel()
+
+    ours = kept()
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    assert 8 <= ours < 9 and kept() > 20
+
+
+@pytest.mark.parametrize('memory_format', [
+    torch.contiguous_format, torch.channels_last, 'strided'])
+def test_any_layout_of_the_input_will_do(memory_format, monkeypatch):
+    torch.manual_seed(0)
+    model = block(8, 5).float()
+    x = random(2, 8, 9, 12).float()
+    if memory_format == 'strided':
+        y = x.repeat_interleave(2, 3)[..., ::2]
+    else:
+        y = x.contiguous(memory_format=memory_format)
+    out = model(y)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    torch.testing.assert_close(out, model(x), rtol=1e-5, atol=1e-5)
+
+
+def takes_fused(model):
+    out = model(torch.randn(1, 3, 32, 32).requires_grad_())[0]
+    nodes, names = [out.grad_fn], ''
+    while nodes:
+        node = nodes.pop()
+        names += node.name()
+        nodes += [n for n, _ in node.next_functions if n is not None][:1]
+    return 'ResidualBranch' in names
+
+
+TINY = dict(depths=[1], dims=[8], kernel_size=5)
+
+
+def test_fused_operators_are_taken_unless_something_is_in_the_way(monkeypatch):
+    assert takes_fused(Conv2Former(TINY))
+    assert not takes_fused(Conv2Former(TINY, fused=False))
+    assert not takes_fused(Conv2Former(TINY, fusion='sum'))
+
+    hooked = Conv2Former(TINY)
+    handle = hooked.stages[0][0].mlp.fc1.register_forward_hook(
+        lambda *_: None)
+    assert not takes_fused(hooked)
+    handle.remove()
+    assert takes_fused(hooked)
+
+    class Adapter(nn.Module):
+
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x) + 1
+
+    adapted = Conv2Former(TINY)
+    adapted.stages[0][0].attn.v = Adapter(adapted.stages[0][0].attn.v)
+    assert not takes_fused(adapted)
+
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    assert not takes_fused(Conv2Former(TINY))
+
+
+def test_log_says_once_which_path_runs_and_why(monkeypatch):
+    lines = []
+    monkeypatch.setattr(fused, 'print_log',
+                        lambda text, **_: lines.append(text))
+    fused._report.cache_clear()
+    x = torch.randn(2, 3, 32, 32)
+    model = Conv2Former(TINY)
+    for _ in range(2):
+        model(x)
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    model(x)
+    fused._report.cache_clear()
+    assert lines == [
+        'Conv2Former: fused operators on the cpu',
+        'Conv2Former: plain operators, because MMCONV2FORMER_FUSED=0'
+    ]
+
+
+@pytest.mark.parametrize('switch', ['0', '1'])
+def test_compiled_backbone_trains_alike(switch, monkeypatch):
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', switch)
+    torch.manual_seed(0)
+    model = Conv2Former(TINY)
+    keys = list(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+
+    def step():
+        model.zero_grad()
+        model(x)[0].pow(2).mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    eager = step()
+    # The tracing is what can fail; code for the CPU takes a minute to build.
+    model.compile(backend='aot_eager', fullgraph=switch == '0')
+    for own, other in zip(step(), eager, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+    assert list(model.state_dict()) == keys
+
+
+def test_residual_stays_in_fp32_if_asked():
+    x = torch.randn(1, 3, 32, 32)
+    for wanted, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        model = Conv2Former(TINY, residual_in_fp32=wanted)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert model(x)[0].dtype == dtype
+
+
+def test_kernels_match_their_plain_operators():
+    torch.manual_seed(0)
+    zv, weight, bias = random(2, 5, 7, 16), random(8, 1, 5, 5), random(8)
+    z, v = (t.permute(0, 3, 1, 2) for t in zv.chunk(2, -1))
+    torch.testing.assert_close(
+        fused.gate(zv, weight, bias).permute(0, 3, 1, 2),
+        operators.modulate(z, v, weight, bias))
+    weight = random(8, 1, 3, 3)
+    torch.testing.assert_close(
+        fused.position(z.permute(0, 2, 3, 1), weight,
+                       bias).permute(0, 3, 1, 2),
+        operators.add_position(z, weight, bias))
+    x, y, scale = random(2, 3, 3, 8), random(2, 3, 3, 8), random(8)
+    keep = torch.tensor([0., 2.]).double().view(2, 1, 1, 1)
+    torch.testing.assert_close(
+        fused.scale_residual(x, y, scale, keep), x + keep * scale * y)
+    grad, residual = random(2, 3, 3, 8), random(2, 3, 3, 8)
+    inputs = [x, scale, random(8)]
+    out = F.layer_norm(*[inputs[0].requires_grad_()], (8, ),
+                       *[t.requires_grad_() for t in inputs[1:]], 1e-6)
+    expected = list(torch.autograd.grad(out, inputs, grad))
+    expected[0] += residual
+    _, mean, rstd = torch.native_layer_norm(
+        inputs[0], (8, ), *inputs[1:], 1e-6)
+    with torch.no_grad():
+        for own, other in zip(
+                fused.layer_norm_backward(grad, x, mean, rstd, *inputs[1:],
+                                          residual),
+                expected,
+                strict=True):
+            torch.testing.assert_close(own, other)
