@@ -5,6 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 
 from mmconv2former import Conv2Former, fused, operators
 from mmconv2former.backbone import Block
@@ -113,6 +117,20 @@ def test_block_is_as_exact_under_autocast(n, c, h, w, k, residual, dtype,
         assert own <= 2 * other + rounding * true.norm(), name
 
 
+@pytest.mark.parametrize('is_fused', [True, False])
+def test_norms_sum_their_gradients_over_large_maps_in_fp32(is_fused):
+    torch.manual_seed(0)
+    model = block(8, 3, fused=is_fused)
+    x, grad = (random(1, 8, 200, 200).bfloat16() for _ in range(2))
+    exact, _ = run(model, x.double(), grad.double())
+    exact = {k: v.clone() for k, v in exact.items()}
+    ours, _ = run(model.float(), x, grad, torch.bfloat16)
+    for name in ('attn.norm.weight', 'attn.norm.bias', 'mlp.norm.weight',
+                 'mlp.norm.bias'):
+        error = (ours[name] - exact[name]).norm() / exact[name].norm()
+        assert error < .03, name
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('n, c, h, w, k', [
     (3, 8, 56, 56, 11), (1, 20, 13, 13, 11), (4, 8, 5, 7, 11),
@@ -190,6 +208,25 @@ def test_recomputed_blocks_and_changed_weights_give_the_same_bits(dtype):
             for model in (kept, again):
                 model.attn.att[2].weight.mul_(-2)
     assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize('dtype', LOW)
+def test_weights_in_low_precision_train_as_exactly(dtype, monkeypatch):
+    torch.manual_seed(0)
+    model = block(20, 7)
+    x, grad = (random(2, 20, 9, 9).to(dtype) for _ in range(2))
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    exact, _ = run(model.to(dtype).double(), x.double(), grad.double())
+    plain, _ = run(model.to(dtype), x, grad)
+    plain = {k: v.clone() for k, v in plain.items()}
+    monkeypatch.delenv('MMCONV2FORMER_FUSED')
+    ours, is_fused = run(model, x, grad)
+    assert is_fused
+    rounding = torch.finfo(dtype).eps / 2
+    for name, true in exact.items():
+        assert ours[name].dtype == plain[name].dtype == dtype, name
+        own, other = ((r[name] - true).norm() for r in (ours, plain))
+        assert own <= 2 * other + rounding * true.norm(), name
 
 
 def test_two_runs_give_the_same_bits():
@@ -370,3 +407,33 @@ def test_kernels_match_their_plain_operators():
                 expected,
                 strict=True):
             torch.testing.assert_close(own, other)
+
+
+def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
+    pytest.importorskip('triton')
+    kernels = fused._triton_kernels()
+    c = 8
+    zv, z, x = (torch.randn(2, 3, 5, n).half() for n in (2 * c, c, c))
+    depthwise = torch.randn(c, 1, 5, 5).half(), torch.randn(c).half()
+    small = torch.randn(c, 1, 3, 3).half(), torch.randn(c).half()
+    weight, bias = torch.rand(c).half(), torch.rand(c).half()
+    _, mean, rstd = torch.native_layer_norm(x, (c, ), weight, bias, 1e-6)
+    keep = torch.rand(2, 1, 1, 1).half()
+    calls = dict(
+        gate=(zv, *depthwise), gate_backward=(x, zv, *depthwise),
+        position=(z, *small), position_backward=(x, z, *small),
+        layer_norm_backward=(x, x, mean, rstd, weight, bias, x),
+        scale_residual=(x, x, weight.float(), keep))
+    assert set(calls) == set(vars(kernels)) == set(fused.SHAPES)
+    with FakeTensorMode() as mode:
+        for name, inputs in calls.items():
+            out = getattr(kernels, name)(
+                *(mode.from_tensor(t).to('cuda') for t in inputs))
+            with unset_fake_temporarily():
+                reference = getattr(fused, name)(*inputs)
+            if isinstance(out, torch.Tensor):
+                out, reference = [out], [reference]
+            for own, other in zip(out, reference, strict=True):
+                assert own.is_cuda and own.is_contiguous(), name
+                assert (own.shape, own.dtype) == (other.shape,
+                                                  other.dtype), name

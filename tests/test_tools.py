@@ -632,6 +632,21 @@ def test_scripts_say_how_they_are_called(script, given):
     assert done.returncode == 2 and 'usage: ' in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_gpu_checks_want_a_gpu_and_a_known_step(tmp_path):
+    def checks(*given):
+        return subprocess.run(
+            ['bash', ROOT / 'tools/gpu_checks.sh', '--out', tmp_path, *given],
+            env=dict(os.environ, PYTHON=sys.executable), capture_output=True,
+            text=True, timeout=120)
+
+    done = checks()
+    assert done.returncode == 1 and 'torch finds no GPU here' in done.stderr
+    done = checks('--only', 'everything')
+    assert done.returncode == 2 and 'operators, speed' in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """Run a script with a stand-in for srun that prints what it is given."""

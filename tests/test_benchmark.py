@@ -1,0 +1,227 @@
+"""tools/benchmark.py, its models, tables and plots."""
+import argparse
+import json
+import os
+import sys
+
+import pytest
+import torch
+
+import benchmark
+import benchmark_models
+import plot_benchmark
+from benchmark import Candidate, Case, difference
+
+OFFICIAL = 'conv2former-n@official'
+CASE = Case('classifier', 'train', 'fp32', 2, 64, 48, 'cpu')
+
+
+def make_row(model='a', samples=(0.1, 0.2, 0.4), **changes):
+    return dict(
+        Case('classifier', 'train', 'fp32', 4, 224, 224, 'cpu')._asdict(),
+        **{
+            'model': model,
+            'samples': samples,
+            'memory_step': 2e9,
+            'memory_total': 3e9,
+            **changes
+        })
+
+
+@pytest.mark.parametrize('path', ['plain', 'fused'])
+@pytest.mark.parametrize('case', [
+    CASE,
+    CASE._replace(drop_path=0.1),  # compared in evaluation mode
+    CASE._replace(mode='forward'),
+    CASE._replace(task='backbone', height=75),
+], ids=['train', 'eval', 'forward', 'backbone'])
+def test_official_order_gives_what_the_package_gives(case, path):
+    official = Candidate(OFFICIAL, case)
+    results = Candidate(f'conv2former-n@{path}', case).results()
+    parameters = dict(official.model.named_parameters())
+    outputs = 4 if case.task == 'backbone' else 1
+    gradients = len(parameters) if case.mode == 'train' else 0
+    assert len(results) == outputs + gradients
+    found, where = difference(results, official.results())
+    assert found < 1e-5, where
+
+
+def test_isotropic_models_have_the_official_order_too():
+    case = CASE._replace(mode='forward', batch=1)
+    found, where = difference(
+        Candidate('conv2former-is', case).results(),
+        Candidate('conv2former-is@official', case).results())
+    assert found < 1e-5, where
+
+
+def test_official_path_stays_channels_first(monkeypatch):
+    official_block, contiguous = benchmark_models.official_block, []
+
+    def watched(block, x):
+        x = official_block(block, x)
+        contiguous.append(x.is_contiguous())
+        return x
+
+    monkeypatch.setattr(benchmark_models, 'official_block', watched)
+    Candidate(OFFICIAL, CASE._replace(mode='forward')).step()
+    assert len(contiguous) == 14
+    assert all(contiguous)
+
+
+def test_step_leaves_no_gradients():
+    candidate = Candidate('conv2former-n', CASE)
+    candidate.step()
+    assert all(p.grad is None for p in candidate.model.parameters())
+
+
+def test_difference_is_relative_and_names_the_tensor():
+    reference = {'a': torch.full((4, ), 2.), 'b': torch.ones(4)}
+    changed = {'a': torch.full((4, ), 2.), 'b': torch.full((4, ), 1.5)}
+    assert difference(changed, reference) == (0.5, 'b')
+    changed['a'] = torch.full((4, ), float('nan'))
+    assert difference(changed, reference) == (float('inf'), 'a')
+    assert difference({'b': reference['b']}, reference) == (float('inf'), 'a')
+
+
+def test_switch_is_set_for_a_path_and_put_back(monkeypatch):
+    switch = benchmark_models.SWITCH
+    monkeypatch.setenv(switch, '0')
+    with benchmark_models.switched('fused'):
+        assert switch not in os.environ
+    assert os.environ[switch] == '0'
+    monkeypatch.delenv(switch)
+    with benchmark_models.switched('plain'):
+        assert os.environ[switch] == '0'
+    assert switch not in os.environ
+
+
+def test_table_and_json_have_every_model_and_case(tmp_path, capsys,
+                                                  monkeypatch):
+    monkeypatch.setattr(benchmark, 'SAMPLE_SECONDS', 0)
+    models = [OFFICIAL, 'conv2former-n@plain', 'conv2former-n',
+              'ConvNeXt:atto']
+    file = tmp_path / 'new' / 'results.json'
+    benchmark.main([
+        '--models', *models, '--mode', 'forward', 'train', 'optimizer',
+        '--batch', '1', '--size', '32', '32x64', '--threads', '1',
+        '--repeats', '2', '--no-memory', '--json', str(file)
+    ])
+    results = json.loads(file.read_text())
+    steps = [row for row in results['rows'] if row['mode'] != 'optimizer']
+    assert [(row['mode'], row['width'], row['model']) for row in steps] == [
+        (mode, width, model) for mode in ('forward', 'train')
+        for width in (32, 64) for model in models
+    ]
+    assert all(len(row['samples']) == 2 for row in results['rows'])
+    assert all(row['difference'] <= row['tolerance'] for row in steps
+               if row['model'] in models[1:3])
+    # Two constructors, fused and not, of two models.
+    groups = [row['model'] for row in results['rows']
+              if row['mode'] == 'optimizer']
+    assert len(groups) == 8
+    assert 'conv2former-n, ours, 16 groups, fused' in groups
+    assert {'date', 'cpu', 'threads', 'torch'} <= results['machine'].keys()
+    # The last thing printed, and the same from the file.
+    table = plot_benchmark.report(results)
+    assert capsys.readouterr().out == table + '\n'
+    assert all(table.count(f'| {model} ') >= 4 for model in models)
+
+
+@pytest.mark.parametrize('name, hint', [
+    ('conv2former-x', 'unknown arch'),
+    ('conv2former-n@fast', 'official, plain, fused, compiled'),
+    ('ConvNeXt:tiny@plain', 'only conv2former-ARCH has paths'),
+    ('ConvNext:tiny', 'Did you mean ConvNeXt'),
+    ('ConvNeXt:midget', 'Unavailable arch'),
+    ('resnet50', 'TYPE:ARCH'),
+])
+def test_unknown_models_end_in_a_hint(name, hint, capsys):
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(['--models', name, '--size', '32', '--no-memory'])
+    assert hint in str(error.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize('option, value', [('--size', '16'),
+                                           ('--size', 'x224'),
+                                           ('--batch', '0'),
+                                           ('--repeats', 'many')])
+def test_wrong_numbers_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_args([option, value])
+    assert f"'{value}'" in capsys.readouterr().err
+
+
+def test_paths_that_differ_are_not_timed(monkeypatch):
+    monkeypatch.setattr(
+        benchmark, 'official_forward',
+        lambda model, x: 1.5 * benchmark_models.official_forward(model, x))
+    with pytest.raises(SystemExit, match='conv2former-n differs .* output 0'):
+        benchmark.main([
+            '--models', OFFICIAL, 'conv2former-n', '--mode', 'forward',
+            '--size', '32', '--no-memory'
+        ])
+
+
+def test_a_budget_of_seconds_leaves_some_repeats():
+    args = argparse.Namespace(burn_in=1, repeats=50, seconds=1e-9)
+    calls = {'a': [], 'b': []}
+    samples = benchmark.time_steps(
+        {name: lambda name=name: calls[name].append(1) for name in calls},
+        'cpu', args)
+    assert [len(s) for s in samples.values()] == [benchmark.MIN_REPEATS] * 2
+    assert all(calls.values())
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_memory_of_a_step_is_the_growth_over_the_loaded_model():
+    candidate = Candidate('conv2former-n', CASE._replace(height=32, width=32))
+    weights = sum(4 * p.numel() for p in candidate.model.parameters())
+    memory = benchmark.measure_memory(candidate, 0)
+    assert weights < memory['memory_step'] < 10 * weights  # the gradients
+    assert memory['memory_total'] > memory['memory_step'] + weights
+
+
+def test_roofline_of_tiny_on_an_h200():
+    case = Case('classifier', 'train', 'bf16', 128, 224, 224, 'cuda')
+    seconds = benchmark.roofline_seconds('conv2former-t', case, 'NVIDIA H200')
+    assert seconds == pytest.approx(16.5e-3, rel=0.05)
+    assert benchmark.roofline_seconds(
+        'conv2former-t@fused', case._replace(mode='forward'),
+        'NVIDIA H200') == pytest.approx(seconds / 3)
+    for name, other, device in (
+        ('ConvNeXt:tiny', case, 'NVIDIA H200'),
+        ('conv2former-t', case._replace(dtype='fp32'), 'NVIDIA H200'),
+        ('conv2former-t', case, 'NVIDIA T4')):
+        assert benchmark.roofline_seconds(name, other, device) is None
+
+
+def test_ratios_are_to_the_first_model_and_pairwise():
+    table = plot_benchmark.make_table([
+        make_row('a', roofline=0.05),
+        make_row('b', (0.1, 0.1, 0.1), memory_step=1e9),
+        make_row('c', samples=None, failed='out of memory'),
+    ])
+    heading, _, a, b, c = [[cell.strip() for cell in line.split('|')]
+                           for line in table.splitlines()]
+    speed, memory, roofline = map(heading.index,
+                                  ('speed-up', 'step memory', 'roofline'))
+    assert (a[speed], a[memory], a[roofline]) == ('1.00', '1.00', '25%')
+    assert (b[speed], b[memory], b[roofline]) == ('2.00', '0.50', '')
+    assert 'out of memory' in c
+
+
+def test_plot_is_written_from_json(tmp_path, capsys):
+    rows = [
+        make_row(model, height=side, width=side)
+        for side in (224, 448, 1120) for model in ('a', 'b')
+    ] + [make_row('c', samples=None, failed='out of memory')]
+    source, picture = tmp_path / 'growth.json', tmp_path / 'growth.png'
+    source.write_text(json.dumps(dict(machine=dict(cpu='x'), rows=rows)))
+    plot_benchmark.main([str(source), '--plot', str(picture)])
+    assert picture.read_bytes().startswith(b'\x89PNG')
+    assert '1120x1120' in capsys.readouterr().out
+
+
+def test_plot_needs_several_sizes_or_batches(tmp_path):
+    with pytest.raises(SystemExit, match='--size 224 448'):
+        plot_benchmark.plot([make_row()], tmp_path / 'growth.png')

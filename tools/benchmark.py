@@ -1,0 +1,526 @@
+"""Time models against each other: one process, interleaved, with peak memory.
+
+    python tools/benchmark.py --models conv2former-t@official conv2former-t \
+        ConvNeXt:tiny SwinTransformer:tiny --mode forward train optimizer \
+        --dtype bf16 --batch 128 --device cuda --json benchmarks/FILE.json
+
+tools/benchmark_models.py says which models there are, and
+tools/plot_benchmark.py prints the tables of such files anew and plots them.
+
+Every combination of mode, dtype, batch and size is a case. Before a case is
+timed, the outputs of the paths of an arch, and in training all gradients, are
+compared with those of its first path, and the run ends where they differ. A
+sample is as many steps as take a tenth of a second; the models take turns.
+
+- forward: inference without gradients, in evaluation mode.
+- train: forward, loss, backward and dropping the gradients. The loss of the
+  classifier (1000 classes) is the cross-entropy. The backbone returns all
+  stages, as dense tasks want it, and gets a random gradient for each.
+- optimizer: the step of AdamW alone, with the groups of this package's layer
+  decay and with those of mmpretrain's, one for each tensor.
+
+Memory is the peak of the second step: in total, and what was added to model
+and batch. On a GPU it is what torch allocated for this model. On the CPU it
+is the resident set that Linux counts for a fresh process with this model
+alone, where the total includes Python and torch.
+"""
+import argparse
+import contextlib
+import datetime
+import gc
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from torch import Tensor
+from torch.utils import collect_env
+
+from benchmark_models import (
+    PATHS,
+    arch_of,
+    build_model,
+    official_forward,
+    switched,
+)
+from plot_benchmark import describe, report
+
+Steps = dict[str, Callable[[], None]]  # of each model
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+# Largest relative difference (2-norm) of an output or a gradient of a
+# parameter between paths that agree.
+TOLERANCES = dict(fp32=1e-3, bf16=0.1, fp16=0.03)
+SAMPLE_SECONDS = 0.1
+MIN_REPEATS = 3  # whatever --seconds says
+# Matrix products (FLOP/s), other arithmetic (FLOP/s), memory (bytes/s).
+PEAKS = {
+    'NVIDIA H200': (790e12, 67e12, 4.3e12),
+    'NVIDIA H100 80GB HBM3': (790e12, 67e12, 3.0e12),
+}
+
+
+class Case(NamedTuple):
+    """What each of the models does."""
+    task: str  # 'classifier' or 'backbone'
+    mode: str  # 'forward', 'train' or 'optimizer'
+    dtype: str  # of autocast
+    batch: int
+    height: int
+    width: int
+    device: str
+    weights_dtype: str = 'fp32'  # and that of the images
+    channels_last: bool = False  # weights and images
+    drop_path: float = 0.
+
+
+class Candidate:
+    """A model, its batch and its step.
+
+    Args:
+        name (str): Name of the model.
+        case (Case): What it does.
+    """
+
+    def __init__(self, name: str, case: Case) -> None:
+        self.name, self.case = name, case
+        self.path = name.partition('@')[2] or 'fused'
+        self.train = case.mode == 'train'
+        size = case.height, case.width
+        options = dict(device=case.device, dtype=DTYPES[case.weights_dtype])
+        if case.channels_last:
+            options['memory_format'] = torch.channels_last
+        self.model = build_model(name, case.task == 'backbone',
+                                 case.drop_path, size).to(**options)
+        self.model.train(self.train)
+        if self.path == 'compiled':
+            getattr(self.model, 'backbone', self.model).compile()
+        self.images = torch.randn(case.batch, 3, *size).to(**options)
+        self.labels = torch.randint(1000, (case.batch, )).to(case.device)
+        self.upstream: list[Tensor] = []
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Logits, or the feature map of each stage."""
+        dtype = DTYPES[self.case.dtype]
+        with torch.autocast(
+                self.case.device, dtype, enabled=dtype != torch.float32):
+            if self.path == 'official':
+                outs = official_forward(self.model, self.images)
+            else:
+                outs = self.model(self.images)
+        return outs if isinstance(outs, tuple) else (outs, )
+
+    def backward(self, outs: tuple[Tensor, ...]) -> None:
+        """Backward pass from random gradients, the same for all paths."""
+        if not self.upstream:
+            generator = torch.Generator().manual_seed(1)
+            self.upstream = [
+                (torch.randn(out.shape, generator=generator) /
+                 (out.numel() / out.shape[1])**0.5).to(out) for out in outs
+            ]
+        torch.autograd.backward(outs, self.upstream)
+
+    def step(self) -> None:
+        """What is timed."""
+        with switched(self.path), torch.set_grad_enabled(self.train):
+            outs = self.outputs()
+            if self.train and self.case.task == 'classifier':
+                F.cross_entropy(outs[0].float(), self.labels).backward()
+            elif self.train:
+                self.backward(outs)
+            self.model.zero_grad(set_to_none=True)
+
+    def results(self) -> dict[str, Tensor]:
+        """Outputs, and in training the gradients of all parameters."""
+        # Each path draws its own drop path, and is compared without.
+        self.model.train(self.train and self.case.drop_path == 0)
+        with switched(self.path), torch.set_grad_enabled(self.train):
+            outs = self.outputs()
+            if self.train:
+                self.backward(outs)
+        found = {f'output {i}': out.detach() for i, out in enumerate(outs)}
+        found.update((f'gradient of {name}', p.grad)
+                     for name, p in self.model.named_parameters()
+                     if p.grad is not None)
+        self.model.zero_grad(set_to_none=True)
+        self.model.train(self.train)
+        return {name: t.float().cpu() for name, t in found.items()}
+
+
+def difference(results: dict[str, Tensor],
+               reference: dict[str, Tensor]) -> tuple[float, str]:
+    """Largest relative difference in the 2-norm, and the tensor that has it.
+
+    A tensor that is missing or not finite differs infinitely.
+    """
+    norms = {name: t.norm().item() for name, t in reference.items()}
+    # A gradient that is a sum of cancelling numbers may be next to nothing.
+    floor = 1e-3 * max(norms.values())
+    found = {name: float('inf') for name in results.keys() ^ norms.keys()}
+    for name in results.keys() & norms.keys():
+        ratio = ((results[name] - reference[name]).norm().item() /
+                 max(norms[name], floor))
+        found[name] = ratio if math.isfinite(ratio) else float('inf')
+    return max((ratio, name) for name, ratio in found.items())
+
+
+def optimizer_steps(names: list[str], case: Case) -> Steps:
+    """Steps of AdamW for each model, with the groups of two constructors."""
+    MMLogger.get_current_instance().setLevel('WARNING')  # tables of groups
+    constructors = (
+        ('mmpretrain', 'mmpretrain.LearningRateDecayOptimWrapperConstructor',
+         dict(layer_decay_rate=0.9)),
+        ('ours', 'mmconv2former.LayerDecayOptimWrapperConstructor',
+         dict(decay_rate=0.9)))
+    steps = {}
+    for name, (whose, constructor, options), extra in itertools.product(
+            dict.fromkeys(name.partition('@')[0] for name in names),
+            constructors, ({}, dict(fused=True))):
+        model = build_model(name, case.task == 'backbone', 0.,
+                            (case.height, case.width)).to(case.device)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        adamw = dict(type='AdamW', lr=1e-6, weight_decay=0.05, **extra)
+        wrapper = dict(
+            optimizer=adamw,
+            constructor=constructor,
+            paramwise_cfg=dict(options, norm_decay_mult=0.))
+        try:
+            optimizer = build_optim_wrapper(model, wrapper).optimizer
+        except (AttributeError, NotImplementedError) as error:
+            raise SystemExit(f"--mode optimizer: '{name}' has no layer depths "
+                             'to group by; leave it out') from error
+        groups = f'{len(optimizer.param_groups)} groups'
+        steps[', '.join([name, whose, groups, *extra])] = optimizer.step
+    return steps
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: 'VmRSS' now, 'VmHWM' at the peak."""
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(re.search(rf'{key}:\s*(\d+) kB', status)[1])
+
+
+def cpu_memory(name: str, case: Case, threads: int) -> dict[str, int]:
+    """Peak memory of a step; to be called in a fresh process."""
+    torch.set_num_threads(threads)
+    candidate = Candidate(name, case)
+    loaded = resident('VmRSS')
+    candidate.step()
+    with contextlib.suppress(OSError):  # a container may forbid it
+        Path('/proc/self/clear_refs').write_text('5')  # forget the peak
+    candidate.step()
+    peak = resident('VmHWM')
+    return dict(memory_total=peak, memory_step=peak - loaded)
+
+
+def measure_memory(candidate: Candidate, before: int) -> dict[str, int]:
+    """Peak memory of a step in bytes, where it can be had.
+
+    Args:
+        candidate (Candidate): The model.
+        before (int): Bytes that were allocated on the GPU without it.
+
+    Returns:
+        dict[str, int]: ``memory_total`` and ``memory_step``, or nothing.
+    """
+    if candidate.case.device == 'cuda':
+        loaded = torch.cuda.memory_allocated()
+        candidate.step()
+        torch.cuda.reset_peak_memory_stats()
+        candidate.step()
+        peak = torch.cuda.max_memory_allocated()
+        return dict(memory_total=peak - before, memory_step=peak - loaded)
+    if sys.platform != 'linux':
+        return {}
+    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
+        return pool.submit(cpu_memory, candidate.name, candidate.case,
+                           torch.get_num_threads()).result()
+
+
+def roofline_seconds(name: str, case: Case, device_name: str) -> float | None:
+    """Least time of a step of a fused Conv2Former in 16 bits.
+
+    Counted are the blocks: matrix products, depthwise convolutions and
+    memory, one after the other.
+
+    Args:
+        name (str): Name of the model.
+        case (Case): What it does.
+        device_name (str): Name of the GPU.
+
+    Returns:
+        float: Seconds; None for other models and where no peak is known.
+    """
+    arch = arch_of(name)
+    if arch is None or device_name not in PEAKS or case.dtype == 'fp32':
+        return None
+    matmul, vector, bandwidth = PEAKS[device_name]
+    stride, seconds = 4 if arch['stem'] == 'conv' else 16, 0.
+    for depth, dim in zip(arch['depths'], arch['dims']):
+        pixels = case.batch * (case.height // stride) * (case.width // stride)
+        # Two FLOPs in each of three passes: forward, and the gradients of
+        # input and weights. 92 numbers of 2 bytes are read or written for
+        # each number of a feature map.
+        products = 6 * pixels * 11 * dim**2
+        depthwise = 6 * pixels * dim * (arch['kernel_size']**2 + 4 * 3**2)
+        seconds += depth * (
+            products / matmul + depthwise / vector +
+            92 * 2 * pixels * dim / bandwidth)
+        stride *= 2
+    return seconds if case.mode == 'train' else seconds / 3
+
+
+def prepare(names: list[str], case: Case,
+            memory: bool) -> tuple[Steps, dict[str, dict]]:
+    """Build the models, compare the paths, measure memory.
+
+    Args:
+        names (list[str]): Names of the models.
+        case (Case): What they do.
+        memory (bool): Whether to measure memory.
+
+    Returns:
+        tuple[Steps, dict]: The steps of the models that fit into the GPU, and
+        what was found for each model.
+
+    Raises:
+        SystemExit: If two paths differ.
+    """
+    steps, facts, references = {}, {name: {} for name in names}, {}
+    tolerance = max(TOLERANCES[case.dtype], TOLERANCES[case.weights_dtype])
+    on_gpu, before = case.device == 'cuda', 0
+    if on_gpu:  # what libraries allocate once is not the first model's
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            Candidate(names[0], case).results()
+    for name in names:
+        if on_gpu:
+            before = torch.cuda.memory_allocated()
+        try:
+            candidate = Candidate(name, case)
+            results = candidate.results()
+            if memory:
+                facts[name].update(measure_memory(candidate, before))
+        except torch.cuda.OutOfMemoryError:
+            facts[name]['failed'] = 'out of memory'
+            continue
+        steps[name] = candidate.step
+        if on_gpu:
+            facts[name]['roofline'] = roofline_seconds(
+                name, case, torch.cuda.get_device_name())
+        first, reference = references.setdefault(
+            name.partition('@')[0], (name, results))
+        if first != name:
+            found, where = difference(results, reference)
+            if found > tolerance:
+                raise SystemExit(
+                    f'{name} differs from {first} by {found:.2g} in the '
+                    f'{where}, where {tolerance:g} is allowed '
+                    f'({describe(case._asdict())}). This case is not timed: '
+                    'one of the two computes something else')
+            facts[name].update(difference=found, tolerance=tolerance)
+    return steps, facts
+
+
+def time_steps(steps: Steps, device: str,
+               args: argparse.Namespace) -> dict[str, list[float]]:
+    """Time steps in turn.
+
+    Args:
+        steps (Steps): The steps by name.
+        device (str): 'cpu' or 'cuda'.
+        args (Namespace): With ``burn_in``, ``repeats`` and ``seconds``.
+
+    Returns:
+        dict[str, list[float]]: Seconds per step, as many samples for each.
+    """
+    synchronize = getattr(torch, device).synchronize
+
+    def sample(name: str, count: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            steps[name]()
+        synchronize()
+        return (time.perf_counter() - start) / count
+
+    began, counts = time.perf_counter(), {}
+    for name in steps:
+        sample(name, args.burn_in)
+        counts[name] = max(1, int(SAMPLE_SECONDS / sample(name, 1)))
+    samples = {name: [] for name in steps}
+    for repeat in range(args.repeats):
+        spent = time.perf_counter() - began
+        if args.seconds and repeat >= MIN_REPEATS and spent > args.seconds:
+            break
+        # To and fro, so that each follows another one that heats the chip.
+        for name in list(steps)[::-1 if repeat % 2 else 1]:
+            samples[name].append(sample(name, counts[name]))
+    return samples
+
+
+def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
+    """Measure one case.
+
+    Args:
+        case (Case): What the models do.
+        args (Namespace): The options.
+
+    Returns:
+        list[dict]: For each model the case, ``model``, ``samples`` (seconds
+        per step) and what else is known: ``memory_total``, ``memory_step``,
+        ``difference``, ``tolerance``, ``roofline`` (seconds), ``failed``.
+    """
+    print(f'measuring {describe(case._asdict())}', file=sys.stderr, flush=True)
+    if any(name.endswith('@compiled') for name in args.models):
+        torch.compiler.reset()  # a second size shall not be a dynamic shape
+        gc.collect()  # compiled models are cycles
+    if case.mode == 'optimizer':
+        steps = optimizer_steps(args.models, case)
+        facts = {name: {} for name in steps}
+    else:
+        steps, facts = prepare(args.models, case, args.memory)
+    samples = time_steps(steps, case.device, args)
+    return [
+        dict(case._asdict(), model=name, samples=samples.get(name), **found)
+        for name, found in facts.items()
+    ]
+
+
+def describe_machine(device: str) -> dict[str, str | int]:
+    """Hardware and software, without names of the machine or its users."""
+    cpuinfo = Path('/proc/cpuinfo')
+    named = re.search(r'model name\s*: (.*)',
+                      cpuinfo.read_text()) if cpuinfo.exists() else None
+    machine = dict(
+        date=datetime.date.today().isoformat(),
+        cpu=named[1] if named else platform.processor(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__)
+    if device == 'cuda':
+        machine['gpu'] = torch.cuda.get_device_name()
+        machine['driver'] = collect_env.get_nvidia_driver_version(
+            collect_env.run)
+    return machine
+
+
+def size(text: str) -> tuple[int, int]:
+    """'224' -> (224, 224), '800x1344' -> (800, 1344)."""
+    height, _, width = text.partition('x')
+    try:
+        sides = int(height), int(width or height)
+    except ValueError:
+        sides = 0, 0
+    if min(sides) < 32:
+        raise argparse.ArgumentTypeError(
+            'expected the side of a square or HEIGHTxWIDTH, in pixels and at '
+            f"least 32, got '{text}'")
+    return sides
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number above 0, got '{text}'")
+    return int(text)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+
+    Returns:
+        Namespace: The options.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--models', nargs='+',
+        default=['conv2former-t@official', 'conv2former-t'],
+        help='conv2former-ARCH, conv2former-ARCH@PATH with a path among '
+        f'{", ".join(PATHS)}, or TYPE:ARCH of mmpretrain; the first one is '
+        'what speed-up and memory are compared with')
+    add('--task', choices=['classifier', 'backbone'], default='classifier')
+    add('--mode', nargs='+', choices=['forward', 'train', 'optimizer'],
+        default=['forward', 'train'])
+    add('--dtype', nargs='+', choices=list(DTYPES), default=['fp32'],
+        help='of autocast')
+    add('--weights-dtype', choices=list(DTYPES), default='fp32',
+        help='of weights and images')
+    add('--channels-last', action='store_true',
+        help='memory layout of weights and images')
+    add('--cudnn-benchmark', action='store_true',
+        help='let cuDNN try its algorithms')
+    add('--drop-path', type=float, default=0., metavar='RATE')
+    add('--batch', nargs='+', type=positive, default=[4])
+    add('--size', nargs='+', type=size, default=[(224, 224)],
+        help='such as 224 or 800x1344 (height first)')
+    add('--device', choices=['cpu', 'cuda'], default='cpu')
+    add('--threads', type=positive, default=torch.get_num_threads())
+    add('--burn-in', type=positive, default=2, metavar='STEPS')
+    add('--repeats', type=positive, default=10, help='samples of each model')
+    add('--seconds', type=float,
+        help='begin no further samples of a case after so long')
+    add('--no-memory', dest='memory', action='store_false')
+    add('--json', type=Path, metavar='FILE', help='write what was measured')
+    args = parser.parse_args(argv)
+    for name in args.models:
+        base, at, path = name.partition('@')
+        if at and (':' in base or path not in PATHS):
+            parser.error(f"'{name}': only conv2former-ARCH has paths, which "
+                         f'are {", ".join(PATHS)}')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: torch finds no GPU')
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure all cases and print a table for each.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+    """
+    args = parse_args(argv)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    # fp32 is fp32, for convolutions as for matrix products.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
+    cases = [
+        Case(args.task, mode, dtype, batch, *sides, args.device,
+             args.weights_dtype, args.channels_last, args.drop_path)
+        for mode in args.mode if mode != 'optimizer'
+        for dtype in args.dtype for batch in args.batch for sides in args.size
+    ]
+    if 'optimizer' in args.mode:  # knows neither batch nor autocast
+        cases.insert(
+            0, Case(args.task, 'optimizer', 'fp32', 1, 224, 224, args.device))
+    results = dict(machine=describe_machine(args.device), rows=[])
+    for case in cases:
+        results['rows'] += run_case(case, args)
+        if args.json:  # after each case: what a run has is not lost
+            args.json.write_text(json.dumps(results, indent=1) + '\n')
+    print(report(results))
+
+
+if __name__ == '__main__':
+    main()

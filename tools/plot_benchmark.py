@@ -1,0 +1,215 @@
+"""Tables and a plot of what tools/benchmark.py has measured.
+
+    python tools/plot_benchmark.py benchmarks/FILE.json ... [--plot FILE.png]
+
+The tables are Markdown. 'speed-up' is the median, over the samples, of the
+time of the first model over that of the model; 'step memory' is a ratio to
+the first model's. 'roofline' is the least time that the arithmetic and the
+memory traffic of a fused Conv2Former take on that GPU over the time it took.
+
+The plot shows time and memory per pixel against the size of the image, where
+there are several, else against the batch. What grows in proportion to the
+work is a level line.
+"""
+import argparse
+import itertools
+import json
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+matplotlib.use('Agg')  # pictures go to files: no screen is needed
+
+WHAT = ('task', 'mode', 'dtype', 'weights_dtype', 'channels_last',
+        'drop_path', 'device')
+CASE = (*WHAT, 'batch', 'height', 'width')
+
+
+def describe(row: dict, batch: bool = True, size: bool = True) -> str:
+    """A case in words, with or without its batch and size."""
+    parts = [row['task'], row['mode']]
+    if row['mode'] != 'optimizer':
+        parts.append(row['dtype'])
+        parts += [f'batch {row["batch"]}'] * batch
+        parts += [f'{row["height"]}x{row["width"]}'] * size
+    parts.append(row['device'])
+    if row['weights_dtype'] != 'fp32':
+        parts.append(f'weights {row["weights_dtype"]}')
+    if row['channels_last']:
+        parts.append('channels-last')
+    if row['drop_path']:
+        parts.append(f'drop path {row["drop_path"]:g}')
+    return ', '.join(parts)
+
+
+def values(row: dict, keys: tuple[str, ...]) -> tuple:
+    """Those values of a row."""
+    return tuple(row[key] for key in keys)
+
+
+def cells(row: dict, first: dict) -> dict[str, str]:
+    """A line of a table: heading -> text.
+
+    Args:
+        row (dict): What was measured for a model.
+        first (dict): The same for the first model of the case.
+
+    Returns:
+        dict[str, str]: Only what is known of this model.
+    """
+    line = {'model': row['model']}
+    times = row['samples']
+    if times is None:
+        return {**line, 'ms': row['failed']}
+    line['ms'] = f'{1e3 * median(times):.4g}'
+    line['least - greatest'] = f'{1e3 * min(times):.4g} - ' \
+                               f'{1e3 * max(times):.4g}'
+    if row['mode'] != 'optimizer':
+        line['images/s'] = f'{row["batch"] / median(times):.4g}'
+    ratio = median(a / b for a, b in zip(first['samples'], times))
+    line['speed-up'] = f'{ratio:.2f}'
+    if 'memory_step' in row:
+        line['step MB'] = f'{row["memory_step"] / 1e6:.0f}'
+        line['total MB'] = f'{row["memory_total"] / 1e6:.0f}'
+        line['step memory'] = \
+            f'{row["memory_step"] / first["memory_step"]:.2f}'
+    if 'difference' in row:
+        line['difference (allowed)'] = \
+            f'{row["difference"]:.1g} ({row["tolerance"]:g})'
+    if row.get('roofline'):
+        line['roofline'] = f'{row["roofline"] / median(times):.0%}'
+    return line
+
+
+def make_table(rows: list[dict]) -> str:
+    """The rows of one case as a table in Markdown."""
+    first = next((row for row in rows if row['samples']), rows[0])
+    lines = [cells(row, first) for row in rows]
+    headings = list(dict.fromkeys(itertools.chain(*lines)))
+    columns = []
+    for heading in headings:
+        texts = [line.get(heading, '') for line in lines]
+        width = max(map(len, (heading, *texts)))
+        if heading == 'model':
+            columns.append([heading.ljust(width), '-' * width] +
+                           [text.ljust(width) for text in texts])
+        else:
+            columns.append([heading.rjust(width), '-' * (width - 1) + ':'] +
+                           [text.rjust(width) for text in texts])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in zip(*columns))
+
+
+def report(results: dict) -> str:
+    """The machine, and a table for each case.
+
+    Args:
+        results (dict): ``machine`` and ``rows``, as ``--json`` writes them.
+
+    Returns:
+        str: Markdown.
+    """
+    parts = [', '.join(f'{k} {v}' for k, v in results['machine'].items())]
+    for _, group in itertools.groupby(results['rows'],
+                                      lambda row: values(row, CASE)):
+        rows = list(group)
+        parts.append(f'{describe(rows[0])}:\n\n{make_table(rows)}')
+    return '\n\n'.join(parts)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Plot time and memory per pixel, a line for each model.
+
+    Args:
+        rows (list[dict]): Rows of any number of files.
+        path (Path): The picture to write.
+
+    Raises:
+        SystemExit: If no case was measured at several sizes or batches.
+    """
+    rows = [
+        row for row in rows if row['samples'] and row['mode'] != 'optimizer'
+    ]
+    by_size = len({(row['height'], row['width']) for row in rows}) > 1
+    swept, fixed = ('height', 'width'), ('batch', )
+    if not by_size:
+        swept, fixed = fixed, swept
+    groups = {}
+    for row in rows:
+        groups.setdefault(values(row, WHAT + fixed), []).append(row)
+    groups = [
+        group for group in groups.values()
+        if len({values(row, swept) for row in group}) > 1
+    ]
+    if not groups:
+        raise SystemExit(
+            'nothing to plot: no case was measured at several sizes or '
+            'batches. Measure with --size 224 448 896 or --batch 1 2 4 8')
+    models = list(dict.fromkeys(row['model'] for row in rows))
+    fig, axes = plt.subplots(
+        len(groups), 2, figsize=(11, 1 + 3.5 * len(groups)), squeeze=False,
+        layout='constrained')
+    for (left, right), group in zip(axes, groups):
+        ticks, lines = {}, {}
+        for row in group:
+            pixels = row['batch'] * row['height'] * row['width']
+            side = values(row, swept)
+            ticks[pixels] = 'x'.join(map(str, dict.fromkeys(side)))
+            lines.setdefault(row['model'], []).append((
+                pixels, 1e9 * median(row['samples']) / pixels,
+                row.get('memory_step', float('nan')) / pixels / 1e3))
+        for model, points in lines.items():
+            pixels, nanoseconds, kilobytes = zip(*sorted(points))
+            colour = f'C{models.index(model)}'
+            left.plot(pixels, nanoseconds, 'o-', color=colour)
+            right.plot(pixels, kilobytes, 'o-', color=colour)
+        for axis, unit in ((left, 'time of a step, ns per pixel'),
+                           (right, 'memory of a step, kB per pixel')):
+            axis.set(
+                title=describe(group[0], batch=by_size, size=not by_size),
+                ylabel=unit,
+                xlabel='pixels' if by_size else 'images in the batch',
+                xscale='log')
+            axis.set_ylim(bottom=0)
+            axis.set_xticks(list(ticks), list(ticks.values()))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.grid(alpha=0.3)
+    fig.legend(
+        [Line2D([], [], marker='o', color=f'C{i}')
+         for i in range(len(models))],
+        models,
+        loc='outside upper center',
+        ncols=3)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the tables and write the plot.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('files', nargs='+', type=Path, metavar='FILE')
+    parser.add_argument('--plot', type=Path, metavar='FILE',
+                        help='the picture to write')
+    args = parser.parse_args(argv)
+    found = []
+    for path in args.files:
+        if not path.is_file():
+            parser.error(f"'{path}' does not exist; tools/benchmark.py "
+                         '--json writes such files')
+        found.append(json.loads(path.read_text()))
+    print('\n\n'.join(map(report, found)))
+    if args.plot:
+        plot([row for results in found for row in results['rows']], args.plot)
+
+
+if __name__ == '__main__':
+    main()
