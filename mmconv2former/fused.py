@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Iterable
 from functools import cache
+from subprocess import SubprocessError
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -413,11 +414,19 @@ def _triton_kernels() -> SimpleNamespace | str:
 
 @cache
 def _gpu_kernels(device: torch.device) -> SimpleNamespace | str:
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip or capability < (8, 0):
+    """The kernels for this GPU, or why there are none."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return 'the Triton kernels want an NVIDIA GPU of the Ampere ' \
             'generation or later'
-    return _triton_kernels()
+    kernels = _triton_kernels()
+    if isinstance(kernels, str):
+        return kernels
+    x = torch.zeros(1, 1, 1, 8, device=device)
+    try:  # Triton compiles a launcher, for which it needs a C compiler
+        kernels.scale_residual(x, x, x[0, 0, 0], None)
+    except (RuntimeError, OSError, SubprocessError) as error:
+        return f'Triton cannot compile here ({error})'
+    return kernels
 
 
 def _kernels(x: Tensor) -> ModuleType | SimpleNamespace:

@@ -1,5 +1,6 @@
 """The fused operators against the plain path."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -437,3 +438,25 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
                 assert own.is_cuda and own.is_contiguous(), name
                 assert (own.shape, own.dtype) == (other.shape,
                                                   other.dtype), name
+
+
+@pytest.mark.parametrize('capability, failure, reason', [
+    ((7, 5), None, 'Ampere'),
+    ((9, 0), RuntimeError('Failed to find C compiler'), 'find C compiler'),
+    ((9, 0), None, None),
+])
+def test_gpus_without_what_triton_needs_get_the_kernels_of_torch(
+        capability, failure, reason, monkeypatch):
+
+    def scale_residual(*_):
+        if failure:
+            raise failure
+
+    kernels = SimpleNamespace(scale_residual=scale_residual)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, 'zeros', lambda *size, device: zeros(*size))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability',
+                        lambda _: capability)
+    monkeypatch.setattr(fused, '_triton_kernels', lambda: kernels)
+    found = fused._gpu_kernels.__wrapped__(torch.device('cuda:0'))
+    assert found is kernels if reason is None else reason in found
