@@ -81,6 +81,8 @@ def test_there_are_files_to_check():
 @pytest.mark.parametrize('path', PACKAGE_FILES, ids=name_of)
 def test_package_imports_torch_and_mmengine_only(path):
     allowed = {'torch', 'mmengine', 'mmconv2former', *sys.stdlib_module_names}
+    if path.name == 'triton_kernels.py':  # imported for GPUs only
+        allowed.add('triton')
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -90,6 +92,13 @@ def test_package_imports_torch_and_mmengine_only(path):
             continue
         foreign = {name.partition('.')[0] for name in names} - allowed
         assert not foreign, f'{name_of(path)}:{node.lineno}'
+
+
+def test_triton_is_not_imported_before_a_gpu_needs_it():
+    code = ('import sys, torch, mmconv2former\n'
+            'mmconv2former.Conv2Former("n").eval()(torch.rand(1, 3, 32, 32))\n'
+            'assert "mmconv2former.triton_kernels" not in sys.modules')
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize('path', PYTHON_FILES, ids=name_of)
