@@ -1,0 +1,704 @@
+"""Triton kernels of the residual branches.
+
+Functions without a leading underscore stand in for those of the same names in
+:mod:`mmconv2former.fused`, which describes them and is their reference.
+
+Tensors are (N, H, W, C) with the channels last in memory. Inputs may have any
+strides; what the kernels cannot read in place (anything but a slice of the
+channels) is copied first. Outputs are contiguous. Arithmetic is in fp32,
+each output is rounded once, and sums are taken in a fixed order, so that two
+runs give the same bits. Nothing here builds a graph for autograd.
+
+The depthwise kernels are sliding windows in registers. A lane owns one channel
+of one strip of ``STRIP`` columns; a warp of 32 lanes is a program, and lanes
+run over strips and channels without a gap, so that 72 channels leave none
+idle. A program reads each input row once, as ``STRIP + 2 * HALO`` coalesced
+loads, and uses every value for up to K taps of each of its output rows. Where
+one strip spans the image, ``HALO`` is 0 and the taps outside the image are
+neither loaded nor multiplied.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+if TorchVersion(triton.__version__) < (3, 3):
+    raise ImportError(f'found Triton {triton.__version__}; expected 3.3 or '
+                      'later (tuples in kernels), which torch 2.7 brings')
+
+LANES = 32  # one warp a program
+# Room for 16 warps on each multiprocessor, with next to nothing spilled.
+ONE_WARP = dict(LANES=LANES, num_warps=1, num_stages=1, maxnreg=128)
+# Programs that sum over the batch: as many as the 132 multiprocessors of an
+# H100 or H200 hold at a time. A constant, so that results do not depend on
+# the device.
+PROGRAMS = 16 * 132
+
+
+def _tile(height: int, width: int, kernel_size: int, images: int,
+          channels: int) -> tuple[dict, int]:
+    """Block sizes of a depthwise kernel, and its programs for a row of output.
+
+    Chosen by counting the instructions of the compiled kernels, not yet tuned
+    on hardware. They depend on the size of the image in two steps each, so
+    that few variants are compiled.
+    """
+    strip = 14 if width > 7 else 7  # divides 56, 28, 14 and 7
+    halo = kernel_size // 2 if width > strip else 0
+    blocks = triton.cdiv(triton.cdiv(width, strip) * channels, LANES)
+    # More rows share each load; fewer leave more programs to small inputs.
+    many = images * height * blocks >= 4 * PROGRAMS and kernel_size <= 13
+    return dict(STRIP=strip, HALO=halo, ROWS=4 if many else 2), blocks
+
+
+def _splits(items: int, programs: int) -> int:
+    """Equal parts of a sum, each the work of as many programs."""
+    share = triton.cdiv(items, max(PROGRAMS // programs, 1))
+    return triton.cdiv(items, max(share, 1))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """View (N, H, W, C) as (N * H * W, C), or copy where that cannot be."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """(C, 1, K, K) -> (K * K, C) in fp32, which lanes read coalesced."""
+    taps = weight.new_empty((weight[0].numel(), len(weight)),
+                            dtype=torch.float32)
+    return taps.copy_(weight.detach().flatten(1).t())
+
+
+def _sum_partials(partial: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(splits, K * K + 1, strips * C) -> gradients of weight and bias."""
+    sums = partial.unflatten(2, (-1, len(weight))).sum((0, 2))
+    return sums[:-1].t().contiguous().view(weight.shape), sums[-1]
+
+
+@triton.jit
+def _tail(u):
+    """Normal distribution function at -u, u >= 0, in one exp2.
+
+    The exponent is a polynomial fit of log2(erfc(u / sqrt(2)) / 2), -1 at 0.
+    It is wrong by 2e-8 in GELU, less than the rounding of fp32, and takes a
+    third of the instructions of erf; with those, GELU would cost more than
+    the traffic of the passes it is fused into.
+    """
+    e = tl.fma(u, -2.35749349e-06, 3.38984428e-05)
+    e = tl.fma(e, u, -1.61420714e-04)
+    e = tl.fma(e, u, -1.93259766e-04)
+    e = tl.fma(e, u, 7.13178283e-03)
+    e = tl.fma(e, u, -5.25392666e-02)
+    e = tl.fma(e, u, -4.59195673e-01)
+    e = tl.fma(e, u, -1.15110636)
+    return tl.exp2(tl.fma(e, u, -1.))
+
+
+@triton.jit
+def _gelu(x):
+    """The exact GELU (that of erf); infinities give NaN."""
+    u = tl.abs(x)
+    return tl.maximum(x, 0.) - u * _tail(u)
+
+
+@triton.jit
+def _gelu_and_slope(x):
+    """GELU and its derivative."""
+    u = tl.abs(x)
+    tail = _tail(u)
+    density = tl.exp2(-0.72134752 * u * u - 1.32574806)
+    slope = tail - u * density
+    return tl.maximum(x, 0.) - u * tail, tl.where(x > 0., 1. - slope, slope)
+
+
+@triton.jit
+def _place(width, C: tl.constexpr, STRIP: tl.constexpr, LANES: tl.constexpr):
+    """Channel and first column of each lane, whether it has work, and the
+    number of the program among those for the same lanes."""
+    lanes = tl.cdiv(width, STRIP) * C
+    blocks = tl.cdiv(lanes, LANES)
+    pid = tl.program_id(0)
+    lane = pid % blocks * LANES + tl.arange(0, LANES)
+    return lane % C, lane // C * STRIP, lane < lanes, pid // blocks
+
+
+@triton.jit
+def _pixel(n, y, height, width):
+    """Index of the first pixel of a row, in 64 bits."""
+    return (tl.cast(n, tl.int64) * height + y) * width
+
+
+@triton.jit
+def _load(ptr, column, width, mask, STRIDE: tl.constexpr, STRIP: tl.constexpr,
+          HALO: tl.constexpr):
+    """A row of each strip with its halo as a tuple of columns in fp32.
+
+    Zero outside the image. Each column can leave it on one side only.
+    """
+    row = ()
+    for t in tl.static_range(-HALO, STRIP + HALO):
+        if t < 0:
+            inside = mask & (column >= -t)
+        else:
+            inside = mask & (column < width - t)
+        row = row + (tl.load(ptr + t * STRIDE, inside, 0.).to(tl.float32), )
+    return row
+
+
+@triton.jit
+def _load_gelu(ptr, column, width, mask, STRIDE: tl.constexpr,
+               STRIP: tl.constexpr, HALO: tl.constexpr):
+    row = _load(ptr, column, width, mask, STRIDE, STRIP, HALO)
+    out = ()
+    for t in tl.static_range(STRIP + 2 * HALO):
+        out = out + (_gelu(row[t]), )
+    return out
+
+
+@triton.jit
+def _load_taps(ptr, K: tl.constexpr, STEP: tl.constexpr):
+    """A row of the filter, K values for each lane."""
+    taps = ()
+    for j in tl.static_range(K):
+        taps = taps + (tl.load(ptr + j * STEP), )
+    return taps
+
+
+@triton.jit
+def _correlate(sums, x, taps, K: tl.constexpr, STRIP: tl.constexpr,
+               HALO: tl.constexpr):
+    """Add a row of the convolution to the STRIP sums."""
+    out = ()
+    for t in tl.static_range(STRIP):
+        total = sums[t]
+        for j in tl.static_range(K):
+            if (t + j - K // 2 >= -HALO) and (t + j - K // 2 < STRIP + HALO):
+                total = tl.fma(x[t + j - K // 2 + HALO], taps[j], total)
+        out = out + (total, )
+    return out
+
+
+@triton.jit
+def _correlate_weight(sums, x, grad, K: tl.constexpr, STRIP: tl.constexpr,
+                      HALO: tl.constexpr):
+    """Add a row of the weight gradient to the K sums."""
+    out = ()
+    for j in tl.static_range(K):
+        total = sums[j]
+        for t in tl.static_range(STRIP):
+            if (t + j - K // 2 >= -HALO) and (t + j - K // 2 < STRIP + HALO):
+                total = tl.fma(x[t + j - K // 2 + HALO], grad[t], total)
+        out = out + (total, )
+    return out
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, LANES: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros((LANES, ), tl.float32), )
+    return out
+
+
+@triton.jit
+def _convolve(x_ptr, weight_ptr, channel, column, alive, n, top, height, width,
+              C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+              STRIP: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr,
+              FLIP: tl.constexpr):
+    """ROWS rows of a depthwise convolution without bias, as tuples.
+
+    ``FLIP`` takes the filter from its end, which is the data gradient.
+    """
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (_zeros(STRIP, LANES), )
+    first = column * C + channel
+    for y in range(tl.maximum(top - K // 2, 0),
+                   tl.minimum(top + ROWS + K // 2, height)):
+        x = _load(x_ptr + _pixel(n, y, height, width) * C + first, column,
+                  width, alive, C, STRIP, HALO)
+        new = ()
+        for o in tl.static_range(ROWS):
+            row = sums[o]
+            i = y - top - o + K // 2
+            if (i >= 0) & (i < K):
+                if FLIP:
+                    taps = _load_taps(
+                        weight_ptr + (K * K - 1 - i * K) * C + channel, K, -C)
+                else:
+                    taps = _load_taps(weight_ptr + i * K * C + channel, K, C)
+                row = _correlate(row, x, taps, K, STRIP, HALO)
+            new = new + (row, )
+        sums = new
+    return sums
+
+
+@triton.jit(do_not_specialize=['area'])
+def _gelu_kernel(z_ptr, h_ptr, area, C: tl.constexpr, STRIDE: tl.constexpr,
+                 BLOCK: tl.constexpr):
+    size = area * C  # of an image
+    blocks = tl.cdiv(size, BLOCK)
+    pid = tl.program_id(0)
+    at = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    n = tl.cast(pid // blocks, tl.int64)
+    z = tl.load(z_ptr + n * area * STRIDE + at // C * STRIDE + at % C,
+                at < size, 0.)
+    tl.store(h_ptr + n * size + at, _gelu(z.to(tl.float32)), at < size)
+
+
+def _gelu_pass(z: Tensor, stride: int) -> Tensor:
+    """GELU(z), contiguous, in the precision of z.
+
+    On its load by the convolution GELU would be computed six to ten times for
+    each value, which costs more than the pass over memory.
+    """
+    n, height, width, c = z.shape
+    h = z.new_empty(z.shape)
+    area, block = height * width, 1024
+    _gelu_kernel[(n * triton.cdiv(area * c, block), )](
+        z, h, area, C=c, STRIDE=stride, BLOCK=block)
+    return h
+
+
+@triton.jit(do_not_specialize=['height', 'width'])
+def _gate_kernel(h_ptr, zv_ptr, weight_ptr, bias_ptr, grad_ptr, p_ptr, da_ptr,
+                 grad_zv_ptr, height, width, C: tl.constexpr, K: tl.constexpr,
+                 GRAD_STRIDE: tl.constexpr, ROWS: tl.constexpr,
+                 STRIP: tl.constexpr, HALO: tl.constexpr,
+                 LANES: tl.constexpr):
+    """p = a * v with a = DW(h) + bias; with a gradient also what it gives."""
+    channel, column, alive, item = _place(width, C, STRIP, LANES)
+    n = item // tl.cdiv(height, ROWS)
+    top = item % tl.cdiv(height, ROWS) * ROWS
+    sums = _convolve(h_ptr, weight_ptr, channel, column, alive, n, top, height,
+                     width, C, K, ROWS, STRIP, HALO, LANES, False)
+    bias = tl.load(bias_ptr + channel).to(tl.float32)
+    for y in range(top, top + ROWS):
+        pixel = _pixel(n, y, height, width) + column
+        mask = alive & (y < height)
+        one, two = pixel * C + channel, pixel * (2 * C) + C + channel
+        v = _load(zv_ptr + two, column, width, mask, 2 * C, STRIP, 0)
+        if grad_ptr is not None:
+            grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
+                         width, mask, GRAD_STRIDE, STRIP, 0)
+        for t in tl.static_range(STRIP):
+            inside = mask & (column < width - t)
+            a = sums[0][t] + bias
+            tl.store(p_ptr + one + t * C, a * v[t], inside)
+            if grad_ptr is not None:
+                tl.store(da_ptr + one + t * C, grad[t] * v[t], inside)
+                tl.store(grad_zv_ptr + two + t * (2 * C), grad[t] * a, inside)
+        sums = sums[1:] + sums[:1]
+
+
+@triton.jit(do_not_specialize=['height', 'width'])
+def _input_grad_kernel(dy_ptr, weight_ptr, z_ptr, grad_ptr, out_ptr, height,
+                       width, C: tl.constexpr, K: tl.constexpr,
+                       Z_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+                       OUT_STRIDE: tl.constexpr, ROWS: tl.constexpr,
+                       STRIP: tl.constexpr, HALO: tl.constexpr,
+                       LANES: tl.constexpr):
+    """out = (DW_flipped(dy) [+ grad]) * GELU'(z)."""
+    channel, column, alive, item = _place(width, C, STRIP, LANES)
+    n = item // tl.cdiv(height, ROWS)
+    top = item % tl.cdiv(height, ROWS) * ROWS
+    sums = _convolve(dy_ptr, weight_ptr, channel, column, alive, n, top,
+                     height, width, C, K, ROWS, STRIP, HALO, LANES, True)
+    for y in range(top, top + ROWS):
+        pixel = _pixel(n, y, height, width) + column
+        mask = alive & (y < height)
+        z = _load(z_ptr + pixel * Z_STRIDE + channel, column, width, mask,
+                  Z_STRIDE, STRIP, 0)
+        if grad_ptr is not None:
+            grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
+                         width, mask, GRAD_STRIDE, STRIP, 0)
+        for t in tl.static_range(STRIP):
+            dh = sums[0][t]
+            if grad_ptr is not None:
+                dh += grad[t]
+            _, slope = _gelu_and_slope(z[t])
+            tl.store(out_ptr + pixel * OUT_STRIDE + channel + t * OUT_STRIDE,
+                     dh * slope, mask & (column < width - t))
+        sums = sums[1:] + sums[:1]
+
+
+@triton.jit(do_not_specialize=['rows', 'splits', 'height', 'width'])
+def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
+                        width, C: tl.constexpr, K: tl.constexpr,
+                        TAP_ROWS: tl.constexpr, STRIP: tl.constexpr,
+                        HALO: tl.constexpr, LANES: tl.constexpr):
+    """Sums of the weight and bias gradient over a part of the batch's rows.
+
+    A program holds TAP_ROWS rows of the filter; the programs for its other
+    rows are neighbours, so that they find the same inputs in the cache.
+    """
+    channel, column, alive, item = _place(width, C, STRIP, LANES)
+    groups: tl.constexpr = (K + TAP_ROWS - 1) // TAP_ROWS
+    split, head = item // groups, item % groups * TAP_ROWS
+    sums = ()
+    for _ in tl.static_range(TAP_ROWS):
+        sums = sums + (_zeros(K, LANES), )
+    total = tl.zeros((LANES, ), tl.float32)
+    first = column * C + channel
+    share = tl.cdiv(rows, splits)
+    for row in range(split * share, tl.minimum((split + 1) * share, rows)):
+        n, y = row // height, row % height
+        x = _load(x_ptr + _pixel(n, y, height, width) * C + first, column,
+                  width, alive, C, STRIP, HALO)
+        new = ()
+        for o in tl.static_range(TAP_ROWS):
+            taps = sums[o]
+            i = head + o
+            at = y - i + K // 2
+            if (i < K) & (at >= 0) & (at < height):
+                dy = _load(dy_ptr + _pixel(n, at, height, width) * C + first,
+                           column, width, alive, C, STRIP, 0)
+                taps = _correlate_weight(taps, x, dy, K, STRIP, HALO)
+                if i == K // 2:  # meets each row of dy once
+                    for t in tl.static_range(STRIP):
+                        total += dy[t]
+            new = new + (taps, )
+        sums = new
+    lanes = tl.cdiv(width, STRIP) * C
+    out = partial_ptr + column // STRIP * C + channel \
+        + tl.cast(split, tl.int64) * (K * K + 1) * lanes
+    for o in tl.static_range(TAP_ROWS):
+        for j in tl.static_range(K):
+            tl.store(out + ((head + o) * K + j) * lanes, sums[o][j],
+                     alive & (head + o < K))
+    tl.store(out + K * K * lanes, total,
+             alive & (head <= K // 2) & (K // 2 < head + TAP_ROWS))
+
+
+def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`mmconv2former.fused.gate`."""
+    with torch.cuda.device_of(zv):
+        return _gate(zv.contiguous(), weight, bias)[0]
+
+
+def gate_backward(grad: Tensor, zv: Tensor, weight: Tensor,
+                  bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.gate_backward`."""
+    with torch.cuda.device_of(zv):
+        zv = zv.contiguous()
+        # da = grad * v costs one more tensor, but a second load and a product
+        # for every tap without it.
+        p, h, da, grad_zv = _gate(zv, weight, bias, _rows(grad))
+        c = p.shape[-1]
+        _input_grad(da, weight, zv, 2 * c, None, grad_zv, 2 * c)
+        return grad_zv, *_weight_grad(h, da, weight), p
+
+
+def _gate(zv: Tensor, weight: Tensor, bias: Tensor,
+          grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """p and h; with a gradient also da and grad_zv, its z half unwritten."""
+    n, height, width, c = zv.shape
+    c, k = c // 2, weight.shape[-1]
+    h = _gelu_pass(zv[..., :c], 2 * c)
+    p = torch.empty_like(h)
+    da = grad_zv = None
+    if grad is not None:
+        da, grad_zv = torch.empty_like(h), torch.empty_like(zv)
+    tile, blocks = _tile(height, width, k, n, c)
+    _gate_kernel[(n * triton.cdiv(height, tile['ROWS']) * blocks, )](
+        h, zv, _taps_first(weight), bias.contiguous(), grad, p, da, grad_zv,
+        height, width, C=c, K=k,
+        GRAD_STRIDE=0 if grad is None else grad.stride(0), **tile, **ONE_WARP)
+    return p, h, da, grad_zv
+
+
+def _input_grad(dy: Tensor, weight: Tensor, z: Tensor, z_stride: int,
+                grad: Tensor | None, out: Tensor, out_stride: int) -> None:
+    """Write (DW_flipped(dy) [+ grad]) * GELU'(z) into ``out``."""
+    n, height, width, c = dy.shape
+    k = weight.shape[-1]
+    tile, blocks = _tile(height, width, k, n, c)
+    _input_grad_kernel[(n * triton.cdiv(height, tile['ROWS']) * blocks, )](
+        dy, _taps_first(weight), z, grad, out, height, width, C=c, K=k,
+        Z_STRIDE=z_stride, GRAD_STRIDE=0 if grad is None else grad.stride(0),
+        OUT_STRIDE=out_stride, **tile, **ONE_WARP)
+
+
+def _weight_grad(x: Tensor, dy: Tensor,
+                 weight: Tensor) -> tuple[Tensor, Tensor]:
+    n, height, width, c = x.shape
+    k = weight.shape[-1]
+    tile, blocks = _tile(height, width, k, n, c)
+    del tile['ROWS']
+    # Some 50 sums fit into the registers; groups of equal numbers of rows.
+    groups = triton.cdiv(k, max(50 // k, 1))
+    programs = blocks * groups
+    splits = _splits(n * height, programs)
+    partial = x.new_empty(
+        (splits, k * k + 1, triton.cdiv(width, tile['STRIP']) * c),
+        dtype=torch.float32)
+    _weight_grad_kernel[(splits * programs, )](
+        x, dy, partial, n * height, splits, height, width, C=c, K=k,
+        TAP_ROWS=triton.cdiv(k, groups), **tile, **ONE_WARP)
+    return _sum_partials(partial, weight)
+
+
+@triton.jit(do_not_specialize=[
+    'items', 'splits', 'share', 'height', 'width'])
+def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
+                     partial_ptr, items, splits, share, height, width,
+                     C: tl.constexpr, Z_STRIDE: tl.constexpr,
+                     GRAD_STRIDE: tl.constexpr, STRIP: tl.constexpr,
+                     HALO: tl.constexpr, LANES: tl.constexpr):
+    """s = h + GELU(d) with d = DW_3(h) + bias and h = GELU(z).
+
+    With a gradient also dd, that of d, and the sums for those of the filter
+    and the bias. An item is ``share`` rows of an image; the program walks
+    down them with three rows of h in registers, so that each value of z is
+    read, and its GELU computed, hardly more than once.
+    """
+    channel, column, alive, split = _place(width, C, STRIP, LANES)
+    lanes = tl.cdiv(width, STRIP) * C
+    bias = tl.load(bias_ptr + channel).to(tl.float32)
+    top_taps = _load_taps(weight_ptr + channel, 3, C)
+    mid_taps = _load_taps(weight_ptr + 3 * C + channel, 3, C)
+    low_taps = _load_taps(weight_ptr + 6 * C + channel, 3, C)
+    top_sums = _zeros(3, LANES)
+    mid_sums = _zeros(3, LANES)
+    low_sums = _zeros(3, LANES)
+    total = tl.zeros((LANES, ), tl.float32)
+    for item in range(split, items, splits):
+        n = item // tl.cdiv(height, share)
+        start = item % tl.cdiv(height, share) * share
+        above = _zeros(STRIP + 2 * HALO, LANES)
+        row = _zeros(STRIP + 2 * HALO, LANES)
+        for below_y in range(start - 1,
+                             tl.minimum(start + share, height) + 1):
+            below = _load_gelu(
+                z_ptr + (_pixel(n, below_y, height, width) + column) * Z_STRIDE
+                + channel, column, width,
+                alive & (below_y >= 0) & (below_y < height), Z_STRIDE, STRIP,
+                HALO)
+            if below_y > start:
+                pixel = _pixel(n, below_y - 1, height, width) + column
+                d = ()
+                for _ in tl.static_range(STRIP):
+                    d = d + (bias, )
+                d = _correlate(d, above, top_taps, 3, STRIP, HALO)
+                d = _correlate(d, row, mid_taps, 3, STRIP, HALO)
+                d = _correlate(d, below, low_taps, 3, STRIP, HALO)
+                out = pixel * C + channel
+                if grad_ptr is not None:
+                    grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel,
+                                 column, width, alive, GRAD_STRIDE, STRIP, 0)
+                    dd = ()
+                    for t in tl.static_range(STRIP):
+                        inside = alive & (column < width - t)
+                        e, slope = _gelu_and_slope(d[t])
+                        dd = dd + (grad[t] * slope, )
+                        tl.store(s_ptr + out + t * C, row[t + HALO] + e,
+                                 inside)
+                        tl.store(dd_ptr + out + t * C, dd[t], inside)
+                        total += dd[t]
+                    top_sums = _correlate_weight(top_sums, above, dd, 3,
+                                                 STRIP, HALO)
+                    mid_sums = _correlate_weight(mid_sums, row, dd, 3, STRIP,
+                                                 HALO)
+                    low_sums = _correlate_weight(low_sums, below, dd, 3,
+                                                 STRIP, HALO)
+                else:
+                    for t in tl.static_range(STRIP):
+                        tl.store(s_ptr + out + t * C,
+                                 row[t + HALO] + _gelu(d[t]),
+                                 alive & (column < width - t))
+            above = row
+            row = below
+    if grad_ptr is not None:
+        partial = partial_ptr + column // STRIP * C + channel \
+            + tl.cast(split, tl.int64) * 10 * lanes
+        sums = top_sums + mid_sums + low_sums + (total, )
+        for i in tl.static_range(10):
+            tl.store(partial + i * lanes, sums[i], alive)
+
+
+def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`mmconv2former.fused.position`."""
+    with torch.cuda.device_of(z):
+        return _position(z, _rows(z), weight, bias)[0]
+
+
+def position_backward(
+        grad: Tensor, z: Tensor, weight: Tensor,
+        bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.position_backward`.
+
+    In two passes, the second from dd, the gradient of d = DW_3(h) + bias, in
+    the precision of ``z``. One pass would move 4 tensors instead of 8, but
+    compute GELU on more columns beside each strip and hold rows of h, of dd
+    and of GELU'(z) at once. By count of instructions, arithmetic takes as
+    long as the transfer already, so that little would be gained.
+    """
+    with torch.cuda.device_of(z):
+        rows, grad = _rows(z), _rows(grad)
+        s, dd, partial = _position(z, rows, weight, bias, grad)
+        grad_z = torch.empty_like(s)
+        _input_grad(dd, weight, rows, rows.stride(0), grad, grad_z,
+                    s.shape[-1])
+        return grad_z, *_sum_partials(partial, weight), s
+
+
+def _position(z: Tensor, rows: Tensor, weight: Tensor, bias: Tensor,
+              grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """The output; with a gradient also dd and the sums of the weight's."""
+    n, height, width, c = z.shape
+    tile, blocks = _tile(height, width, 3, n, c)
+    del tile['ROWS']
+    # Tall items read fewer rows twice; low ones keep small inputs parallel.
+    share = min(max(n * height * blocks // (2 * PROGRAMS), 4), 28)
+    items = n * triton.cdiv(height, share)
+    s = z.new_empty(z.shape)
+    splits, dd, partial = items, None, None
+    if grad is not None:
+        splits = _splits(items, blocks)
+        dd = torch.empty_like(s)
+        partial = z.new_empty(
+            (splits, 10, triton.cdiv(width, tile['STRIP']) * c),
+            dtype=torch.float32)
+    _position_kernel[(splits * blocks, )](
+        rows, _taps_first(weight), bias.contiguous(), grad, s, dd, partial,
+        items, splits, share, height, width, C=c, Z_STRIDE=rows.stride(0),
+        GRAD_STRIDE=0 if grad is None else grad.stride(0), **tile, **ONE_WARP)
+    return s, dd, partial
+
+
+def _norm_tile(channels: int) -> dict:
+    """Blocks of 2048 values: 16 for each of the 128 threads."""
+    block = triton.next_power_of_2(channels)
+    return dict(C=channels, BLOCK=block, PIXELS=max(2048 // block, 1))
+
+
+@triton.jit(do_not_specialize=['pixels', 'tiles'])
+def _layer_norm_backward_kernel(
+        grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, residual_ptr,
+        grad_x_ptr, partial_ptr, pixels, tiles, C: tl.constexpr,
+        GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+        RESIDUAL_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+        PIXELS: tl.constexpr):
+    pid = tl.program_id(0)
+    channel = tl.arange(0, BLOCK)[None, :]
+    used = channel < C
+    weight = tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
+    weight_sums = tl.zeros((PIXELS, BLOCK), tl.float32)
+    bias_sums = tl.zeros((PIXELS, BLOCK), tl.float32)
+    for tile in range(pid, tiles, tl.num_programs(0)):
+        pixel = tl.cast(tile, tl.int64) * PIXELS \
+            + tl.arange(0, PIXELS)[:, None]
+        inside = used & (pixel < pixels)
+        x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.)
+        grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside, 0.)
+        residual = tl.load(residual_ptr + pixel * RESIDUAL_STRIDE + channel,
+                           inside, 0.)
+        mean = tl.load(mean_ptr + pixel, pixel < pixels, 0.)
+        rstd = tl.load(rstd_ptr + pixel, pixel < pixels, 0.)
+        normed = (x.to(tl.float32) - mean) * rstd
+        grad = grad.to(tl.float32)
+        weight_sums += grad * normed
+        bias_sums += grad
+        grad *= weight
+        grad -= tl.sum(grad, 1)[:, None] / C \
+            + normed * (tl.sum(grad * normed, 1)[:, None] / C)
+        tl.store(grad_x_ptr + pixel * C + channel,
+                 grad * rstd + residual.to(tl.float32), inside)
+    out = partial_ptr + pid * (2 * C) + channel
+    tl.store(out, tl.sum(weight_sums, 0)[None, :], used)
+    tl.store(out + C, tl.sum(bias_sums, 0)[None, :], used)
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+                        weight: Tensor, bias: Tensor,
+                        residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.layer_norm_backward`."""
+    with torch.cuda.device_of(x):
+        grad_x = x.new_empty(x.shape)
+        grad, x, residual = _rows(grad), _rows(x), _rows(residual)
+        tile = _norm_tile(x.shape[1])
+        tiles = triton.cdiv(len(x), tile['PIXELS'])
+        programs = max(min(tiles, PROGRAMS // 4), 1)  # of four warps
+        partial = x.new_empty((programs, 2, x.shape[1]), dtype=torch.float32)
+        _layer_norm_backward_kernel[(programs, )](
+            grad, x, mean.contiguous(), rstd.contiguous(), weight.contiguous(),
+            residual, grad_x, partial, len(x), tiles,
+            GRAD_STRIDE=grad.stride(0), X_STRIDE=x.stride(0),
+            RESIDUAL_STRIDE=residual.stride(0), **tile)
+        return grad_x, *partial.sum(0)
+
+
+@triton.jit(do_not_specialize=['area'])
+def _scale_residual_norm_kernel(
+        x_ptr, y_ptr, scale_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr,
+        normed_ptr, area, eps, C: tl.constexpr, X_STRIDE: tl.constexpr,
+        Y_STRIDE: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+    tiles = tl.cdiv(area, PIXELS)
+    n = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    # In full shape, so that the vectors come in the layout of the tensors.
+    channel = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (PIXELS, BLOCK))
+    used = channel < C
+    pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)[:, None]
+    inside = used & (pixel < area)
+    x = tl.load(x_ptr + n * area * X_STRIDE + pixel * X_STRIDE + channel,
+                inside, 0.)
+    y = tl.load(y_ptr + n * area * Y_STRIDE + pixel * Y_STRIDE + channel,
+                inside, 0.)
+    scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
+    if keep_ptr is not None:
+        scale *= tl.load(keep_ptr + n).to(tl.float32)
+    out = (x.to(tl.float32) + y.to(tl.float32) * scale).to(x.dtype)
+    at = n * area * C + pixel * C + channel
+    tl.store(out_ptr + at, out, inside)
+    if weight_ptr is not None:
+        normed = out.to(tl.float32)
+        mean = tl.sum(normed, 1)[:, None] / C
+        normed = tl.where(inside, normed - mean, 0.)
+        normed *= tl.rsqrt(tl.sum(normed * normed, 1)[:, None] / C + eps)
+        weight = tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
+        bias = tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
+        tl.store(normed_ptr + at, normed * weight + bias, inside)
+
+
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+                   keep: Tensor | None) -> Tensor:
+    """See :func:`mmconv2former.fused.scale_residual`."""
+    return scale_residual_norm(x, y, scale, keep, None, None, 0.)[0]
+
+
+def scale_residual_norm(x: Tensor, y: Tensor, scale: Tensor,
+                        keep: Tensor | None, weight: Tensor | None,
+                        bias: Tensor | None,
+                        eps: float) -> tuple[Tensor, Tensor | None]:
+    """Layer scale, drop path and residual, and the layer norm that follows.
+
+    Args:
+        x (Tensor): Residual stream, (N, H, W, C).
+        y (Tensor): Output of the branch, (N, H, W, C).
+        scale (Tensor): Layer scale, (C, ).
+        keep (Tensor | None): Drop path, a factor for each sample, (N, ) or
+            (N, 1, 1, 1).
+        weight (Tensor | None): Weight of the norm, (C, ); None for no norm.
+        bias (Tensor | None): Bias of the norm, (C, ).
+        eps (float): Added to the variance.
+
+    Returns:
+        tuple[Tensor, Tensor | None]: ``x + keep * scale * y`` in the precision
+        of ``x`` and its norm in that of ``y``, both (N, H, W, C).
+    """
+    with torch.cuda.device_of(x):
+        out = x.new_empty(x.shape)
+        normed = None if weight is None else y.new_empty(x.shape)
+        n, height, width, c = x.shape
+        area, tile = height * width, _norm_tile(c)
+        x, y = _rows(x), _rows(y)
+        scale, keep, weight, bias = (
+            t if t is None else t.contiguous()
+            for t in (scale, keep, weight, bias))
+        _scale_residual_norm_kernel[(
+            n * triton.cdiv(area, tile['PIXELS']), )](
+                x, y, scale, keep, weight, bias, out, normed, area, eps,
+                X_STRIDE=x.stride(0), Y_STRIDE=y.stride(0), **tile)
+        return out, normed

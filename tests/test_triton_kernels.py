@@ -1,0 +1,404 @@
+"""The Triton kernels against the plain functions of the same names.
+
+On a GPU the cases run there. Without one they run at tiny sizes through
+Triton's interpreter, which must be switched on before Triton is imported:
+one test starts this file anew in a process of its own.
+"""
+import functools
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.torch_version import TorchVersion
+
+from mmconv2former import fused
+from mmconv2former.backbone import Block
+
+triton = pytest.importorskip('triton', reason='Triton is not installed')
+
+EPS = 1e-6
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+if INTERPRETED:
+    DEVICE = 'cpu'
+    CASES = [  # N, H, W, C, K, precision; of bf16 the interpreter is no judge
+        (1, 5, 7, 20, 3, torch.float32),
+        (1, 1, 5, 36, 5, torch.float16),
+        (2, 1, 1, 8, 11, torch.float32),
+        (1, 2, 3, 8, 11, torch.float16),
+        (1, 2, 1, 8, 21, torch.float32),
+        (1, 1, 8, 8, 3, torch.float16),
+        (2, 1, 16, 8, 5, torch.float32),
+        (1, 2, 15, 8, 7, torch.float16),
+    ]
+else:
+    DEVICE = 'cuda'
+    # Few: most of the time goes to the compiler.
+    CASES = [
+        (20, 56, 56, 72, 11, torch.float32),
+        (20, 56, 56, 72, 11, torch.float16),
+        (20, 56, 56, 72, 11, torch.bfloat16),
+        (136, 13, 13, 144, 11, torch.bfloat16),
+        (304, 7, 7, 100, 11, torch.float16),
+        (3, 7, 7, 36, 11, torch.bfloat16),
+        (2, 1, 1, 8, 11, torch.float32),
+        (4, 5, 7, 20, 7, torch.float32),
+        (1, 56, 13, 100, 7, torch.bfloat16),
+        (2, 13, 56, 8, 5, torch.float16),
+        (2, 7, 1, 20, 5, torch.bfloat16),
+        (1, 13, 5, 36, 21, torch.float32),
+        (2, 56, 56, 20, 21, torch.bfloat16),
+        (1, 7, 7, 8, 21, torch.float16),
+        (12, 56, 56, 100, 3, torch.bfloat16),
+        (5, 7, 7, 144, 3, torch.float32),
+        (1, 1, 13, 72, 3, torch.float16),
+    ]
+SHAPES = [(*case[:4], case[5]) for case in CASES]
+
+
+def gpu_test(test):
+    test = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(),
+                              reason='needs a GPU')(test)
+    return pytest.mark.gpu(test)
+
+
+def device_test(test):
+    """Mark a test that runs on a GPU or in the interpreter's process."""
+    return test if INTERPRETED else gpu_test(test)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    from mmconv2former import triton_kernels
+    return triton_kernels
+
+
+def draw(dtype, *shapes):
+    """Random tensors, the same in each precision that holds them."""
+    generator = torch.Generator().manual_seed(sum(shapes[0]))
+    return [
+        torch.randn(s, generator=generator, dtype=torch.double).to(
+            dtype).to(DEVICE) for s in shapes
+    ]
+
+
+def scale_residual_norm(x, y, scale, keep, weight, bias, eps):
+    out = fused.scale_residual(x, y, scale, keep)
+    return out, F.layer_norm(out, weight.shape, weight, bias, eps)
+
+
+def layer_norm_backward(grad, x, mean, rstd, weight, bias, residual):
+    """That of autograd; the one in fused takes other types on the CPU."""
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    out = F.layer_norm(inputs[0], weight.shape, *inputs[1:], EPS)
+    grad_x, *others = torch.autograd.grad(out, inputs, grad)
+    return grad_x + residual, *others
+
+
+def statistics(x):
+    """Mean and inverse standard deviation over the channels."""
+    mean = x.float().mean(-1, keepdim=True)
+    variance = (x.float() - mean).square().mean(-1, keepdim=True)
+    return mean, (variance + EPS).rsqrt()
+
+
+def double(x):
+    return x.double() if torch.is_tensor(x) else x
+
+
+def compare(ours, plain, *inputs):
+    """The error is at most twice that of the plain form, plus a rounding."""
+    dtype = next(t.dtype for t in inputs if torch.is_tensor(t))
+    true = plain(*map(double, inputs))
+    other = plain(*inputs)
+    before = [t.clone() for t in inputs if torch.is_tensor(t)]
+    # Fills what an operator leaves unwritten with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        own = ours(*inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for old, new in zip(before, filter(torch.is_tensor, inputs)):
+        assert torch.equal(old, new), 'an input was overwritten'
+    for o, p, t in zip(*([r] if torch.is_tensor(r) else r
+                         for r in (own, other, true)), strict=True):
+        assert o.shape == t.shape and o.is_contiguous()
+        assert o.dtype in (dtype, torch.float32)
+        # Sums in fp32 are taken in another order.
+        noise = max(torch.finfo(o.dtype).eps, 1e-6) * t.abs().max()
+        assert (o - t).abs().max() <= 2 * (p - t).abs().max() + noise
+    return own
+
+
+@device_test
+@pytest.mark.parametrize('n, h, w, c, k, dtype', CASES)
+def test_gate_is_as_exact_as_its_plain_form(kernels, n, h, w, c, k, dtype):
+    inputs = draw(dtype, (n, h, w, 2 * c), (c, 1, k, k), (c, ))
+    out = compare(kernels.gate, fused.gate, *inputs)
+    assert out.dtype == dtype
+
+
+@device_test
+@pytest.mark.parametrize('n, h, w, c, k, dtype', CASES)
+def test_gradients_of_gate_are_as_exact(kernels, n, h, w, c, k, dtype):
+    inputs = draw(dtype, (n, h, w, c), (n, h, w, 2 * c), (c, 1, k, k), (c, ))
+    grad_zv, grad_weight, grad_bias, out = compare(
+        kernels.gate_backward, fused.gate_backward, *inputs)
+    assert grad_zv.dtype == out.dtype == dtype
+    assert grad_weight.dtype == grad_bias.dtype == torch.float32
+
+
+@device_test
+@pytest.mark.parametrize('n, h, w, c, dtype', SHAPES)
+def test_position_and_its_gradients_are_as_exact(kernels, n, h, w, c, dtype):
+    grad, *inputs = draw(dtype, (n, h, w, c), (n, h, w, c), (c, 1, 3, 3),
+                         (c, ))
+    out = compare(kernels.position, fused.position, *inputs)
+    grad_z, grad_weight, grad_bias, again = compare(
+        kernels.position_backward, fused.position_backward, grad, *inputs)
+    assert torch.equal(out, again)
+    assert out.dtype == grad_z.dtype == dtype
+    assert grad_weight.dtype == grad_bias.dtype == torch.float32
+
+
+@device_test
+@pytest.mark.parametrize('n, h, w, c, dtype', SHAPES)
+def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
+    x, y, grad, weight, bias, scale, keep = draw(
+        dtype, *[(n, h, w, c)] * 3, *[(c, )] * 3, (n, 1, 1, 1))
+    mean, rstd = statistics(x)
+    grad_x, grad_weight, grad_bias = compare(
+        kernels.layer_norm_backward, layer_norm_backward, grad, x, mean, rstd,
+        weight, bias, y)
+    assert grad_x.dtype == dtype
+    assert grad_weight.dtype == grad_bias.dtype == torch.float32
+    for factor in (keep, None):
+        out, normed = compare(kernels.scale_residual_norm, scale_residual_norm,
+                              x, y, scale, factor, weight, bias, EPS)
+        alone = compare(kernels.scale_residual, fused.scale_residual, x, y,
+                        scale, factor)
+        assert torch.equal(out, alone)
+        assert out.dtype == normed.dtype == dtype
+
+
+@device_test
+def test_precisions_of_stream_and_branch_may_differ(kernels):
+    x, weight, bias = draw(torch.float32, (2, 3, 5, 8), (8, ), (8, ))
+    y, = draw(torch.float16, x.shape)
+    out, normed = kernels.scale_residual_norm(x, y, weight, None, weight, bias,
+                                              EPS)
+    assert (out.dtype, normed.dtype) == (torch.float32, torch.float16)
+    torch.testing.assert_close(out, x + weight * y)
+    torch.testing.assert_close(
+        normed, F.layer_norm(out, (8, ), weight, bias, EPS).half())
+    inputs = (x, *statistics(x), weight, bias, x)
+    grad_x, *_ = kernels.layer_norm_backward(y, *inputs)
+    true, *_ = layer_norm_backward(y.float(), *inputs)
+    assert grad_x.dtype == torch.float32
+    torch.testing.assert_close(grad_x, true)
+
+
+@device_test
+def test_block_sizes_and_splits_change_nothing_but_the_rounding(
+        kernels, monkeypatch):
+    """One program for the whole batch, with the larger blocks."""
+    monkeypatch.setattr(kernels, 'PROGRAMS', 1)
+    assert kernels._tile(3, 15, 3, 2, 8)[0]['ROWS'] == 4
+    grad, zv, z, weight, bias = draw(
+        torch.float32, (2, 3, 15, 8), (2, 3, 15, 16), (2, 3, 15, 8),
+        (8, 1, 3, 3), (8, ))
+    compare(kernels.gate_backward, fused.gate_backward, grad, zv, weight, bias)
+    compare(kernels.position_backward, fused.position_backward, grad, z,
+            weight, bias)
+    compare(kernels.layer_norm_backward, layer_norm_backward, grad, z,
+            *statistics(z), bias, bias, z)
+
+
+@device_test
+def test_strided_inputs_give_the_same_bits(kernels):
+    grad, z, zv, weight, bias = draw(
+        torch.float32, (2, 2, 2, 8), (2, 2, 2, 8), (2, 2, 2, 16), (8, 1, 3, 3),
+        (8, ))
+
+    def strided(x, kind):
+        """A slice of the channels, or channels that are not the last."""
+        if x is None or len(x) != 2:
+            return x
+        if kind == 1:
+            pixels = x.flatten(0, 2).t().contiguous().t()
+            return pixels.unflatten(0, x.shape[:3])
+        wide = torch.zeros(*x.shape[:-1], 3 + x.shape[-1], device=DEVICE)
+        wide[..., 2:-1] = x
+        return wide[..., 2:-1]
+
+    calls = {
+        kernels.gate: (zv, weight, bias),
+        kernels.gate_backward: (grad, zv, weight, bias),
+        kernels.position: (z, weight, bias),
+        kernels.position_backward: (grad, z, weight, bias),
+        kernels.layer_norm_backward: (grad, z, *statistics(z), bias, bias,
+                                      zv[..., 8:]),
+        kernels.scale_residual: (z, grad, bias, None),
+    }
+    for function, inputs in calls.items():
+        others = [strided(x, i % 2) for i, x in enumerate(inputs)]
+        for out, other in zip(function(*inputs), function(*others),
+                              strict=True):
+            assert torch.equal(out, other), function.__name__
+
+
+@device_test
+def test_block_computes_with_them_what_it_does_without(kernels, monkeypatch):
+    torch.manual_seed(0)
+    block = Block(8, 5, 4., 'hadamard', 0.5, 1e-6, with_cp=False, fused=True)
+    for p in block.parameters():
+        torch.nn.init.normal_(
+            p, std=1. if p.ndim == 1 else p[0].numel()**-0.5)
+    block = block.to(DEVICE)
+    x, grad = draw(torch.float32, (2, 8, 4, 9), (2, 8, 4, 9))
+
+    def run(module):
+        monkeypatch.setattr(fused, '_kernels', lambda _: module)
+        torch.manual_seed(1)  # of drop path
+        inputs = [x.requires_grad_(), *block.parameters()]
+        out = block(x)
+        return out, *torch.autograd.grad(out, inputs, grad)
+
+    for own, other in zip(run(kernels), run(fused), strict=True):
+        scale = other.abs().max()
+        torch.testing.assert_close(own / scale, other / scale, rtol=0,
+                                   atol=1e-5)
+
+
+@device_test
+def test_gelu_is_exact_to_the_rounding_of_fp32(kernels):
+    """With a filter of zeros the position operator is GELU(z) + GELU(0)."""
+    z = torch.linspace(-12, 12, 896, device=DEVICE).view(1, 2, 14, 32)
+    weight, bias = (torch.zeros(*s, device=DEVICE)
+                    for s in ((32, 1, 3, 3), (32, )))
+    grad_z, *_, s = kernels.position_backward(
+        torch.ones_like(z), z, weight, bias)
+    exact = z.double().requires_grad_()
+    true = F.gelu(exact)
+    slope, = torch.autograd.grad(true.sum(), exact)
+    assert ((s - true).abs() <= 3e-7 * z.abs()).all()
+    assert (grad_z - slope).abs().max() <= 5e-7
+
+
+@pytest.mark.skipif(INTERPRETED, reason='starts this process')
+@pytest.mark.skipif(
+    TorchVersion(triton.__version__) < (
+        (3, 7) if TorchVersion(np.__version__) >= (2, 4) else (3, 4)),
+    reason='the interpreter needs Triton 3.4, or 3.7 with NumPy 2.4')
+def test_kernels_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider',
+         __file__], env={**os.environ, 'TRITON_INTERPRET': '1'},
+        cwd=Path(__file__).resolve().parents[1], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout
+    assert ' passed' in result.stdout
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(),
+                    reason='the other tests compile the kernels')
+def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
+    """The interpreter takes Python that the compiler refuses."""
+    target = triton.backends.compiler.GPUTarget('cuda', 90, 32)
+    compiled = set()
+
+    def launch(kernel, grid):
+        compiled.add(kernel.__name__)
+        return functools.partial(kernel.warmup, grid=grid)
+
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(triton.JITFunction, '__getitem__', launch)
+    monkeypatch.setattr(
+        triton.runtime.jit, 'driver', SimpleNamespace(active=SimpleNamespace(
+            get_current_device=lambda: 0, get_current_stream=lambda _: 0,
+            get_current_target=lambda: target)))
+    x, y, zv, weight, vector, keep = (
+        torch.empty(shape, dtype=torch.bfloat16)
+        for shape in (*[(1, 2, 7, 8)] * 2, (1, 2, 7, 16), (8, 1, 3, 3), (8, ),
+                      (1, )))
+    kernels.gate(zv, weight, vector)
+    kernels.gate_backward(y, zv, weight, vector)
+    kernels.position(x, weight, vector)
+    kernels.position_backward(y, x, weight, vector)
+    kernels.layer_norm_backward(y, x, *statistics(x), vector, vector, y)
+    kernels.scale_residual_norm(x, y, vector, keep, vector, vector, EPS)
+    assert compiled == {
+        name for name in vars(kernels) if name.endswith('_kernel')}
+
+
+def test_signatures_are_those_of_the_plain_functions(kernels):
+    for name in ('gate', 'gate_backward', 'position', 'position_backward',
+                 'layer_norm_backward', 'scale_residual'):
+        assert list(inspect.signature(getattr(kernels, name)).parameters) \
+            == list(inspect.signature(getattr(fused, name)).parameters), name
+
+
+def test_an_old_triton_is_named(kernels, monkeypatch):
+    monkeypatch.setattr('triton.__version__', '3.2.0')
+    with pytest.raises(ImportError, match='found Triton 3.2.0; expected 3.3'):
+        importlib.reload(kernels)
+
+
+@gpu_test
+def test_two_runs_give_the_same_bits(kernels):
+    grad, z, zv, weight, bias = draw(
+        torch.bfloat16, (32, 28, 28, 144), (32, 28, 28, 144),
+        (32, 28, 28, 288), (144, 1, 11, 11), (144, ))
+    small = weight[..., :3, :3].contiguous()
+    runs = [(*kernels.gate_backward(grad, zv, weight, bias),
+             *kernels.position_backward(grad, z, small, bias),
+             *kernels.layer_norm_backward(grad, z, *statistics(z), bias, bias,
+                                          grad))
+            for _ in range(3)]
+    for run in runs[1:]:
+        assert all(map(torch.equal, runs[0], run))
+
+
+@gpu_test
+def test_more_than_2_to_the_31_elements(kernels):
+    """The last of the images gives what it gives alone."""
+    n, h, w, c = 33, 256, 256, 1024
+    if torch.cuda.mem_get_info()[0] < 60e9:
+        pytest.skip('needs 60 GB of free GPU memory')
+    assert n * h * w * c > 2**31
+    torch.manual_seed(0)
+    z = torch.randn(n, h, w, c, device=DEVICE, dtype=torch.bfloat16)
+    weight, bias = draw(torch.bfloat16, (c, 1, 3, 3), (c, ))
+    last = z[-1:].clone()
+    assert torch.equal(
+        kernels.position(z, weight, bias)[-1:],
+        kernels.position(last, weight, bias))
+    for i in (0, -1):
+        assert torch.equal(
+            kernels.position_backward(z, z, weight, bias)[i][-1:],
+            kernels.position_backward(last, last, weight, bias)[i])
+    mean, rstd = statistics(z)
+    assert torch.equal(
+        kernels.layer_norm_backward(z, z, mean, rstd, bias, bias, z)[0][-1:],
+        kernels.layer_norm_backward(last, last, mean[-1:], rstd[-1:], bias,
+                                    bias, last)[0])
+    for out, other in zip(
+            kernels.scale_residual_norm(z, z, bias, None, bias, bias, EPS),
+            kernels.scale_residual_norm(last, last, bias, None, bias, bias,
+                                        EPS)):
+        assert torch.equal(out[-1:], other)
+    half = slice(c // 2)
+    grad = z[..., half].contiguous()
+    for i in (0, -1):
+        assert torch.equal(
+            kernels.gate_backward(grad, z, weight[half], bias[half])[i][-1:],
+            kernels.gate_backward(grad[-1:], last, weight[half],
+                                  bias[half])[i])
