@@ -10,6 +10,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
+# For ONNX; onnxscript is what torch's exporter is written in.
+EXPORT = ['onnx>=1.16,<2', 'onnxruntime>=1.18,<2', 'onnxscript>=0.5,<1']
+
 # Two families of distributions provide the same import packages (mmengine,
 # mmcv, mmdet, ...), so requiring either would break an environment that holds
 # the other. The user chooses one, as an extra, or has one already. mmcv is
@@ -38,7 +41,9 @@ EXTRAS = {
         'regex',  # and this one
         'opencv-python<5',  # newer than all of these
     ],
+    'export': EXPORT,  # tools/export.py to ONNX
     'test': [
+        *EXPORT,
         'pytest>=8,<10',
         'ruff==0.17.6',  # its rules change from version to version
         'scikit-learn>=1.5,<2',  # carries the digits

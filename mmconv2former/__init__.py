@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
         'same family.', name='mmengine') from error
 
 from .backbone import Conv2Former
+from .inference import fuse_for_inference
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .neck import Conv2FormerNeck
 
@@ -23,5 +24,5 @@ __version__ = '0.1.0'
 
 __all__ = [
     'Conv2Former', 'Conv2FormerNeck', 'LayerDecayOptimWrapperConstructor',
-    '__version__'
+    'fuse_for_inference', '__version__'
 ]

@@ -129,7 +129,7 @@ def test_table_and_json_have_every_model_and_case(tmp_path, capsys,
 
 @pytest.mark.parametrize('name, hint', [
     ('conv2former-x', 'unknown arch'),
-    ('conv2former-n@fast', 'official, plain, fused, compiled'),
+    ('conv2former-n@fast', 'official, plain, fused, compiled, folded'),
     ('ConvNeXt:tiny@plain', 'only conv2former-ARCH has paths'),
     ('ConvNext:tiny', 'Did you mean ConvNeXt'),
     ('ConvNeXt:midget', 'Unavailable arch'),

@@ -56,6 +56,7 @@ from benchmark_models import (
     official_forward,
     switched,
 )
+from mmconv2former import fuse_for_inference
 from plot_benchmark import describe, report
 
 Steps = dict[str, Callable[[], None]]  # of each model
@@ -106,6 +107,8 @@ class Candidate:
         self.model = build_model(name, case.task == 'backbone',
                                  case.drop_path, size).to(**options)
         self.model.train(self.train)
+        if self.path == 'folded':
+            fuse_for_inference(self.model)
         if self.path == 'compiled':
             getattr(self.model, 'backbone', self.model).compile()
         self.images = torch.randn(case.batch, 3, *size).to(**options)
@@ -487,6 +490,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if at and (':' in base or path not in PATHS):
             parser.error(f"'{name}': only conv2former-ARCH has paths, which "
                          f'are {", ".join(PATHS)}')
+    if 'train' in args.mode and any(
+            name.endswith('@folded') for name in args.models):
+        parser.error('a model that is folded for inference cannot be trained; '
+                     'measure it with --mode forward alone')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch finds no GPU')
     return args

@@ -8,6 +8,7 @@ weights:
 - plain: the package with ``MMCONV2FORMER_FUSED=0``;
 - fused, the default: the package as it comes;
 - compiled: the same, with the backbone under ``torch.compile``.
+- folded: after ``fuse_for_inference``, which knows no training.
 """
 import contextlib
 import difflib
@@ -23,7 +24,7 @@ from mmconv2former import Conv2Former, Conv2FormerNeck
 from mmconv2former.archs import resolve_arch
 
 SWITCH = 'MMCONV2FORMER_FUSED'
-PATHS = ('official', 'plain', 'fused', 'compiled')
+PATHS = ('official', 'plain', 'fused', 'compiled', 'folded')
 
 
 def official_norm(norm: nn.Module, x: Tensor) -> Tensor:

@@ -1,0 +1,328 @@
+"""Fewer operations at inference, with the same result."""
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import fused
+from .backbone import Block, Conv2Former
+from .neck import Conv2FormerNeck
+from .operators import LayerNorm2d, add_position, linear, modulate
+
+# A greater padding would leave the range of fp16, and only a batch norm that
+# all but removes its channel asks for one.
+_MAX_PADDING = 1e3
+
+
+def fuse_for_inference(model: nn.Module) -> nn.Module:
+    """Rewrite every Conv2Former of a model into fewer operations, in place.
+
+    The rewrites are exact up to rounding, for images of any size: layer
+    scales go into the last linear layer of their branch, the affine part of a
+    layer norm and the batch norms of the stem into the convolution that
+    follows, and the two linear layers that begin convolutional modulation
+    become one. Where a linear layer ``head.fc`` reads a
+    :class:`Conv2FormerNeck`, it takes up the affine part of the neck's norm,
+    which the features between the two then lack. Output norms stay.
+
+    The new weights are calculated in double precision and have the type and
+    the device of the old ones. Fuse first and convert afterwards, to bfloat16
+    rather than float16, which loses small layer scales. A fused model cannot
+    be trained, and its weights have other names: the weights of a model as it
+    was trained have to be loaded before.
+
+    Args:
+        model (nn.Module): A Conv2Former, or a model with any number of them,
+            such as a classifier, a detector or a segmentor, in evaluation
+            mode. A fused one is left as it is.
+
+    Returns:
+        nn.Module: The same model.
+
+    Raises:
+        ValueError: If the model or a part of it is in training mode, has no
+            Conv2Former, or has blocks with other layers than their own.
+
+    Examples:
+        >>> import torch
+        >>> from mmconv2former import Conv2Former, fuse_for_inference
+        >>> model = fuse_for_inference(Conv2Former('nano').eval())
+        >>> with torch.no_grad():
+        ...     features, = model(torch.rand(1, 3, 64, 64))
+    """
+    modules = list(model.modules())
+    training = [m for m in modules if m.training]
+    if training:
+        raise ValueError(
+            f'the {type(training[0]).__name__} is in training mode, where '
+            'batch norm and drop path cannot be folded: call model.eval() '
+            'before fuse_for_inference(model)')
+    backbones = [m for m in modules if isinstance(m, Conv2Former)]
+    if not backbones:
+        raise ValueError(f'the {type(model).__name__} has no Conv2Former; '
+                         'give a Conv2Former or a model that contains one')
+    blocks = [m for m in modules if isinstance(m, Block)]
+    for layer in (layer for block in blocks for layer in block.layers()):
+        if type(layer) not in fused.LAYERS:
+            raise ValueError(
+                f'a layer of a block was replaced by a {type(layer).__name__},'
+                ' which cannot be folded: put the original layers back, with '
+                'the weights that the others stand for')
+    with torch.no_grad():
+        for backbone in backbones:
+            _fuse_backbone(backbone)
+        for m in modules:
+            neck = getattr(m, 'neck', None)
+            fc = getattr(getattr(m, 'head', None), 'fc', None)
+            if isinstance(neck, Conv2FormerNeck) and isinstance(fc, nn.Linear):
+                neck.norm = _fold_norm(neck.norm, fc)
+    return model.eval()
+
+
+def _fuse_backbone(backbone: Conv2Former) -> None:
+    _fold_stem(backbone.downsample_layers[0])
+    for downsample in backbone.downsample_layers[1:]:
+        downsample[0] = _fold_norm(*downsample)
+    for stage in backbone.stages:
+        for i, block in enumerate(stage):
+            if isinstance(block, Block):
+                stage[i] = FusedBlock(block)
+    backbone.requires_grad_(False)
+
+
+def _fold_norm(norm: nn.Module, layer: nn.Module) -> nn.Module:
+    """Move the affine part of a norm into the unpadded layer behind it."""
+    if not isinstance(norm, LayerNorm2d):
+        return norm
+    _set(layer, *_after_affine(layer, norm.weight, norm.bias))
+    return PlainNorm2d(norm.eps)
+
+
+def _fold_stem(stem: nn.Sequential) -> None:
+    """Move the batch norms, which follow GELU, into the convolutions."""
+    if len(stem) == 1:  # the patch embedding has none
+        return
+    gelu, norm, conv, _, last_norm, last_conv = range(1, 7)
+    if isinstance(stem[last_norm], _BatchNorm):
+        weights = _after_affine(stem[last_conv], *_affine(stem[last_norm]))
+        _set(stem[last_conv], *weights)
+        stem[last_norm] = nn.Identity()
+    if isinstance(stem[norm], _BatchNorm):
+        # This convolution pads with zeros behind the norm. In front of it
+        # they are what the norm makes zeros of.
+        scale, shift = _affine(stem[norm])
+        padding = -shift / scale
+        if (padding.abs() <= _MAX_PADDING).all():  # not if the scale is 0
+            weights = _after_affine(stem[conv], scale, shift)
+            _set(stem[conv], *weights)
+            stem[gelu] = PaddedGELU(padding.to(stem[conv].weight.dtype))
+            stem[norm] = nn.Identity()
+            stem[conv].padding = (0, 0)
+
+
+def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in evaluation mode, in float64."""
+    scale = norm.weight.double() / (norm.running_var.double() +
+                                    norm.eps).sqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def _after_affine(layer: nn.Module, scale: Tensor,
+                  shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias that do ``layer(scale * x + shift)``, in float64."""
+    weight = layer.weight.double()
+    taps = weight.reshape(*weight.shape[:2], -1)  # 1 in a linear layer
+    bias = taps.sum(2) @ shift.double()
+    if layer.bias is not None:
+        bias += layer.bias.double()
+    return (taps * scale.double()[:, None]).view_as(weight), bias
+
+
+def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    dtype = layer.weight.dtype
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def _linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer with the weight (O, I, 1, 1) of a 1x1 convolution."""
+    weight = weight.flatten(1)
+    layer = nn.Linear(*weight.shape[::-1], device='meta', dtype=dtype)
+    _set(layer, weight, bias)
+    return layer
+
+
+def _after_norm(norm: nn.LayerNorm, *convs: nn.Conv2d) -> nn.Linear:
+    """1x1 convolutions side by side with the affine part of their norm."""
+    weights, biases = zip(*(
+        _after_affine(conv, norm.weight, norm.bias) for conv in convs))
+    return _linear(torch.cat(weights), torch.cat(biases),
+                   convs[0].weight.dtype)
+
+
+def _scaled(conv: nn.Conv2d, scale: Tensor) -> nn.Linear:
+    """A 1x1 convolution with the layer scale behind it."""
+    scale = scale.double()
+    return _linear(conv.weight * scale.view(-1, 1, 1, 1), conv.bias * scale,
+                   conv.weight.dtype)
+
+
+class PlainNorm2d(nn.Module):
+    """:class:`LayerNorm2d` without weight and bias.
+
+    Args:
+        eps (float): Added to the variance.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), in channels-last memory."""
+        x = x.permute(0, 2, 3, 1)
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps).permute(0, 3, 1, 2)
+
+
+class PaddedGELU(nn.Module):
+    """GELU and a border, one pixel wide, with a value for each channel.
+
+    Args:
+        value (Tensor): (C, ).
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('value', value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H + 2, W + 2)."""
+        value = self.value.to(x.dtype)[:, None, None]
+        y = F.gelu(x)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return F.pad(y - value, (1, 1, 1, 1)) + value
+        n, c, h, w = x.shape  # faster, but ONNX has no such assignments
+        out = x.new_empty(n, h + 2, w + 2, c).permute(0, 3, 1, 2)
+        out[:, :, ::h + 1] = out[..., ::w + 1] = value
+        out[:, :, 1:-1, 1:-1] = y
+        return out
+
+
+class FusedBlock(nn.Module):
+    """A :class:`Block` at inference.
+
+    Args:
+        block (Block): The block, whose depthwise convolutions are taken over.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        attn, mlp = block.attn, block.mlp
+        self.fusion = attn.fusion
+        self.eps = attn.norm.eps
+        self.zv = _after_norm(attn.norm, attn.att[0], attn.v)
+        self.depthwise = attn.att[2]
+        self.proj = _scaled(attn.proj, block.layer_scale_1)
+        self.fc1 = _after_norm(mlp.norm, mlp.fc1)
+        self.pos = mlp.pos
+        self.fc2 = _scaled(mlp.fc2, block.layer_scale_2)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor],
+                              prefix: str, *args: Any) -> None:
+        # Also where mmengine would only warn of names that do not match.
+        if f'{prefix}attn.proj.weight' in state_dict:
+            raise RuntimeError(
+                'these weights are of a model that is not fused: load them '
+                'into a new model, and call fuse_for_inference after that')
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        device = x.device.type
+        if device == 'meta' or not torch.is_autocast_enabled(device):
+            return self._forward(x, x.dtype)
+        # Which would have layer norm return fp32 on GPUs.
+        with torch.autocast(device, enabled=False):
+            return self._forward(x, torch.get_autocast_dtype(device))
+
+    def _forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """With products in the given precision, and the sum in that of x."""
+        product, gate, position = self._operators(x, dtype)
+        x = x.permute(0, 2, 3, 1).contiguous()
+        for layers, middle in (((self.zv, self.depthwise, self.proj), gate),
+                               ((self.fc1, self.pos, self.fc2), position)):
+            weights = [
+                p.to(dtype) for m in layers for p in (m.weight, m.bias)
+            ]
+            y = F.layer_norm(x, x.shape[-1:], eps=self.eps).to(dtype)
+            y = product(middle(y, *weights[:4]), *weights[4:])
+            x = y.to(x.dtype).add_(x)
+        return x.permute(0, 3, 1, 2)
+
+    def _operators(self, x: Tensor, dtype: torch.dtype) -> list[Callable]:
+        """Linear layer, and what precedes the last one of each branch."""
+        product = linear
+        middles = [partial(_gate, fusion=self.fusion), _position]
+        # The fast ones have no gradients.
+        if self.fusion == 'hadamard' and not x.requires_grad \
+                and fused.available(x, ()):
+            if _onednn(x, dtype):
+                return [_onednn_linear, _onednn_gate, _onednn_position]
+            product, kernels = fused.linear, fused._kernels(x)
+            middles = [kernels.gate, kernels.position]
+        return [product, *(partial(_behind, product, m) for m in middles)]
+
+
+def _behind(product: Callable, middle: Callable, y: Tensor, weight: Tensor,
+            bias: Tensor, *depthwise: Tensor) -> Tensor:
+    return middle(product(y, weight, bias), *depthwise)
+
+
+def _gate(zv: Tensor, weight: Tensor, bias: Tensor, fusion: str) -> Tensor:
+    """:func:`modulate` on [z|v], (N, H, W, 2C) -> (N, H, W, C)."""
+    z, v = zv.permute(0, 3, 1, 2).chunk(2, 1)
+    return modulate(z, v, weight, bias, fusion).permute(0, 2, 3, 1)
+
+
+def _position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """:func:`add_position`, (N, H, W, C) -> (N, H, W, C)."""
+    return add_position(z.permute(0, 3, 1, 2), weight,
+                        bias).permute(0, 2, 3, 1)
+
+
+# On CPUs oneDNN does GELU on the results of a product or a convolution before
+# they go to memory. Only torch's compiler has names for these operators.
+
+
+def _onednn(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.device.type == 'cpu' and torch.backends.mkldnn.is_available() \
+        and not torch.compiler.is_compiling() and (
+            dtype == torch.float32 or dtype == torch.bfloat16
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor,
+                   activation: str = 'none') -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [],
+                                              'none')
+
+
+def _onednn_gate(y: Tensor, weight: Tensor, bias: Tensor, dw_weight: Tensor,
+                 dw_bias: Tensor) -> Tensor:
+    (z_weight, v_weight), (z_bias, v_bias) = weight.chunk(2), bias.chunk(2)
+    h = _onednn_linear(y, z_weight, z_bias, 'gelu')
+    return _onednn_linear(y, v_weight, v_bias).mul_(
+        fused._depthwise(h, dw_weight, dw_bias))
+
+
+def _onednn_position(y: Tensor, weight: Tensor, bias: Tensor,
+                     dw_weight: Tensor, dw_bias: Tensor) -> Tensor:
+    h = _onednn_linear(y, weight, bias, 'gelu')
+    d = torch.ops.mkldnn._convolution_pointwise(
+        h.permute(0, 3, 1, 2), dw_weight, dw_bias, [1, 1], [1, 1], [1, 1],
+        len(dw_weight), 'gelu', [], 'none')
+    return d.permute(0, 2, 3, 1).add_(h)

@@ -1,0 +1,284 @@
+"""What tools/export.py and quantize.py write computes what the model does."""
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+
+import official
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCH = 'arch=dict(depths=[1, 1], dims=[8, 16], kernel_size=5)'
+CLASSIFIER = f"""
+_base_ = ['{ROOT}/configs/classification/conv2former_mini_digits.py']
+model = dict(
+    backbone=dict({ARCH}), neck=dict(in_channels=16, out_channels=24),
+    head=dict(in_channels=24, num_classes=7))
+"""
+DETECTOR = f"""
+_base_ = ['{ROOT}/configs/detection/mask_rcnn_conv2former_mini_digits.py']
+model = dict(
+    backbone=dict({ARCH}, out_indices=[0, 1], init_cfg=None),
+    neck=dict(in_channels=[8, 16], out_channels=8))
+"""
+# None of them is a size that the tool itself tries.
+SIZES = [(1, 64, 150), (4, 71, 83)]
+
+
+@pytest.fixture(scope='module')
+def tool(load_tool):
+    return load_tool('export')
+
+
+@pytest.fixture(scope='module')
+def make(tmp_path_factory):
+    """Write a config and a checkpoint of it; also gives the model."""
+    folder = tmp_path_factory.mktemp('export')
+
+    def write(name, text):
+        config, checkpoint = folder / f'{name}.py', folder / f'{name}.pth'
+        config.write_text(text)
+        cfg = Config.fromfile(config)
+        init_default_scope(cfg.default_scope)
+        model = MODELS.build(cfg.model).eval()
+        model.load_state_dict({
+            key: official.tensor(key, tuple(value.shape))
+            for key, value in model.state_dict().items()
+        })
+        torch.save(dict(state_dict=model.state_dict()), checkpoint)
+        return str(config), str(checkpoint), model
+
+    return write
+
+
+@pytest.fixture(scope='module')
+def classifier(make):
+    return make('classifier', CLASSIFIER)
+
+
+@pytest.fixture(scope='module')
+def detector(make):
+    pytest.importorskip('mmdet')
+    return make('detector', DETECTOR)
+
+
+def assert_same(outs, expected):
+    for out, wanted in zip(outs, expected, strict=True):
+        assert out.shape == wanted.shape
+        assert (out - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_classifier_in_both_formats(tool, classifier, tmp_path, capsys):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    config, checkpoint, model = classifier
+    tool.main([config, checkpoint, '--format', 'onnx', 'torch', '--out',
+               str(tmp_path / 'new' / 'digits')])
+    written = tmp_path / 'new' / 'digits.onnx', tmp_path / 'new' / 'digits.pt2'
+    assert sorted((tmp_path / 'new').iterdir()) == sorted(written)
+
+    report = capsys.readouterr().out
+    assert 'digits.onnx: ONNX, opset 20' in report
+    assert 'digits.pt2: torch.export' in report
+    assert report.count('(batch, 3, height, width)') == 2
+    assert report.count('logits  (batch, 7)') == 2
+    assert '1x224x224' in report and '2x33x47' in report
+    assert report.count('largest difference') == 2
+    assert 'RGB, mean [123.675, 116.28, 103.53]' in report
+
+    session = onnxruntime.InferenceSession(str(written[0]))
+    assert session.get_inputs()[0].shape == ['batch', 3, 'height', 'width']
+    program = torch.export.load(written[1]).module()
+    for size in SIZES:
+        image = tool.images(size, 3)
+        with torch.no_grad():
+            expected = model(image)
+            assert_same([program(image)], [expected])
+        out, = session.run(['logits'], {'images': image.numpy()})
+        assert_same([torch.from_numpy(out)], [expected])
+
+
+def test_fused_backbone_of_a_detector(tool, detector, tmp_path, capsys):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    config, checkpoint, model = detector
+    path = tmp_path / 'backbone.onnx'
+    tool.main([config, checkpoint, '--fuse', '--opset', '18', '--out',
+               str(path)])
+    report = capsys.readouterr().out
+    assert 'opset 18' in report
+    assert 'stage0  (batch, 8, height/4, width/4)' in report
+    assert 'stage1  (batch, 16, height/8, width/8)' in report
+    session = onnxruntime.InferenceSession(str(path))
+    for size in SIZES:
+        image = tool.images(size, 3)
+        with torch.no_grad():
+            expected = model.backbone(image)
+        outs = session.run(['stage0', 'stage1'], {'images': image.numpy()})
+        assert_same([torch.from_numpy(out) for out in outs], expected)
+
+
+@pytest.mark.parametrize('wrong', [
+    lambda out: out + 2e-4 * out.abs().max(),
+    lambda out: out * float('nan'),
+    lambda out: out[:, :-1],
+])
+def test_file_that_computes_something_else_is_not_kept(
+        tool, classifier, tmp_path, monkeypatch, wrong):
+    model = classifier[2]
+    path = tmp_path / 'digits.pt2'
+    path.write_text('an older one')
+
+    def run(x):
+        with torch.no_grad():
+            return [wrong(model(x))]
+
+    monkeypatch.setattr(torch.export, 'export', lambda *args, **kwargs: None)
+    monkeypatch.setattr(tool, 'write',
+                        lambda program, path, *_: Path(path).touch())
+    monkeypatch.setattr(tool, 'load', lambda path: run)
+    with pytest.raises(SystemExit, match='digits.pt2 was not written') as end:
+        tool.export(model, ['logits'], [path])
+    assert end.value.code != 0
+    assert path.read_text() == 'an older one'
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_missing_package_names_the_command(tool, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit, match='pip install onnx onnxruntime'):
+        tool.main(['config.py', 'checkpoint.pth'])
+
+
+def test_operator_set_below_the_lowest_is_refused(tool):
+    with pytest.raises(SystemExit, match='at least 18.* got 11'):
+        tool.main(['config.py', 'checkpoint.pth', '--opset', '11'])
+
+
+def test_operator_set_that_torch_does_not_write_is_refused(
+        tool, tmp_path, monkeypatch):
+    onnx = pytest.importorskip('onnx')
+
+    def write_18(program, args, path, **kwargs):
+        graph = onnx.helper.make_graph([], 'empty', [], [])
+        onnx.save(onnx.helper.make_model(
+            graph, opset_imports=[onnx.helper.make_opsetid('', 18)]), path)
+
+    monkeypatch.setattr(torch.onnx, 'export', write_18)
+    with pytest.raises(SystemExit, match='--opset 40: .* set 18 only'):
+        tool.write(None, str(tmp_path / 'x.onnx'), ['logits'], 40)
+
+
+def test_checkpoint_of_another_config_is_refused(tool, classifier, detector):
+    with pytest.raises(SystemExit, match='does not fit the config'):
+        tool.main([detector[0], classifier[1], '--format', 'torch'])
+
+
+def test_detector_has_no_classifier(tool, detector):
+    with pytest.raises(SystemExit, match='MaskRCNN is none.* the backbone'):
+        tool.main([*detector[:2], '--format', 'torch', '--part',
+                   'classifier'])
+
+
+# -------------------------------------------------------------------- int8
+
+
+@pytest.fixture(scope='module')
+def quantizer(load_tool):
+    pytest.importorskip('onnxruntime')
+    return load_tool('quantize')
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    """Seven classes of three noise images each, for training and testing."""
+    root = tmp_path_factory.mktemp('photographs')
+    rng = np.random.RandomState(0)
+    for part in ('train', 'val'):
+        for i in range(21):
+            path = root / part / f'class{i % 7}' / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.randint(
+                256, size=(64, 64, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope='module')
+def quantize(quantizer, tool, classifier, photographs, tmp_path_factory):
+    """Run tools/quantize.py; gives the files before and after."""
+    folder = tmp_path_factory.mktemp('int8')
+    model = folder / 'model.onnx'
+    tool.export(classifier[2], ['logits'], [model])
+
+    def run():
+        options = []
+        for part in ('train', 'test'):
+            options += [
+                f'{part}_dataloader.dataset.data_root={photographs}',
+                f'{part}_dataloader.num_workers=0'
+            ]
+        quantizer.main([classifier[0], str(model), '--cfg-options', *options])
+
+    return run, model, folder / 'model_int8.onnx'
+
+
+def test_int8_classifier_of_any_size(quantizer, tool, quantize, monkeypatch,
+                                     capsys):
+    run, model, written = quantize
+    monkeypatch.setattr(quantizer, 'MAX_LOSS', 100)  # the weights are random
+    run()
+    report = capsys.readouterr().out
+    assert 'top-1 %' in report and 'int8' in report and str(written) in report
+    assert written.stat().st_size < model.stat().st_size
+    for size in [(3, 64, 64), (1, 71, 83)]:
+        image = tool.images(size, 3)
+        out, = tool.load(str(written))(image)
+        expected, = tool.load(str(model))(image)
+        assert torch.cosine_similarity(out, expected).min() > 0.98
+
+
+def test_int8_that_loses_accuracy_is_not_written(quantizer, quantize,
+                                                 monkeypatch):
+    run, model, written = quantize
+    written.unlink(missing_ok=True)
+    monkeypatch.setattr(quantizer, 'quantize',
+                        lambda model, out, data: Path(out).touch())
+    monkeypatch.setattr(quantizer, 'compare',
+                        lambda paths, data: [(90., 2.), (89.4, 1.)])
+    with pytest.raises(SystemExit, match='int8 loses 0.60 points'):
+        run()
+    assert [*model.parent.iterdir()] == [model]
+
+
+def test_accuracy_is_counted_on_images_as_testing_sees_them(
+        quantizer, classifier, photographs):
+    cfg = Config.fromfile(classifier[0])
+    init_default_scope(cfg.default_scope)
+    cfg.test_dataloader.update(batch_size=8, num_workers=0)
+    for part in ('train', 'test'):
+        cfg[f'{part}_dataloader'].dataset.data_root = str(photographs)
+        batches = list(quantizer.batches(cfg, part, 18))
+        assert [len(labels) for _, labels in batches] == [8, 8, 2]
+        images, labels = (torch.cat(x) for x in zip(*batches))
+        assert images.shape == (18, 3, 64, 64)
+        path = photographs / ('train' if part == 'train' else 'val')
+        mean, std = (torch.tensor(cfg.data_preprocessor[key]).view(3, 1, 1)
+                     for key in ('mean', 'std'))
+        known = {
+            file: (torch.from_numpy(np.array(Image.open(file))).permute(
+                2, 0, 1) - mean) / std
+            for file in path.rglob('*.png')
+        }
+        for image, label in zip(images, labels):
+            file, = (f for f, x in known.items()
+                     if torch.allclose(x, image, atol=1e-5))
+            assert file.parent.name == f'class{label}'
+
+
+def test_only_classifiers_are_quantised(quantizer, detector, tmp_path):
+    model = tmp_path / 'model.onnx'
+    model.touch()
+    with pytest.raises(SystemExit, match='only a classifier with test data'):
+        quantizer.main([detector[0], str(model)])

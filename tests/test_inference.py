@@ -1,0 +1,234 @@
+"""A fused model computes what the model that was trained computes."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import official
+from mmconv2former import (
+    Conv2Former,
+    Conv2FormerNeck,
+    fuse_for_inference,
+    inference,
+)
+from mmconv2former.archs import ARCHS
+from mmconv2former.backbone import Block
+from mmconv2former.operators import FUSIONS
+
+SIZES = [(32, 32), (65, 50), (97, 33)]
+SMALL = dict(depths=(1, 2), dims=(16, 24), kernel_size=5)
+
+
+def fill(model):
+    """Weights that make every part of the model matter."""
+    model.load_state_dict({
+        name: official.tensor(name, tuple(value.shape))
+        for name, value in model.state_dict().items()
+    })
+    return model.eval()
+
+
+def classifier(arch=SMALL, **kwargs):
+    return fill(official.Classifier(arch, 10, **kwargs))
+
+
+def fused(model):
+    return fuse_for_inference(copy.deepcopy(model))
+
+
+def difference(out, expected):
+    """Largest absolute difference over the largest absolute value."""
+    assert out.shape == expected.shape
+    expected = expected.double()
+    return ((out - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize('name', ARCHS)
+def test_every_arch_at_even_and_odd_sizes(name):
+    arch = {**ARCHS[name], 'depths': [1] * len(ARCHS[name]['depths'])}
+    model = classifier(arch, out_indices=range(len(arch['dims'])),
+                       out_norm=True)
+    folded = fused(model)
+    with torch.no_grad():
+        for height, width in SIZES:
+            image = official.image(height, width)
+            for out, expected in zip(
+                    folded.backbone(image), model.backbone(image),
+                    strict=True):
+                assert difference(out, expected) < 1e-5
+            assert difference(folded(image), model(image)) < 1e-5
+
+
+@pytest.mark.parametrize('arch', ['n', 't'])
+def test_whole_official_models(arch):
+    model = official.filled_classifier(arch).eval()
+    image = official.image(65, 50)
+    with torch.no_grad():
+        expected = model(image)
+        assert difference(fuse_for_inference(model)(image), expected) < 1e-5
+
+
+@pytest.mark.parametrize('fusion', FUSIONS)
+def test_every_fusion(fusion):
+    model = classifier(fusion=fusion)
+    image = official.image(65, 50)
+    with torch.no_grad():
+        assert difference(fused(model)(image), model(image)) < 1e-5
+
+
+@pytest.mark.parametrize('operators', ['plain', 'of torch', 'of oneDNN'])
+def test_every_set_of_operators(operators, monkeypatch):
+    model = classifier()
+    folded = fused(model)
+    image = official.image(65, 50)
+    if operators == 'plain':
+        monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    elif operators == 'of torch':
+        monkeypatch.setattr(inference, '_onednn', lambda x, dtype: False)
+    elif not torch.backends.mkldnn.is_available():
+        pytest.skip('this torch has no oneDNN')
+    with torch.no_grad():
+        assert difference(folded(image), model(image)) < 1e-5
+
+
+@pytest.mark.parametrize('stem', ['conv', '3conv'])
+@pytest.mark.parametrize('weight, bias', [
+    (0., 0.), (0., 3.), (1e-12, 3.), (-2., 3.), (1., -30.),
+])
+def test_batch_norms_of_any_scale_are_exact_at_the_border(stem, weight, bias):
+    model = classifier(dict(SMALL, stem=stem))
+    for norm in model.backbone.downsample_layers[0]:
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.constant_(norm.weight[1], weight)
+            nn.init.constant_(norm.bias[1], bias)
+    folded = fused(model)
+    unfolded = [m for m in folded.modules() if isinstance(m, _BatchNorm)]
+    # Only the one before padding divides by its scale.
+    assert len(unfolded) == (abs(weight) < 1e-6)
+    stems = model.backbone.downsample_layers[0], \
+        folded.backbone.downsample_layers[0]
+    for height, width in SIZES:
+        image = official.image(height, width)
+        with torch.no_grad():
+            expected, out = (stem(image) for stem in stems)
+        assert difference(out, expected) < 1e-5
+
+
+def test_images_of_one_channel():
+    model = classifier(in_channels=1)
+    image = official.image(65, 50)[:, :1]
+    with torch.no_grad():
+        assert difference(fused(model)(image), model(image)) < 1e-5
+
+
+def test_norms_are_gone_except_those_of_the_output():
+    folded = fused(classifier(out_norm=True, out_indices=(0, 1)))
+    norms = [
+        name for name, m in folded.named_modules()
+        if isinstance(m, (nn.LayerNorm, _BatchNorm))
+    ]
+    assert norms == ['backbone.norm0', 'backbone.norm1']
+    assert not any(isinstance(m, Block) for m in folded.modules())
+
+
+def test_neck_keeps_its_norm_where_no_linear_layer_follows():
+    model = nn.Module()
+    model.backbone, model.neck = Conv2Former(SMALL), Conv2FormerNeck(24, 40)
+    fill(model)
+    folded = fused(model)
+    image = official.image(65, 50)
+    with torch.no_grad():
+        out, = folded.neck(folded.backbone(image))
+        expected, = model.neck(model.backbone(image))
+    assert difference(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize('how, kwargs', [
+    ('weights', {}),
+    ('autocast', {}),
+    ('autocast', dict(residual_in_fp32=True)),
+])
+def test_bf16_is_as_exact_as_without_fusing(how, kwargs):
+    model = classifier(dict(SMALL, depths=(2, 6)), **kwargs)
+    image = official.image(97, 65)
+    with torch.no_grad():
+        exact = model(image)
+        folded, other = fused(model), model
+        if how == 'weights':
+            folded, other, image = (x.bfloat16()
+                                    for x in (folded, other, image))
+        with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
+            out, theirs = folded(image), other(image)
+    assert out.dtype == torch.bfloat16
+    assert difference(out, exact) <= 2 * difference(theirs, exact)
+
+
+def test_gradient_of_the_image_is_that_of_the_model():
+    model = classifier()
+    image = official.image(65, 50).requires_grad_()
+    grads = [
+        torch.autograd.grad(m(image)[:, 3].sum(), image)[0]
+        for m in (fused(model), model)
+    ]
+    assert difference(*grads) < 1e-5
+
+
+def test_compiled_model_gives_the_same():
+    model = classifier()
+    image = official.image(65, 50)
+    with torch.no_grad():
+        compiled = torch.compile(fused(model), backend='aot_eager')
+        assert difference(compiled(image), model(image)) < 1e-5
+
+
+def test_second_call_changes_nothing():
+    folded = fused(classifier(out_norm=True))
+    modules = list(folded.modules())
+    state = {k: v.clone() for k, v in folded.state_dict().items()}
+    assert fuse_for_inference(folded) is folded
+    assert [*map(id, folded.modules())] == [*map(id, modules)]
+    again = folded.state_dict()
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize('part', ['', 'backbone', 'backbone.stages.0.0'])
+def test_training_mode_is_refused(part):
+    model = classifier()
+    model.get_submodule(part).train()
+    with pytest.raises(ValueError, match=r'call model\.eval\(\) before'):
+        fuse_for_inference(model)
+
+
+def test_model_without_a_conv2former_is_refused():
+    with pytest.raises(ValueError, match='Sequential has no Conv2Former'):
+        fuse_for_inference(nn.Sequential(nn.Conv2d(3, 8, 3)).eval())
+
+
+def test_foreign_layers_are_refused_before_anything_is_changed():
+    model = classifier()
+    model.backbone.stages[1][1].mlp.fc1 = nn.Conv2d(24, 96, 1, bias=False)
+    model.backbone.stages[1][0].mlp.fc1 = nn.Identity()
+    names = [*model.eval().state_dict()]
+    with pytest.raises(ValueError, match='replaced by a Identity'):
+        fuse_for_inference(model)
+    assert [*model.state_dict()] == names
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_weights_of_an_unfused_model_are_refused(strict):
+    model = classifier()
+    with pytest.raises(RuntimeError, match='load them into a new model'):
+        fused(model).load_state_dict(model.state_dict(), strict=strict)
+
+
+def test_own_weights_can_be_loaded():
+    model = classifier()
+    folded = fused(model)
+    other = fuse_for_inference(official.Classifier(SMALL, 10).eval())
+    other.load_state_dict(folded.state_dict())
+    image = official.image(65, 50)
+    with torch.no_grad():
+        assert torch.equal(other(image), folded(image))

@@ -1,0 +1,404 @@
+"""Export a classifier or a backbone to ONNX or torch.export, and check it.
+
+    python tools/export.py CONFIG CHECKPOINT [--format onnx torch] [--fuse]
+
+The input is a batch of images (N, 3, height, width) in fp32 as the data
+preprocessor of the config leaves them: of which mean and standard deviation,
+the report says. Batch, height and width are dynamic. A classifier gives its
+logits, without softmax; a backbone gives the feature maps that its config
+returns, with the output norms that it has.
+
+--format onnx writes .onnx for onnxruntime and others; --format torch writes
+.pt2 for torch.export.load, which takes images with sides of 64 pixels or more.
+
+What was written is loaded and run on images of several sizes, and compared
+with the model in PyTorch, before --fuse. Where they differ, nothing is left
+but an error.
+"""
+import argparse
+import contextlib
+import importlib.util
+import logging
+import math
+import os
+import os.path as osp
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+import launch
+from mmconv2former import fuse_for_inference
+
+SUFFIXES = dict(onnx='.onnx', torch='.pt2')
+# torch.export takes sides that the model reduces to 1 for a special case.
+MIN_SIDE = 64
+DYNAMIC = ({
+    0: Dim('batch'),
+    2: Dim('height', min=MIN_SIDE),
+    3: Dim('width', min=MIN_SIDE)
+}, )
+# Number, height and width of the images: what is traced, and what is checked.
+TRACED = 2, 96, 128
+SIZES = (TRACED, (1, 224, 224), (3, 65, 97), (1, 131, 64))
+SMALL_SIZES = ((2, 33, 47), )  # ONNX does not keep MIN_SIDE
+TOLERANCE = 1e-4  # difference over the largest value
+MIN_OPSET = 18  # of torch's exporter
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+
+    Returns:
+        Namespace: The options.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--format',
+        nargs='+',
+        choices=list(SUFFIXES),
+        default=['onnx'],
+        help='what to write; defaults to onnx')
+    parser.add_argument(
+        '--part',
+        choices=['classifier', 'backbone'],
+        help='defaults to the classifier if the config has one, else to the '
+        'backbone')
+    parser.add_argument(
+        '--fuse',
+        action='store_true',
+        help='fold norms and layer scales into the convolutions first')
+    parser.add_argument(
+        '--opset',
+        type=int,
+        default=20,
+        help='ONNX operator set, at least 18; defaults to 20, the first '
+        'with GELU')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        metavar='FILE',
+        help='file to write; the ending is replaced by that of the format. '
+        'Defaults to work_dirs/<config>/<config>_<part>')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config')
+    # What read_config wants to know of a run.
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    return parser.parse_args(argv)
+
+
+def check_packages() -> None:
+    """Check that what writes and runs ONNX is installed.
+
+    Raises:
+        SystemExit: If a package is missing.
+    """
+    missing = [
+        name for name in ('onnx', 'onnxruntime', 'onnxscript')
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise SystemExit(f'--format onnx needs {", ".join(missing)}: pip '
+                         f'install {" ".join(missing)}')
+
+
+def load_model(cfg: Config, checkpoint: str) -> nn.Module:
+    """Build a model on the CPU and load all of its weights.
+
+    Args:
+        cfg (Config): The config.
+        checkpoint (str): File or URL.
+
+    Returns:
+        nn.Module: The model in evaluation mode.
+
+    Raises:
+        SystemExit: If the checkpoint does not fit the config completely.
+    """
+    launch.check_file(checkpoint, 'the checkpoint')
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    model = MODELS.build(cfg.model)
+    try:
+        load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
+    except RuntimeError as error:
+        raise SystemExit(
+            f"the checkpoint '{checkpoint}' does not fit the config; official "
+            'files are converted with tools/convert_checkpoint.py. '
+            f'{str(error)[:1000]}') from error
+    return model.eval()
+
+
+def select(model: nn.Module, part: str | None) -> tuple[nn.Module, list[str]]:
+    """The part of a model to export.
+
+    Args:
+        model (nn.Module): The model.
+        part (str, optional): 'classifier' or 'backbone'.
+
+    Returns:
+        tuple[nn.Module, list[str]]: The part, and names of its outputs.
+
+    Raises:
+        SystemExit: If a classifier is wanted and there is none.
+    """
+    is_classifier = hasattr(model, 'head')
+    if part == 'classifier' and not is_classifier:
+        raise SystemExit(
+            f'--part classifier: {type(model).__name__} is none. Of detectors '
+            'and segmentors this tool exports the backbone, --part backbone')
+    if is_classifier and part != 'backbone':
+        return model, ['logits']
+    return model.backbone, [f'stage{i}' for i in model.backbone.out_indices]
+
+
+def images(size: tuple[int, int, int], channels: int) -> Tensor:
+    """Random images.
+
+    Args:
+        size (tuple[int, int, int]): Number, height and width.
+        channels (int): Number of channels.
+
+    Returns:
+        Tensor: (N, channels, height, width).
+    """
+    n, height, width = size
+    generator = torch.Generator().manual_seed(height * width)
+    return torch.randn(n, channels, height, width, generator=generator)
+
+
+def run_model(model: nn.Module) -> Run:
+    """Make a function that returns the outputs of a module as a sequence."""
+
+    def run(x: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():
+            out = model(x)
+        return (out, ) if isinstance(out, Tensor) else out
+
+    return run
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch's exporters say about themselves."""
+    # This one logs what its solver cannot solve, and does without.
+    logger = logging.getLogger('torch.fx.experimental.symbolic_shapes')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def write(program: ExportedProgram, path: str, outputs: list[str],
+          opset: int) -> None:
+    """Write a program to an .onnx or a .pt2 file.
+
+    Args:
+        program (ExportedProgram): The program.
+        path (str): File to write.
+        outputs (list[str]): Names of the outputs in ONNX.
+        opset (int): Operator set of ONNX.
+
+    Raises:
+        SystemExit: If the exporter does not write the operator set.
+    """
+    if path.endswith(SUFFIXES['torch']):
+        torch.export.save(program, path)
+        return
+    torch.onnx.export(
+        program, (), path, dynamo=True, opset_version=opset,
+        input_names=['images'], output_names=outputs, dynamic_shapes=DYNAMIC,
+        external_data=False, verbose=False)
+    import onnx
+    written = onnx.load(path).opset_import[0].version
+    if written != opset:
+        raise SystemExit(f'--opset {opset}: torch {torch.__version__} writes '
+                         f'this model with operator set {written} only')
+
+
+def load(path: str) -> Run:
+    """Make a function that runs what was written.
+
+    Args:
+        path (str): An .onnx or a .pt2 file.
+
+    Returns:
+        Callable: Images -> outputs.
+    """
+    if path.endswith(SUFFIXES['torch']):
+        return run_model(torch.export.load(path).module())
+    import onnxruntime
+    session = onnxruntime.InferenceSession(
+        path, providers=['CPUExecutionProvider'])
+    return lambda x: [
+        torch.from_numpy(out)
+        for out in session.run(None, {'images': x.numpy()})
+    ]
+
+
+def difference(outs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Compare outputs with what they should be.
+
+    Args:
+        outs (Sequence[Tensor]): The outputs.
+        expected (Sequence[Tensor]): What they should be.
+
+    Returns:
+        float: The largest difference, over the largest value of its output;
+        infinite if a shape differs or a value is not a number.
+    """
+    if [x.shape for x in outs] != [x.shape for x in expected]:
+        return math.inf
+    worst = torch.stack([
+        (x - y).abs().max() / y.abs().max() for x, y in zip(outs, expected)
+    ]).max().item()
+    return math.inf if math.isnan(worst) else worst
+
+
+def shape_of(out: Tensor) -> str:
+    """Shape of an output, given the one for TRACED."""
+    sides = [
+        f'{name}/{traced // side}' for name, traced, side in zip(
+            ('height', 'width'), TRACED[1:], out.shape[2:])
+    ]
+    return ', '.join(['batch', str(out.shape[1]), *sides])
+
+
+def export(model: nn.Module, outputs: list[str], paths: list[Path],
+           channels: int = 3, opset: int = 20,
+           fuse: bool = False) -> list[str]:
+    """Write a model to files and prove that they compute the same.
+
+    Args:
+        model (nn.Module): Takes images (N, channels, height, width) in fp32;
+            changed in place by ``fuse``.
+        outputs (list[str]): Names of its outputs.
+        paths (list[Path]): Files to write, ending in .onnx or .pt2, in
+            folders that exist. A file is untouched if its check fails.
+        channels (int): Channels of the images. Defaults to 3.
+        opset (int): Operator set of ONNX. Defaults to 20.
+        fuse (bool): Whether to fold norms and layer scales first. Defaults
+            to False.
+
+    Returns:
+        list[str]: The report, line by line.
+
+    Raises:
+        SystemExit: If a file would compute something else.
+    """
+    expected = {
+        size: run_model(model)(images(size, channels))
+        for size in SIZES + SMALL_SIZES
+    }
+    if fuse:
+        fuse_for_inference(model)
+    with torch.no_grad(), quiet():
+        program = torch.export.export(
+            model, (images(TRACED, channels), ), dynamic_shapes=DYNAMIC,
+            strict=False)
+    report = []
+    for path in paths:
+        is_onnx = path.suffix == SUFFIXES['onnx']
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, quiet():
+            temporary = osp.join(folder, path.name)
+            write(program, temporary, outputs, opset)
+            run = load(temporary)
+            sizes = SIZES + SMALL_SIZES * is_onnx
+            differences = {
+                size: difference(run(images(size, channels)), expected[size])
+                for size in sizes
+            }
+            worst = max(differences.values())
+            if worst > TOLERANCE:
+                raise SystemExit(
+                    f'{path} was not written: its results would differ from '
+                    f"the model's by {worst:.1e} of the largest value, where "
+                    f'{TOLERANCE:.0e} is allowed (by number, height and '
+                    f'width of the images: {differences})')
+            os.replace(temporary, path)
+        kind = f'ONNX, opset {opset}' if is_onnx else 'torch.export'
+        report += [
+            f'{path}: {kind}, {path.stat().st_size / 1e6:.1f} MB',
+            f'  input   images  (batch, {channels}, height, width), sides of '
+            f'at least {32 if is_onnx else MIN_SIDE}'
+        ]
+        report += [
+            f'  output  {name}  ({shape_of(out)})'
+            for name, out in zip(outputs, expected[TRACED], strict=True)
+        ]
+        report += [
+            f'  checked on {", ".join("x".join(map(str, s)) for s in sizes)} '
+            '(number x height x width):',
+            f'  largest difference from the model {worst:.1e} of the largest '
+            f'value, at most {TOLERANCE:.0e}'
+        ]
+    return report
+
+
+def preprocessing(cfg: Config) -> dict:
+    """What the config does to pixels in front of the model."""
+    return {
+        **(cfg.get('data_preprocessor') or {}),
+        **(cfg.model.get('data_preprocessor') or {})
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export and print the report.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+    """
+    args = parse_args(argv)
+    if 'onnx' in args.format:
+        check_packages()
+        if args.opset < MIN_OPSET:
+            raise SystemExit(
+                f'--opset must be at least {MIN_OPSET}, the lowest that torch '
+                f'exports; got {args.opset}')
+    cfg = launch.read_config(args)
+    if 'model' not in cfg:
+        raise SystemExit(f"config '{args.config}' has no model")
+    model, outputs = select(load_model(cfg, args.checkpoint), args.part)
+    out = args.out
+    if out is None:
+        name = 'classifier' if outputs == ['logits'] else 'backbone'
+        out = Path(cfg.work_dir, f'{Path(args.config).stem}_{name}.onnx')
+    launch.check_writable(str(out.parent), '--out')
+    backbone = getattr(model, 'backbone', model)
+    report = export(
+        model, outputs, [out.with_suffix(SUFFIXES[k]) for k in args.format],
+        getattr(backbone, 'in_channels', 3), args.opset, args.fuse)
+    settings = preprocessing(cfg)
+    order = 'RGB' if settings.get('to_rgb') or settings.get(
+        'bgr_to_rgb') else 'BGR'
+    print('\n'.join(report))
+    print(f'pixels: {order}, mean {settings.get("mean")}, standard deviation '
+          f'{settings.get("std")}')
+
+
+if __name__ == '__main__':
+    main()
