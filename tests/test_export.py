@@ -215,10 +215,8 @@ def quantize(quantizer, tool, classifier, photographs, tmp_path_factory):
     def run():
         options = []
         for part in ('train', 'test'):
-            options += [
-                f'{part}_dataloader.dataset.data_root={photographs}',
-                f'{part}_dataloader.num_workers=0'
-            ]
+            options.append(
+                f'{part}_dataloader.dataset.data_root={photographs}')
         quantizer.main([classifier[0], str(model), '--cfg-options', *options])
 
     return run, model, folder / 'model_int8.onnx'
@@ -253,10 +251,10 @@ def test_int8_that_loses_accuracy_is_not_written(quantizer, quantize,
 
 
 def test_accuracy_is_counted_on_images_as_testing_sees_them(
-        quantizer, classifier, photographs):
+        quantizer, classifier, photographs, monkeypatch):
     cfg = Config.fromfile(classifier[0])
     init_default_scope(cfg.default_scope)
-    cfg.test_dataloader.update(batch_size=8, num_workers=0)
+    monkeypatch.setattr(quantizer, 'BATCH', 8)
     for part in ('train', 'test'):
         cfg[f'{part}_dataloader'].dataset.data_root = str(photographs)
         batches = list(quantizer.batches(cfg, part, 18))

@@ -32,6 +32,7 @@ import export
 import launch
 
 CALIBRATION_IMAGES = 256
+BATCH = 32
 MAX_LOSS = 0.5  # points of top-1 accuracy
 
 
@@ -84,12 +85,14 @@ def batches(cfg: Config, part: str,
     Yields:
         tuple[Tensor, Tensor]: Images (N, 3, H, W) and their classes (N, ).
     """
-    loader = copy.deepcopy(cfg.test_dataloader)
-    pipeline = loader.dataset.pipeline
-    loader.dataset = copy.deepcopy(cfg[f'{part}_dataloader'].dataset)
-    for _, data_set in data_checks.data_sets(loader.dataset, ''):
-        data_set.pipeline = pipeline
-    loader.sampler = dict(type='DefaultSampler', shuffle=True)
+    dataset = copy.deepcopy(cfg[f'{part}_dataloader'].dataset)
+    for _, data_set in data_checks.data_sets(dataset, ''):
+        data_set.pipeline = cfg.test_dataloader.dataset.pipeline
+    loader = dict(
+        batch_size=BATCH,
+        num_workers=0,  # forks would copy the threads of onnxruntime
+        dataset=dataset,
+        sampler=dict(type='DefaultSampler', shuffle=True))
     preprocessor = MODELS.build(
         dict(type='ClsDataPreprocessor', **export.preprocessing(cfg)))
     for batch in Runner.build_dataloader(loader, seed=0):
