@@ -10,11 +10,13 @@ h = GELU(z). On the plain path, in :mod:`mmconv2former.backbone`, autograd
 stores what each operator read, some 27 tensors of the size of x in a block.
 Here 8 are stored, the inputs of the branches and of their middles, and layer
 norm, GELU and depthwise convolution are computed once more in the backward
-pass, where they are cheap beside the matrix products.
+pass, where they are cheap beside the matrix products. The large depthwise
+convolution is not on CPUs, where its output is the ninth.
 
 Tensors are (N, H, W, C). What is not a matrix product is done by one of two
-sets of kernels with the same signatures: torch's, in this file, or those of
-:mod:`mmconv2former.triton_kernels` on GPUs.
+sets of kernels with the same names: torch's, in this file, or those of
+:mod:`mmconv2former.triton_kernels` on GPUs. They differ in ``gate``, of which
+torch's also returns what ``gate_backward`` wants in place of [z|v].
 """
 import os
 import sys
@@ -50,14 +52,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, groups: int,
-                   mask: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-    """Gradients of a size-keeping convolution; all tensors are NCHW."""
-    p = weight.shape[-1] // 2
-    return aten.convolution_backward(grad, x, weight, None, (1, 1), (p, p),
-                                     (1, 1), False, (0, 0), groups, mask)
-
-
 def _onednn(x: Tensor) -> bool:
     """Whether to ask oneDNN for products, which torch does in bf16 only.
 
@@ -79,9 +73,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     """(N, H, W, O), (N, H, W, I) -> (O, I)."""
     grad, x = grad.flatten(0, 2).t(), x.flatten(0, 2).t()
-    # oneDNN copies the first of the two, which had better be the smaller.
-    if len(x) < len(grad):
-        return _wide(linear(x, grad).t().contiguous())
+    # In fp32 oneDNN copies the first of the two, which had better be the
+    # smaller where there is more to copy than to transpose afterwards.
+    if _onednn(x) and len(x) < min(grad.shape):
+        return linear(x, grad).t().contiguous()
     return _wide(linear(grad, x))
 
 
@@ -99,13 +94,6 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         image = image.contiguous()
     return _nhwc(F.conv2d(image, weight, bias, padding=k // 2,
                           groups=len(weight)))
-
-
-def _depthwise_grad_input(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return _nhwc(
-        _conv_backward(
-            _nchw(grad), _nchw(x), weight, len(weight),
-            (True, False, False))[0])
 
 
 def depthwise_grad_weight(grad: Tensor, x: Tensor,
@@ -128,13 +116,8 @@ def depthwise_grad_weight(grad: Tensor, x: Tensor,
     """
     n, h, w, c = x.shape
     padding = kernel_size // 2
-    grad, x = _nchw(grad), _nchw(x)
-    if x.device.type != 'cpu' or kernel_size <= 3:
-        weight = x.new_empty(c, 1, kernel_size, kernel_size)
-        return _wide(
-            _conv_backward(grad, x, weight, c, (False, True, False))[1])
     # As fast in fp32, and rounds once instead of once for each sample.
-    x, grad = _wide(x), _wide(grad)
+    x, grad = _wide(_nchw(x)), _wide(_nchw(grad))
     # oneDNN's contiguous kernels are the faster ones, but end at 13 and where
     # the padding exceeds the image; its channels-last ones take anything.
     if kernel_size <= 13 and min(h, w) > padding:
@@ -149,7 +132,21 @@ def depthwise_grad_weight(grad: Tensor, x: Tensor,
     return out.view(n, c, 1, kernel_size, kernel_size).sum(0)
 
 
-def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _depthwise_backward(grad: Tensor, x: Tensor,
+                        weight: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of input, weight and bias, the latter two at least in fp32."""
+    c, k = len(weight), weight.shape[-1]
+    as_convolution = x.device.type == 'cpu' and k > 3
+    grad_x, grad_weight, grad_bias = aten.convolution_backward(
+        _nchw(grad), _nchw(x), weight, (c, ), (1, 1), (k // 2, k // 2),
+        (1, 1), False, (0, 0), c, (True, ) + 2 * (not as_convolution, ))
+    if as_convolution:
+        grad_weight = depthwise_grad_weight(grad, x, k)
+        grad_bias = _bias_grad(grad)
+    return _nhwc(grad_x), _wide(grad_weight), _wide(grad_bias)
+
+
+def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     """``DW_k(GELU(z)) * v``.
 
     Args:
@@ -158,37 +155,36 @@ def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias (Tensor): Bias of the depthwise convolution, (C, ).
 
     Returns:
-        Tensor: (N, H, W, C).
+        tuple[Tensor]: The result, (N, H, W, C), and what
+        :func:`gate_backward` takes: z, v and the output of the convolution.
     """
-    z, v = zv.chunk(2, -1)
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return torch.mul(_depthwise(F.gelu(z), weight, bias), v, out=out)
+    # GELU is several times as fast on contiguous memory.
+    z, v = (t.contiguous() for t in zv.chunk(2, -1))
+    a = _depthwise(F.gelu(z), weight, bias)
+    return a * v, z, v, a
 
 
-def gate_backward(grad: Tensor, zv: Tensor, weight: Tensor,
-                  bias: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of :func:`gate`, and its output once more.
+def gate_backward(grad: Tensor, z: Tensor, v: Tensor, a: Tensor,
+                  weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of :func:`gate`, and its result once more.
 
     Args:
-        grad (Tensor): Gradient of the output, (N, H, W, C).
-        zv, weight, bias: As above.
+        grad (Tensor): Gradient of the result, (N, H, W, C).
+        z, v, a (Tensor): From :func:`gate`, (N, H, W, C).
+        weight, bias (Tensor): As above.
 
     Returns:
         tuple[Tensor]: Gradients of zv, weight and bias (the latter two in
-        fp32) and the output, which the caller has not stored.
+        fp32) and the result, which the caller has not stored.
     """
-    z, v = zv.chunk(2, -1)
-    grad_zv = torch.empty_like(zv)
+    grad_zv = grad.new_empty((*grad.shape[:3], 2 * grad.shape[3]))
     grad_z, grad_v = grad_zv.chunk(2, -1)
-    h = F.gelu(z)
-    a = _depthwise(h, weight, bias)
-    out = torch.mul(a, v, out=torch.empty_like(grad))
     torch.mul(grad, a, out=grad_v)
     grad_a = grad * v
-    grad_h = _depthwise_grad_input(grad_a, h, weight)
-    aten.gelu_backward(grad_h, z, grad_input=grad_z)
-    return (grad_zv, depthwise_grad_weight(grad_a, h, weight.shape[-1]),
-            _bias_grad(grad_a), out)
+    h = F.gelu(z)
+    grad_h, grad_weight, grad_bias = _depthwise_backward(grad_a, h, weight)
+    grad_z.copy_(aten.gelu_backward(grad_h, z, grad_input=grad_h))
+    return grad_zv, grad_weight, grad_bias, a * v
 
 
 def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -208,24 +204,36 @@ def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
                       bias: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of :func:`position`, and its output once more.
+    """Gradients of :func:`position`, and its result once more.
 
     Args:
-        grad (Tensor): Gradient of the output, (N, H, W, C).
-        z, weight, bias: As above.
+        grad (Tensor): Gradient of the result, (N, H, W, C).
+        z, weight, bias (Tensor): As above.
 
     Returns:
         tuple[Tensor]: Gradients of z, weight and bias (the latter two in
-        fp32) and the output, which the caller has not stored.
+        fp32) and the result, which the caller has not stored.
     """
     h = F.gelu(z)
     d = _depthwise(h, weight, bias)
     grad_d = aten.gelu_backward(grad, d)
     out = aten.gelu_(d).add_(h)
-    grad_h = _depthwise_grad_input(grad_d, h, weight).add_(grad)
-    return (aten.gelu_backward(grad_h, z),
-            depthwise_grad_weight(grad_d, h, weight.shape[-1]),
-            _bias_grad(grad_d), out)
+    grad_h, grad_weight, grad_bias = _depthwise_backward(grad_d, h, weight)
+    grad_h.add_(grad)
+    return (aten.gelu_backward(grad_h, z, grad_input=grad_h), grad_weight,
+            grad_bias, out)
+
+
+def _norm_inputs(x: Tensor, weight: Tensor,
+                 bias: Tensor) -> tuple[Tensor, ...]:
+    """In the precision of the layer norm: at least fp32, on GPUs that of x.
+
+    On CPUs sums of bf16 are wrong by a third in the backward pass, over the
+    50,000 positions of four images of 448x448; and fp32 is faster.
+    """
+    if x.is_cuda:
+        return x, weight.to(x.dtype), bias.to(x.dtype)
+    return _wide(x), _wide(weight), _wide(bias)
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
@@ -243,17 +251,10 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
     Returns:
         tuple[Tensor]: Gradients of x, weight and bias.
     """
-    if x.device.type == 'cpu':
-        # Sums of bf16 are wrong by a third there, over the 50,000 positions
-        # of four images of 448x448.
-        grad, wide, mean, rstd, weight, bias = (
-            _wide(t) for t in (grad, x, mean, rstd, weight, bias))
-    else:
-        grad, wide = grad.to(x.dtype), x
     grad_x, grad_weight, grad_bias = aten.native_layer_norm_backward(
-        grad, wide, weight.shape, mean, rstd, weight, bias,
+        grad.to(x.dtype), x, weight.shape, mean, rstd, weight, bias,
         (True, True, True))
-    return (grad_x.to(x.dtype).add_(residual), _wide(grad_weight),
+    return (grad_x.to(residual.dtype).add_(residual), _wide(grad_weight),
             _wide(grad_bias))
 
 
@@ -303,26 +304,26 @@ class ResidualBranch(torch.autograd.Function):
         dtype = x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        # CPUs take weights in fp32 whatever x is in, and are faster then.
-        norm_weight, norm_bias = (
-            p.to(x.dtype) if x.is_cuda else _wide(p)
-            for p in (norm_weight, norm_bias))
+        wide, norm_weight, norm_bias = _norm_inputs(x, norm_weight, norm_bias)
         in_weight, in_bias, dw_weight, dw_bias, weight, bias = (
             p.to(dtype) for p in (in_weight, in_bias, dw_weight, dw_bias,
                                   out_weight, out_bias))
         kernels = _kernels(x)
         with torch.autocast(device, enabled=False):
-            normed = F.layer_norm(x, norm_weight.shape, norm_weight,
+            normed = F.layer_norm(wide, norm_weight.shape, norm_weight,
                                   norm_bias, eps)
             z = linear(normed.to(dtype), in_weight, in_bias)
-            del normed
-            y = linear(
-                getattr(kernels, middle)(z, dw_weight, dw_bias), weight, bias)
+            del normed, wide
+            y = getattr(kernels, middle)(z, dw_weight, dw_bias)
+            # What its backward pass wants, its input unless it says more.
+            y, *stored = y if isinstance(y, tuple) else (y, z)
+            del z
+            y = linear(y, weight, bias)
             out = kernels.scale_residual(x, y, scale, keep)
         ctx.eps, ctx.middle = eps, middle
-        ctx.save_for_backward(x, z, norm_weight, norm_bias, in_weight,
-                              dw_weight, dw_bias, weight, out_weight, out_bias,
-                              scale, keep)
+        ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, dw_weight,
+                              dw_bias, weight, out_weight, out_bias, scale,
+                              keep, *stored)
         return out
 
     @staticmethod
@@ -332,33 +333,34 @@ class ResidualBranch(torch.autograd.Function):
                 'the fused operators of Conv2Former have no second '
                 'derivatives; build the backbone with fused=False or set '
                 'MMCONV2FORMER_FUSED=0 to differentiate twice')
-        (x, z, norm_weight, norm_bias, in_weight, dw_weight, dw_bias, weight,
-         out_weight, out_bias, scale, keep) = ctx.saved_tensors
-        kernels = _kernels(x)
+        (x, norm_weight, norm_bias, in_weight, dw_weight, dw_bias, weight,
+         out_weight, out_bias, scale, keep, *stored) = ctx.saved_tensors
+        kernels, dtype = _kernels(x), weight.dtype
         with torch.autocast(x.device.type, enabled=False):
             grad = grad.contiguous()
             # Of the branch before its layer scale, which is therefore part of
             # the weights here and gets its gradient from theirs.
-            grad_y = (grad if keep is None else grad * keep).to(z.dtype)
+            grad_y = (grad if keep is None else grad * keep).to(dtype)
             grad_middle = linear(
-                (grad * _factor(grad, scale, keep)).to(z.dtype), weight.t())
+                (grad * _factor(grad, scale, keep)).to(dtype), weight.t())
             grad_z, grad_dw_weight, grad_dw_bias, middle = getattr(
-                kernels, f'{ctx.middle}_backward')(grad_middle, z, dw_weight,
-                                                   dw_bias)
-            del grad_middle
+                kernels, f'{ctx.middle}_backward')(grad_middle, *stored,
+                                                   dw_weight, dw_bias)
+            del grad_middle, stored
             grad_weight = _linear_grad_weight(grad_y, middle)
             grad_bias = _bias_grad(grad_y)
             del middle, grad_y
             grad_scale = (
-                torch.einsum('ij,ij->i', _wide(out_weight), grad_weight) +
+                torch.linalg.vecdot(_wide(out_weight), grad_weight) +
                 _wide(out_bias) * grad_bias)
             scale = _wide(scale)
             grad_weight = grad_weight.mul_(scale[:, None])
             grad_bias = grad_bias.mul_(scale)
 
+            x, norm_weight, norm_bias = _norm_inputs(x, norm_weight, norm_bias)
             normed, mean, rstd = aten.native_layer_norm(
                 x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)
-            normed = normed.to(z.dtype)
+            normed = normed.to(dtype)
             grad_in_weight = _linear_grad_weight(grad_z, normed)
             grad_in_bias = _bias_grad(grad_z)
             grad_normed = linear(grad_z, in_weight.t())

@@ -279,7 +279,8 @@ class FusedBlock(nn.Module):
 
 def _behind(product: Callable, middle: Callable, y: Tensor, weight: Tensor,
             bias: Tensor, *depthwise: Tensor) -> Tensor:
-    return middle(product(y, weight, bias), *depthwise)
+    y = middle(product(y, weight, bias), *depthwise)
+    return y[0] if isinstance(y, tuple) else y  # the others are for training
 
 
 def _gate(zv: Tensor, weight: Tensor, bias: Tensor, fusion: str) -> Tensor:
