@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .archs import resolve_arch
 from .checkpoint import PretrainedModule, load_backbone
-from .fused import ResidualBranch, available
+from .fused import available, residual_branch
 from .operators import (
     FUSIONS,
     DropPath,
@@ -97,7 +97,7 @@ class ConvModulation(nn.Module):
     def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
         """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
         z, _, depthwise = self.att
-        return ResidualBranch.apply(
+        return residual_branch(
             x, self.norm.weight, self.norm.bias,
             torch.cat([z.weight, self.v.weight]).flatten(1),
             torch.cat([z.bias, self.v.bias]), depthwise.weight,
@@ -128,7 +128,7 @@ class MLP(nn.Module):
 
     def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
         """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
-        return ResidualBranch.apply(
+        return residual_branch(
             x, self.norm.weight, self.norm.bias, self.fc1.weight.flatten(1),
             self.fc1.bias, self.pos.weight, self.pos.bias,
             self.fc2.weight.flatten(1), self.fc2.bias, scale, keep,

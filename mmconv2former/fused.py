@@ -52,21 +52,32 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _onednn(x: Tensor) -> bool:
-    """Whether to ask oneDNN for products, which torch does in bf16 only.
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Of matrix products and convolutions."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
-    There is no public name for the operator, which torch's compiler uses.
-    """
+
+def _onednn(x: Tensor) -> bool:
+    """Whether to ask oneDNN for fp32 products; for bf16 ones torch does."""
     return (x.device.type == 'cpu' and x.dtype == torch.float32
             and torch.backends.mkldnn.is_available()
             and not torch.compiler.is_compiling())
 
 
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None,
+                   activation: str = 'none') -> Tensor:
+    """There is no public name for this, which torch's compiler uses."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [],
+                                              'none')
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer: (..., I), (O, I), (O, ) -> (..., O), without gradients."""
     if _onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [],
-                                                  '')
+        return _onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -86,14 +97,15 @@ def _bias_grad(grad: Tensor) -> Tensor:
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(N, H, W, C) -> (N, H, W, C), the latter in any memory layout."""
+    """(N, H, W, C) -> (N, H, W, C)."""
     k = weight.shape[-1]
     image = _nchw(x)
     if _onednn(x) and 9 <= k <= 13 and min(image.shape[2:]) > k // 2:
         # Nearly twice as fast in oneDNN, which pays for the copy.
         image = image.contiguous()
-    return _nhwc(F.conv2d(image, weight, bias, padding=k // 2,
-                          groups=len(weight)))
+    return _nhwc(
+        F.conv2d(image, weight, bias, padding=k // 2,
+                 groups=len(weight))).contiguous()
 
 
 def depthwise_grad_weight(grad: Tensor, x: Tensor,
@@ -224,16 +236,17 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
             grad_bias, out)
 
 
-def _norm_inputs(x: Tensor, weight: Tensor,
-                 bias: Tensor) -> tuple[Tensor, ...]:
-    """In the precision of the layer norm: at least fp32, on GPUs that of x.
+def _norm_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """x, weight and bias in the precision of the layer norm.
 
-    On CPUs sums of bf16 are wrong by a third in the backward pass, over the
-    50,000 positions of four images of 448x448; and fp32 is faster.
+    At least fp32 on CPUs, where it is faster and sums of bf16 are wrong by a
+    third in the backward pass, over the 50,000 positions of four images of
+    448x448; that of x on GPUs.
     """
-    if x.is_cuda:
-        return x, weight.to(x.dtype), bias.to(x.dtype)
-    return _wide(x), _wide(weight), _wide(bias)
+    x = tensors[0]
+    dtype = x.dtype if x.is_cuda else torch.promote_types(
+        x.dtype, torch.float32)
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
@@ -300,10 +313,7 @@ class ResidualBranch(torch.autograd.Function):
                 dw_bias: Tensor, out_weight: Tensor, out_bias: Tensor,
                 scale: Tensor, keep: Tensor | None, eps: float,
                 middle: str) -> Tensor:
-        device = x.device.type
-        dtype = x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        device, dtype = x.device.type, _product_dtype(x)
         wide, norm_weight, norm_bias = _norm_inputs(x, norm_weight, norm_bias)
         in_weight, in_bias, dw_weight, dw_bias, weight, bias = (
             p.to(dtype) for p in (in_weight, in_bias, dw_weight, dw_bias,
@@ -370,6 +380,79 @@ class ResidualBranch(torch.autograd.Function):
         return (grad_x, grad_norm_weight, grad_norm_bias, grad_in_weight,
                 grad_in_bias, grad_dw_weight, grad_dw_bias, grad_weight,
                 grad_bias, grad_scale, None, None, None)
+
+
+def residual_branch(x: Tensor, norm_weight: Tensor | None,
+                    norm_bias: Tensor | None, in_weight: Tensor,
+                    in_bias: Tensor, dw_weight: Tensor, dw_bias: Tensor,
+                    out_weight: Tensor, out_bias: Tensor,
+                    scale: Tensor | None, keep: Tensor | None, eps: float,
+                    middle: str) -> Tensor:
+    """:class:`ResidualBranch`, and the same with less where gradients are off.
+
+    Args:
+        norm_weight, norm_bias, scale (Tensor, optional): None for ones and
+            zeros, where gradients are off.
+        x, in_weight, in_bias, dw_weight, dw_bias, out_weight, out_bias, keep,
+            eps, middle: Those of :class:`ResidualBranch`.
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    if torch.is_grad_enabled():
+        return ResidualBranch.apply(x, norm_weight, norm_bias, in_weight,
+                                    in_bias, dw_weight, dw_bias, out_weight,
+                                    out_bias, scale, keep, eps, middle)
+    dtype = _product_dtype(x)
+    weights = [
+        p.to(dtype) for p in (in_weight, in_bias, dw_weight, dw_bias,
+                              out_weight, out_bias)
+    ]
+    kernels = _kernels(x)
+    with torch.autocast(x.device.type, enabled=False):
+        wide, *affine = _norm_inputs(x, norm_weight, norm_bias)
+        y = F.layer_norm(wide, wide.shape[-1:], *affine, eps).to(dtype)
+        del wide
+        if _onednn_takes_gelu(y):
+            middles = dict(gate=_onednn_gate, position=_onednn_position)
+            y = middles[middle](y, *weights[:4])
+            y = _onednn_linear(y, *weights[4:])
+        else:
+            y = getattr(kernels, middle)(
+                linear(y, *weights[:2]), *weights[2:4])
+            y = linear(y[0] if isinstance(y, tuple) else y, *weights[4:])
+        if scale is None:
+            return y.to(x.dtype).add_(x)
+        return kernels.scale_residual(x, y, scale, keep)
+
+
+# oneDNN does GELU on the results of a product or a convolution before they go
+# to memory.
+
+
+def _onednn_takes_gelu(x: Tensor) -> bool:
+    return _onednn(x) or (
+        x.device.type == 'cpu' and x.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and not torch.compiler.is_compiling()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _onednn_gate(y: Tensor, weight: Tensor, bias: Tensor, dw_weight: Tensor,
+                 dw_bias: Tensor) -> Tensor:
+    (z_weight, v_weight), (z_bias, v_bias) = weight.chunk(2), bias.chunk(2)
+    h = _onednn_linear(y, z_weight, z_bias, 'gelu')
+    return _onednn_linear(y, v_weight, v_bias).mul_(
+        _depthwise(h, dw_weight, dw_bias))
+
+
+def _onednn_position(y: Tensor, weight: Tensor, bias: Tensor,
+                     dw_weight: Tensor, dw_bias: Tensor) -> Tensor:
+    h = _onednn_linear(y, weight, bias, 'gelu')
+    d = torch.ops.mkldnn._convolution_pointwise(
+        _nchw(h), dw_weight, dw_bias, [1, 1], [1, 1], [1, 1], len(dw_weight),
+        'gelu', [], 'none')
+    return _nhwc(d).add_(h)
 
 
 # What the kernels return, for tracing without data.

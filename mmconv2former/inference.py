@@ -1,6 +1,4 @@
 """Fewer operations at inference, with the same result."""
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -243,44 +241,38 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         device = x.device.type
+        # The fast operators have no gradients.
+        if self.fusion == 'hadamard' and not x.requires_grad \
+                and fused.available(x, ()):
+            return self._fused(x)
         if device == 'meta' or not torch.is_autocast_enabled(device):
             return self._forward(x, x.dtype)
         # Which would have layer norm return fp32 on GPUs.
         with torch.autocast(device, enabled=False):
             return self._forward(x, torch.get_autocast_dtype(device))
 
+    @torch.no_grad()
+    def _fused(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).contiguous()
+        for layers, middle in (((self.zv, self.depthwise, self.proj), 'gate'),
+                               ((self.fc1, self.pos, self.fc2), 'position')):
+            weights = (p for m in layers for p in (m.weight, m.bias))
+            x = fused.residual_branch(x, None, None, *weights, None, None,
+                                      self.eps, middle)
+        return x.permute(0, 3, 1, 2)
+
     def _forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """With products in the given precision, and the sum in that of x."""
-        product, gate, position = self._operators(x, dtype)
-        x = x.permute(0, 2, 3, 1).contiguous()
-        for layers, middle in (((self.zv, self.depthwise, self.proj), gate),
-                               ((self.fc1, self.pos, self.fc2), position)):
+        x = x.permute(0, 2, 3, 1)
+        for layers, middle in (((self.zv, self.depthwise, self.proj), _gate),
+                               ((self.fc1, self.pos, self.fc2), _position)):
             weights = [
                 p.to(dtype) for m in layers for p in (m.weight, m.bias)
             ]
             y = F.layer_norm(x, x.shape[-1:], eps=self.eps).to(dtype)
-            y = product(middle(y, *weights[:4]), *weights[4:])
-            x = y.to(x.dtype).add_(x)
+            y = middle(linear(y, *weights[:2]), *weights[2:4], self.fusion)
+            x = linear(y, *weights[4:]).to(x.dtype).add_(x)
         return x.permute(0, 3, 1, 2)
-
-    def _operators(self, x: Tensor, dtype: torch.dtype) -> list[Callable]:
-        """Linear layer, and what precedes the last one of each branch."""
-        product = linear
-        middles = [partial(_gate, fusion=self.fusion), _position]
-        # The fast ones have no gradients.
-        if self.fusion == 'hadamard' and not x.requires_grad \
-                and fused.available(x, ()):
-            if _onednn(x, dtype):
-                return [_onednn_linear, _onednn_gate, _onednn_position]
-            product, kernels = fused.linear, fused._kernels(x)
-            middles = [kernels.gate, kernels.position]
-        return [product, *(partial(_behind, product, m) for m in middles)]
-
-
-def _behind(product: Callable, middle: Callable, y: Tensor, weight: Tensor,
-            bias: Tensor, *depthwise: Tensor) -> Tensor:
-    y = middle(product(y, weight, bias), *depthwise)
-    return y[0] if isinstance(y, tuple) else y  # the others are for training
 
 
 def _gate(zv: Tensor, weight: Tensor, bias: Tensor, fusion: str) -> Tensor:
@@ -289,41 +281,7 @@ def _gate(zv: Tensor, weight: Tensor, bias: Tensor, fusion: str) -> Tensor:
     return modulate(z, v, weight, bias, fusion).permute(0, 2, 3, 1)
 
 
-def _position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _position(z: Tensor, weight: Tensor, bias: Tensor, _: str) -> Tensor:
     """:func:`add_position`, (N, H, W, C) -> (N, H, W, C)."""
     return add_position(z.permute(0, 3, 1, 2), weight,
                         bias).permute(0, 2, 3, 1)
-
-
-# On CPUs oneDNN does GELU on the results of a product or a convolution before
-# they go to memory. Only torch's compiler has names for these operators.
-
-
-def _onednn(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.device.type == 'cpu' and torch.backends.mkldnn.is_available() \
-        and not torch.compiler.is_compiling() and (
-            dtype == torch.float32 or dtype == torch.bfloat16
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor,
-                   activation: str = 'none') -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [],
-                                              'none')
-
-
-def _onednn_gate(y: Tensor, weight: Tensor, bias: Tensor, dw_weight: Tensor,
-                 dw_bias: Tensor) -> Tensor:
-    (z_weight, v_weight), (z_bias, v_bias) = weight.chunk(2), bias.chunk(2)
-    h = _onednn_linear(y, z_weight, z_bias, 'gelu')
-    return _onednn_linear(y, v_weight, v_bias).mul_(
-        fused._depthwise(h, dw_weight, dw_bias))
-
-
-def _onednn_position(y: Tensor, weight: Tensor, bias: Tensor,
-                     dw_weight: Tensor, dw_bias: Tensor) -> Tensor:
-    h = _onednn_linear(y, weight, bias, 'gelu')
-    d = torch.ops.mkldnn._convolution_pointwise(
-        h.permute(0, 3, 1, 2), dw_weight, dw_bias, [1, 1], [1, 1], [1, 1],
-        len(dw_weight), 'gelu', [], 'none')
-    return d.permute(0, 2, 3, 1).add_(h)

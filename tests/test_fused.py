@@ -118,6 +118,40 @@ def test_block_is_as_exact_under_autocast(n, c, h, w, k, residual, dtype,
         assert own <= 2 * other + rounding * true.norm(), name
 
 
+@pytest.mark.parametrize('gelu_in_onednn', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, *LOW])
+@pytest.mark.parametrize('n, c, h, w, k', [
+    (2, 8, 5, 7, 11), (1, 20, 13, 13, 7), (2, 72, 14, 14, 11), (1, 8, 1, 1, 3),
+])
+def test_block_computes_the_same_without_gradients(n, c, h, w, k, dtype,
+                                                   gelu_in_onednn,
+                                                   monkeypatch):
+    if not gelu_in_onednn:
+        monkeypatch.setattr(fused, '_onednn_takes_gelu', lambda x: False)
+    torch.manual_seed(c * h * w + k)
+    model = block(c, k, .5)
+    x = random(n, c, h, w).to(dtype).float()
+
+    def forward(model, x, autocast=None):
+        torch.manual_seed(0)  # of drop path
+        with torch.no_grad(), torch.autocast(
+                'cpu', autocast, enabled=autocast is not None):
+            return model(x)
+
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    exact = forward(model, x.double())
+    low = None if dtype == torch.float32 else dtype
+    plain = forward(model.float(), x, low)
+    monkeypatch.delenv('MMCONV2FORMER_FUSED')
+    before = x.clone()
+    ours = forward(model, x, low)
+    assert torch.equal(x, before)
+    assert ours.dtype == plain.dtype
+    rounding = torch.finfo(dtype).eps / 2
+    assert (ours - exact).norm() <= 2 * (
+        plain - exact).norm() + rounding * exact.norm()
+
+
 @pytest.mark.parametrize('is_fused', [True, False])
 def test_norms_sum_their_gradients_over_large_maps_in_fp32(is_fused):
     torch.manual_seed(0)

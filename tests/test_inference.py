@@ -11,7 +11,6 @@ from mmconv2former import (
     Conv2Former,
     Conv2FormerNeck,
     fuse_for_inference,
-    inference,
 )
 from mmconv2former.archs import ARCHS
 from mmconv2former.backbone import Block
@@ -86,7 +85,8 @@ def test_every_set_of_operators(operators, monkeypatch):
     if operators == 'plain':
         monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
     elif operators == 'of torch':
-        monkeypatch.setattr(inference, '_onednn', lambda x, dtype: False)
+        monkeypatch.setattr('mmconv2former.fused._onednn_takes_gelu',
+                            lambda x: False)
     elif not torch.backends.mkldnn.is_available():
         pytest.skip('this torch has no oneDNN')
     with torch.no_grad():
