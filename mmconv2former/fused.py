@@ -236,17 +236,12 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
             grad_bias, out)
 
 
-def _norm_inputs(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """x, weight and bias in the precision of the layer norm.
-
-    At least fp32 on CPUs, where it is faster and sums of bf16 are wrong by a
-    third in the backward pass, over the 50,000 positions of four images of
-    448x448; that of x on GPUs.
-    """
-    x = tensors[0]
+def _norm_parameters(x: Tensor, *parameters: Tensor
+                     | None) -> list[Tensor | None]:
+    """CPUs take them in fp32 whatever x is in, and are faster then."""
     dtype = x.dtype if x.is_cuda else torch.promote_types(
         x.dtype, torch.float32)
-    return tuple(None if t is None else t.to(dtype) for t in tensors)
+    return [None if p is None else p.to(dtype) for p in parameters]
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
@@ -314,16 +309,16 @@ class ResidualBranch(torch.autograd.Function):
                 scale: Tensor, keep: Tensor | None, eps: float,
                 middle: str) -> Tensor:
         device, dtype = x.device.type, _product_dtype(x)
-        wide, norm_weight, norm_bias = _norm_inputs(x, norm_weight, norm_bias)
+        norm_weight, norm_bias = _norm_parameters(x, norm_weight, norm_bias)
         in_weight, in_bias, dw_weight, dw_bias, weight, bias = (
             p.to(dtype) for p in (in_weight, in_bias, dw_weight, dw_bias,
                                   out_weight, out_bias))
         kernels = _kernels(x)
         with torch.autocast(device, enabled=False):
-            normed = F.layer_norm(wide, norm_weight.shape, norm_weight,
+            normed = F.layer_norm(x, norm_weight.shape, norm_weight,
                                   norm_bias, eps)
             z = linear(normed.to(dtype), in_weight, in_bias)
-            del normed, wide
+            del normed
             y = getattr(kernels, middle)(z, dw_weight, dw_bias)
             # What its backward pass wants, its input unless it says more.
             y, *stored = y if isinstance(y, tuple) else (y, z)
@@ -367,7 +362,10 @@ class ResidualBranch(torch.autograd.Function):
             grad_weight = grad_weight.mul_(scale[:, None])
             grad_bias = grad_bias.mul_(scale)
 
-            x, norm_weight, norm_bias = _norm_inputs(x, norm_weight, norm_bias)
+            if not x.is_cuda:
+                # Sums of bf16 are wrong by a third on CPUs, over the 50,000
+                # positions of four images of 448x448.
+                x = _wide(x)
             normed, mean, rstd = aten.native_layer_norm(
                 x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)
             normed = normed.to(dtype)
@@ -410,12 +408,15 @@ def residual_branch(x: Tensor, norm_weight: Tensor | None,
     ]
     kernels = _kernels(x)
     with torch.autocast(x.device.type, enabled=False):
-        wide, *affine = _norm_inputs(x, norm_weight, norm_bias)
-        y = F.layer_norm(wide, wide.shape[-1:], *affine, eps).to(dtype)
-        del wide
+        y = F.layer_norm(x, x.shape[-1:],
+                         *_norm_parameters(x, norm_weight, norm_bias),
+                         eps).to(dtype)
         if _onednn_takes_gelu(y):
             middles = dict(gate=_onednn_gate, position=_onednn_position)
             y = middles[middle](y, *weights[:4])
+            if scale is None and x.dtype == dtype:
+                return torch.ops.mkldnn._linear_pointwise.binary(
+                    y, x, *weights[4:], 'add')
             y = _onednn_linear(y, *weights[4:])
         else:
             y = getattr(kernels, middle)(
