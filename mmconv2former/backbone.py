@@ -242,6 +242,10 @@ class Conv2Former(PretrainedModule):
         fused (bool): Whether to take the fused operators of
             :mod:`mmconv2former.fused` where possible; environment variable
             MMCONV2FORMER_FUSED=0 turns them off everywhere. Defaults to True.
+        compile (bool | dict): Whether to compile the forward pass when it is
+            first called, or the options of ``torch.compile`` to do it with:
+            ``dict(mode='reduce-overhead')`` takes CUDA graphs, for images of
+            one size. Names of the parameters stay. Defaults to False.
         init_cfg (dict | list[dict], optional): Initialisation config of
             mmengine. ``dict(type='Pretrained', checkpoint=...)`` takes the
             files that :func:`mmconv2former.checkpoint.load_backbone` reads
@@ -277,6 +281,7 @@ class Conv2Former(PretrainedModule):
                  with_cp: bool = False,
                  residual_in_fp32: bool = False,
                  fused: bool = True,
+                 compile: bool | dict = False,
                  init_cfg: dict | Sequence[dict] | None = None):
         super().__init__(init_cfg)
         self.arch = resolve_arch(arch)
@@ -317,6 +322,8 @@ class Conv2Former(PretrainedModule):
                 self.add_module(f'norm{i}', LayerNorm2d(dims[i]))
         init_convs(self)
         self._freeze_stages()
+        if compile:
+            self.compile(**(compile if isinstance(compile, dict) else {}))
 
     def _check_arguments(self, fusion: str, drop_path_rate: float,
                          frozen_stages: int) -> None:

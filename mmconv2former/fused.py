@@ -49,7 +49,7 @@ def _nhwc(x: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     """At least fp32, in which gradients of parameters are handed on."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -128,8 +128,11 @@ def depthwise_grad_weight(grad: Tensor, x: Tensor,
     """
     n, h, w, c = x.shape
     padding = kernel_size // 2
-    # As fast in fp32, and rounds once instead of once for each sample.
-    x, grad = _wide(_nchw(x)), _wide(_nchw(grad))
+    x, grad = _nchw(x), _nchw(grad)
+    if x.dtype != torch.bfloat16 or h * w < 1024:
+        # Rounds once instead of once for each sample. Large maps are twice
+        # as fast in bf16, and have no few numbers that could cancel out.
+        x, grad = _wide(x), _wide(grad)
     # oneDNN's contiguous kernels are the faster ones, but end at 13 and where
     # the padding exceeds the image; its channels-last ones take anything.
     if kernel_size <= 13 and min(h, w) > padding:
@@ -141,7 +144,7 @@ def depthwise_grad_weight(grad: Tensor, x: Tensor,
             for t in (x, grad))
         kernel = kernel.transpose(0, 1)
     out = F.conv2d(image, kernel, padding=padding, groups=n * c)
-    return out.view(n, c, 1, kernel_size, kernel_size).sum(0)
+    return _wide(out).view(n, c, 1, kernel_size, kernel_size).sum(0)
 
 
 def _depthwise_backward(grad: Tensor, x: Tensor,
@@ -239,9 +242,10 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
 def _norm_parameters(x: Tensor, *parameters: Tensor
                      | None) -> list[Tensor | None]:
     """CPUs take them in fp32 whatever x is in, and are faster then."""
-    dtype = x.dtype if x.is_cuda else torch.promote_types(
-        x.dtype, torch.float32)
-    return [None if p is None else p.to(dtype) for p in parameters]
+    return [
+        p if p is None else p.to(x.dtype) if x.is_cuda else _wide(p)
+        for p in parameters
+    ]
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,

@@ -631,10 +631,10 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
 
 
 @triton.jit(do_not_specialize=['area'])
-def _scale_residual_norm_kernel(
-        x_ptr, y_ptr, scale_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr,
-        normed_ptr, area, eps, C: tl.constexpr, X_STRIDE: tl.constexpr,
-        Y_STRIDE: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+def _scale_residual_kernel(
+        x_ptr, y_ptr, scale_ptr, keep_ptr, out_ptr, area, C: tl.constexpr,
+        X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+        PIXELS: tl.constexpr):
     tiles = tl.cdiv(area, PIXELS)
     n = tl.cast(tl.program_id(0) // tiles, tl.int64)
     # In full shape, so that the vectors come in the layout of the tensors.
@@ -650,55 +650,19 @@ def _scale_residual_norm_kernel(
     if keep_ptr is not None:
         scale *= tl.load(keep_ptr + n).to(tl.float32)
     out = (x.to(tl.float32) + y.to(tl.float32) * scale).to(x.dtype)
-    at = n * area * C + pixel * C + channel
-    tl.store(out_ptr + at, out, inside)
-    if weight_ptr is not None:
-        normed = out.to(tl.float32)
-        mean = tl.sum(normed, 1)[:, None] / C
-        normed = tl.where(inside, normed - mean, 0.)
-        normed *= tl.rsqrt(tl.sum(normed * normed, 1)[:, None] / C + eps)
-        weight = tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
-        bias = tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
-        tl.store(normed_ptr + at, normed * weight + bias, inside)
+    tl.store(out_ptr + n * area * C + pixel * C + channel, out, inside)
 
 
 def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
                    keep: Tensor | None) -> Tensor:
     """See :func:`mmconv2former.fused.scale_residual`."""
-    return scale_residual_norm(x, y, scale, keep, None, None, 0.)[0]
-
-
-def scale_residual_norm(x: Tensor, y: Tensor, scale: Tensor,
-                        keep: Tensor | None, weight: Tensor | None,
-                        bias: Tensor | None,
-                        eps: float) -> tuple[Tensor, Tensor | None]:
-    """Layer scale, drop path and residual, and the layer norm that follows.
-
-    Args:
-        x (Tensor): Residual stream, (N, H, W, C).
-        y (Tensor): Output of the branch, (N, H, W, C).
-        scale (Tensor): Layer scale, (C, ).
-        keep (Tensor | None): Drop path, a factor for each sample, (N, ) or
-            (N, 1, 1, 1).
-        weight (Tensor | None): Weight of the norm, (C, ); None for no norm.
-        bias (Tensor | None): Bias of the norm, (C, ).
-        eps (float): Added to the variance.
-
-    Returns:
-        tuple[Tensor, Tensor | None]: ``x + keep * scale * y`` in the precision
-        of ``x`` and its norm in that of ``y``, both (N, H, W, C).
-    """
     with torch.cuda.device_of(x):
         out = x.new_empty(x.shape)
-        normed = None if weight is None else y.new_empty(x.shape)
         n, height, width, c = x.shape
         area, tile = height * width, _norm_tile(c)
-        x, y = _rows(x), _rows(y)
-        scale, keep, weight, bias = (
-            t if t is None else t.contiguous()
-            for t in (scale, keep, weight, bias))
-        _scale_residual_norm_kernel[(
-            n * triton.cdiv(area, tile['PIXELS']), )](
-                x, y, scale, keep, weight, bias, out, normed, area, eps,
-                X_STRIDE=x.stride(0), Y_STRIDE=y.stride(0), **tile)
-        return out, normed
+        x, y, scale = _rows(x), _rows(y), scale.contiguous()
+        keep = None if keep is None else keep.contiguous()
+        _scale_residual_kernel[(n * triton.cdiv(area, tile['PIXELS']), )](
+            x, y, scale, keep, out, area, X_STRIDE=x.stride(0),
+            Y_STRIDE=y.stride(0), **tile)
+        return out

@@ -99,11 +99,6 @@ def gate_backward(grad, zv, weight, bias):
     return fused.gate_backward(grad, *stored, weight, bias)
 
 
-def scale_residual_norm(x, y, scale, keep, weight, bias, eps):
-    out = fused.scale_residual(x, y, scale, keep)
-    return out, F.layer_norm(out, weight.shape, weight, bias, eps)
-
-
 def layer_norm_backward(grad, x, mean, rstd, weight, bias, residual):
     """That of autograd; the one in fused takes other types on the CPU."""
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
@@ -190,24 +185,18 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
     assert grad_x.dtype == dtype
     assert grad_weight.dtype == grad_bias.dtype == torch.float32
     for factor in (keep, None):
-        out, normed = compare(kernels.scale_residual_norm, scale_residual_norm,
-                              x, y, scale, factor, weight, bias, EPS)
-        alone = compare(kernels.scale_residual, fused.scale_residual, x, y,
-                        scale, factor)
-        assert torch.equal(out, alone)
-        assert out.dtype == normed.dtype == dtype
+        out = compare(kernels.scale_residual, fused.scale_residual, x, y,
+                      scale, factor)
+        assert out.dtype == dtype
 
 
 @device_test
 def test_precisions_of_stream_and_branch_may_differ(kernels):
     x, weight, bias = draw(torch.float32, (2, 3, 5, 8), (8, ), (8, ))
     y, = draw(torch.float16, x.shape)
-    out, normed = kernels.scale_residual_norm(x, y, weight, None, weight, bias,
-                                              EPS)
-    assert (out.dtype, normed.dtype) == (torch.float32, torch.float16)
+    out = kernels.scale_residual(x, y, weight, None)
+    assert out.dtype == torch.float32
     torch.testing.assert_close(out, x + weight * y)
-    torch.testing.assert_close(
-        normed, F.layer_norm(out, (8, ), weight, bias, EPS).half())
     inputs = (x, *statistics(x), weight, bias, x)
     grad_x, *_ = kernels.layer_norm_backward(y, *inputs)
     true, *_ = layer_norm_backward(y.float(), *inputs)
@@ -343,7 +332,7 @@ def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
     kernels.position(x, weight, vector)
     kernels.position_backward(y, x, weight, vector)
     kernels.layer_norm_backward(y, x, *statistics(x), vector, vector, y)
-    kernels.scale_residual_norm(x, y, vector, keep, vector, vector, EPS)
+    kernels.scale_residual(x, y, vector, keep)
     assert compiled == {
         name for name in vars(kernels) if name.endswith('_kernel')}
 
@@ -399,11 +388,9 @@ def test_more_than_2_to_the_31_elements(kernels):
         kernels.layer_norm_backward(z, z, mean, rstd, bias, bias, z)[0][-1:],
         kernels.layer_norm_backward(last, last, mean[-1:], rstd[-1:], bias,
                                     bias, last)[0])
-    for out, other in zip(
-            kernels.scale_residual_norm(z, z, bias, None, bias, bias, EPS),
-            kernels.scale_residual_norm(last, last, bias, None, bias, bias,
-                                        EPS)):
-        assert torch.equal(out[-1:], other)
+    assert torch.equal(
+        kernels.scale_residual(z, z, bias, None)[-1:],
+        kernels.scale_residual(last, last, bias, None))
     half = slice(c // 2)
     grad = z[..., half].contiguous()
     for i in (0, -1):
