@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
-import train
+import amp
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 ARCH = dict(depths=[1, 1, 2, 1], dims=[8, 8, 16, 16], kernel_size=5)
@@ -103,7 +103,7 @@ def loss_of(model, batch):
 def test_loss_and_gradients_are_finite(task, dtype, rtol):
     model, batch = task
     # On the GPU it is for bf16 only; on the CPU mmcv's NMS wants fp32 always.
-    hook = train.BoxesInFloat32()
+    hook = amp.BoxesInFloat32()
     hook.before_train(SimpleNamespace(model=model))
     expected = loss_of(model, batch).item()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.)

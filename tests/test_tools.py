@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
@@ -453,9 +454,23 @@ def test_amp_is_one_switch(tool, options, dtype, loss_scale):
     assert settings.optimizer.type == 'AdamW'
 
 
-def test_amp_without_a_gpu_is_refused(tool):
-    with pytest.raises(SystemExit, match='--amp needs a GPU'):
-        train_config(tool, '--amp')
+@pytest.mark.parametrize('options', [['--amp'], ['--amp', 'fp16']])
+def test_fp16_without_a_gpu_is_refused(tool, options):
+    with pytest.raises(SystemExit, match='float16 needs a GPU.*--amp bf16'):
+        train_config(tool, *options)
+
+
+def test_bf16_trains_under_autocast_on_the_cpu(tool):
+    cfg = train_config(tool, '--amp', 'bf16', '--cfg-options',
+                       'optim_wrapper.loss_scale=8.')
+    model = torch.nn.Linear(2, 2)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    with wrapper.optim_context(model):
+        loss = model(torch.ones(1, 2))
+    assert loss.dtype == torch.bfloat16
+    wrapper.update_params(loss.float().sum())
+    assert model.weight.dtype == torch.float32
+    assert not torch.is_autocast_enabled('cpu')
 
 
 def test_config_taken_for_a_value_of_amp_is_explained(tool, capsys):

@@ -2,16 +2,14 @@
 import argparse
 import logging
 import os
-from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.hooks import Hook
-from mmengine.runner import Runner, find_latest_checkpoint
-from torch import Tensor
+from mmengine.runner import find_latest_checkpoint
 
 import data_checks
 import launch
+from amp import AutocastOptimWrapper, BoxesInFloat32
 from fsdp import ShardedStrategy
 from mmconv2former.checkpoint import find_checkpoint
 
@@ -69,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=dtype,
         metavar='fp16|bf16',
         help='train in mixed precision: fp16 with dynamic loss scaling, '
-        'unless the config sets another dtype, or bf16')
+        'unless the config sets another dtype, or bf16, the only one on CPUs')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -99,9 +97,6 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         SystemExit: If an option cannot be followed.
     """
     if args.amp:
-        if get_device() == 'cpu':
-            raise SystemExit('--amp needs a GPU, and torch sees none: train '
-                             'without it')
         settings = cfg.optim_wrapper
         settings.type = 'AmpOptimWrapper'
         if args.amp is True:
@@ -111,6 +106,13 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         if settings.dtype == 'bfloat16':
             # It has the range of fp32, so that nothing needs scaling.
             settings.setdefault('loss_scale', 1.)
+        if get_device() == 'cpu':
+            if settings.dtype != 'bfloat16':
+                raise SystemExit(
+                    f'mixed precision in {settings.dtype} needs a GPU, and '
+                    'torch sees none: take --amp bf16, or train without')
+            settings.type = AutocastOptimWrapper.__name__
+            settings.pop('loss_scale', None)
     if args.fsdp:
         if cfg.launcher == 'none':
             raise SystemExit('--fsdp shards over several processes: start '
@@ -133,36 +135,6 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         for part, _ in pretrained_parts(cfg):
             part.init_cfg = None
     return cfg
-
-
-class BoxesInFloat32(Hook):
-    """Compute the boxes of detectors in fp32 where the rest is in bf16.
-
-    mmdet makes anchors, and the corners of regions, of the type that the
-    features have. In bf16 they would be rounded to 8 pixels from 1024 on, and
-    mmcv has no bf16 kernel on the GPU to extract regions with.
-    """
-
-    def before_train(self, runner: Runner) -> None:
-        """Cast what dense heads return and what RoI extractors are given.
-
-        Args:
-            runner (Runner): The runner.
-        """
-        for module in runner.model.modules():
-            if hasattr(module, 'prior_generator'):
-                module.register_forward_hook(
-                    lambda head, inputs, outputs: _in_float32(outputs))
-            if hasattr(module, 'roi_layers'):
-                module.register_forward_pre_hook(
-                    lambda extractor, inputs: _in_float32(inputs))
-
-
-def _in_float32(values: Any) -> Any:
-    """Tensors in fp32, in the lists and tuples that they came in."""
-    if isinstance(values, (list, tuple)):
-        return type(values)(_in_float32(value) for value in values)
-    return values.float() if isinstance(values, Tensor) else values
 
 
 def fit_lr(cfg: Config) -> tuple[int, str] | None:
