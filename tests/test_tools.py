@@ -463,6 +463,8 @@ def test_fp16_without_a_gpu_is_refused(tool, options):
 def test_bf16_trains_under_autocast_on_the_cpu(tool):
     cfg = train_config(tool, '--amp', 'bf16', '--cfg-options',
                        'optim_wrapper.loss_scale=8.')
+    for key in ('constructor', 'paramwise_cfg'):  # meant for a backbone
+        cfg.optim_wrapper.pop(key, None)
     model = torch.nn.Linear(2, 2)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     with wrapper.optim_context(model):
