@@ -169,7 +169,7 @@ amp() {
         "$python" "$root/tools/train.py" \
             "$root/configs/classification/conv2former_t_in1k.py" \
             --amp $precision --work-dir "classification_$precision" \
-            --cfg-options train_cfg.max_epochs=3 train_cfg.val_interval=3 \
+            --cfg-options train_cfg.max_epochs=6 train_cfg.val_interval=6 \
             train_dataloader.batch_size=128
         classifier=$(cat "classification_$precision/last_checkpoint")
         "$python" "$root/tools/train.py" \
