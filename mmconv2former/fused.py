@@ -20,7 +20,7 @@ torch's also returns what ``gate_backward`` wants in place of [z|v].
 """
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from subprocess import SubprocessError
 from types import ModuleType, SimpleNamespace
@@ -35,6 +35,9 @@ from .operators import LayerNorm2d, Pointwise
 
 # What ResidualBranch computes by itself, from their parameters.
 LAYERS = (LayerNorm2d, Pointwise, nn.Conv2d)
+
+# Bytes of the input that the middle of the MLP takes at a time on CPUs.
+PART = 2**21
 
 aten = torch.ops.aten
 
@@ -52,7 +55,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """Of matrix products and convolutions."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
@@ -60,9 +63,9 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _onednn(x: Tensor) -> bool:
+def _onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether to ask oneDNN for fp32 products; for bf16 ones torch does."""
-    return (x.device.type == 'cpu' and x.dtype == torch.float32
+    return (device.type == 'cpu' and dtype == torch.float32
             and torch.backends.mkldnn.is_available()
             and not torch.compiler.is_compiling())
 
@@ -76,19 +79,9 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None,
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer: (..., I), (O, I), (O, ) -> (..., O), without gradients."""
-    if _onednn(x):
+    if _onednn(x.device, x.dtype):
         return _onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
-
-
-def _linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
-    """(N, H, W, O), (N, H, W, I) -> (O, I)."""
-    grad, x = grad.flatten(0, 2).t(), x.flatten(0, 2).t()
-    # In fp32 oneDNN copies the first of the two, which had better be the
-    # smaller where there is more to copy than to transpose afterwards.
-    if _onednn(x) and len(x) < min(grad.shape):
-        return linear(x, grad).t().contiguous()
-    return _wide(linear(grad, x))
 
 
 def _bias_grad(grad: Tensor) -> Tensor:
@@ -96,11 +89,32 @@ def _bias_grad(grad: Tensor) -> Tensor:
     return _wide(grad.sum((0, 1, 2)))
 
 
+def _linear_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, H, W, O), (N, H, W, I) -> (O, I), (O, ), at least in fp32."""
+    rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2).t()
+    o, i = len(rows), len(columns)
+    if x.device.type == 'cpu' and x.dtype == torch.bfloat16 \
+            and rows.shape[1] > 2048:
+        # As a convolution, which sums over many positions a third faster.
+        _, grad_weight, grad_bias = aten.convolution_backward(
+            _nchw(grad), _nchw(x), x.new_empty(o, i, 1, 1), (o, ), (1, 1),
+            (0, 0), (1, 1), False, (0, 0), 1, (False, True, True))
+        return _wide(grad_weight).view(o, i), _wide(grad_bias)
+    # In fp32 oneDNN copies the first of the two, which had better be the
+    # smaller where there is more to copy than to transpose afterwards.
+    if _onednn(x.device, x.dtype) and i < min(rows.shape):
+        grad_weight = linear(columns, rows).t().contiguous()
+    else:
+        grad_weight = _wide(linear(rows, columns))
+    return grad_weight, _bias_grad(grad)
+
+
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(N, H, W, C) -> (N, H, W, C)."""
     k = weight.shape[-1]
     image = _nchw(x)
-    if _onednn(x) and 9 <= k <= 13 and min(image.shape[2:]) > k // 2:
+    if _onednn(x.device, x.dtype) and 9 <= k <= 13 \
+            and min(image.shape[2:]) > k // 2:
         # Nearly twice as fast in oneDNN, which pays for the copy.
         image = image.contiguous()
     return _nhwc(
@@ -161,6 +175,19 @@ def _depthwise_backward(grad: Tensor, x: Tensor,
     return _nhwc(grad_x), _wide(grad_weight), _wide(grad_bias)
 
 
+def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Of so few samples each that what is calculated from them stays small.
+
+    The C library gives large tensors back to the system when they are freed,
+    and gets the memory of the next ones page by page.
+    """
+    x = tensors[0]
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return [(t, ) for t in tensors]
+    samples = max(PART * len(x) // max(x.nbytes, 1), 1)
+    return [t.split(samples) for t in tensors]
+
+
 def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     """``DW_k(GELU(z)) * v``.
 
@@ -213,8 +240,11 @@ def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         Tensor: (N, H, W, C).
     """
-    h = F.gelu(z)
-    return aten.gelu_(_depthwise(h, weight, bias)).add_(h)
+    out = torch.empty_like(z)
+    for z_part, out_part in zip(*_parts(z, out)):
+        h = F.gelu(z_part)
+        torch.add(h, aten.gelu_(_depthwise(h, weight, bias)), out=out_part)
+    return out
 
 
 def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
@@ -222,21 +252,26 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
     """Gradients of :func:`position`, and its result once more.
 
     Args:
-        grad (Tensor): Gradient of the result, (N, H, W, C).
+        grad (Tensor): Gradient of the result, (N, H, W, C), which is
+            overwritten.
         z, weight, bias (Tensor): As above.
 
     Returns:
         tuple[Tensor]: Gradients of z, weight and bias (the latter two in
         fp32) and the result, which the caller has not stored.
     """
-    h = F.gelu(z)
-    d = _depthwise(h, weight, bias)
-    grad_d = aten.gelu_backward(grad, d)
-    out = aten.gelu_(d).add_(h)
-    grad_h, grad_weight, grad_bias = _depthwise_backward(grad_d, h, weight)
-    grad_h.add_(grad)
-    return (aten.gelu_backward(grad_h, z, grad_input=grad_h), grad_weight,
-            grad_bias, out)
+    out = torch.empty_like(z)
+    sums = []
+    for grad_part, z_part, out_part in zip(*_parts(grad, z, out)):
+        h = F.gelu(z_part)
+        d = _depthwise(h, weight, bias)
+        grad_d = aten.gelu_backward(grad_part, d)
+        torch.add(h, aten.gelu_(d), out=out_part)
+        grad_h, *grads = _depthwise_backward(grad_d, h, weight)
+        grad_h.add_(grad_part)
+        aten.gelu_backward(grad_h, z_part, grad_input=grad_part)
+        sums.append(grads)
+    return grad, *(sum(grads) for grads in zip(*sums)), out
 
 
 def _norm_parameters(x: Tensor, *parameters: Tensor
@@ -312,7 +347,7 @@ class ResidualBranch(torch.autograd.Function):
                 dw_bias: Tensor, out_weight: Tensor, out_bias: Tensor,
                 scale: Tensor, keep: Tensor | None, eps: float,
                 middle: str) -> Tensor:
-        device, dtype = x.device.type, _product_dtype(x)
+        device, dtype = x.device.type, product_dtype(x)
         norm_weight, norm_bias = _norm_parameters(x, norm_weight, norm_bias)
         in_weight, in_bias, dw_weight, dw_bias, weight, bias = (
             p.to(dtype) for p in (in_weight, in_bias, dw_weight, dw_bias,
@@ -356,8 +391,7 @@ class ResidualBranch(torch.autograd.Function):
                 kernels, f'{ctx.middle}_backward')(grad_middle, *stored,
                                                    dw_weight, dw_bias)
             del grad_middle, stored
-            grad_weight = _linear_grad_weight(grad_y, middle)
-            grad_bias = _bias_grad(grad_y)
+            grad_weight, grad_bias = _linear_backward(grad_y, middle)
             del middle, grad_y
             grad_scale = (
                 torch.linalg.vecdot(_wide(out_weight), grad_weight) +
@@ -373,8 +407,7 @@ class ResidualBranch(torch.autograd.Function):
             normed, mean, rstd = aten.native_layer_norm(
                 x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)
             normed = normed.to(dtype)
-            grad_in_weight = _linear_grad_weight(grad_z, normed)
-            grad_in_bias = _bias_grad(grad_z)
+            grad_in_weight, grad_in_bias = _linear_backward(grad_z, normed)
             grad_normed = linear(grad_z, in_weight.t())
             grad_x, grad_norm_weight, grad_norm_bias = (
                 kernels.layer_norm_backward(grad_normed, x, mean, rstd,
@@ -405,23 +438,66 @@ def residual_branch(x: Tensor, norm_weight: Tensor | None,
         return ResidualBranch.apply(x, norm_weight, norm_bias, in_weight,
                                     in_bias, dw_weight, dw_bias, out_weight,
                                     out_bias, scale, keep, eps, middle)
-    dtype = _product_dtype(x)
-    weights = [
-        p.to(dtype) for p in (in_weight, in_bias, dw_weight, dw_bias,
-                              out_weight, out_bias)
+    weights = prepare(x, (in_weight, in_bias, dw_weight, dw_bias, out_weight,
+                          out_bias), middle)
+    return infer(x, norm_weight, norm_bias, weights, scale, keep, eps, middle)
+
+
+def prepare(x: Tensor, parameters: Sequence[Tensor], middle: str,
+            pack: bool = False) -> list[Tensor]:
+    """Weights of a branch as :func:`infer` takes them.
+
+    Args:
+        x (Tensor): Of the type and on the device of the inputs.
+        parameters (Sequence[Tensor]): Those of :class:`ResidualBranch` from
+            in_weight to out_bias.
+        middle (str): 'gate' or 'position'.
+        pack (bool): Whether to spend time and memory for the sake of many
+            calls to come. Defaults to False.
+
+    Returns:
+        list[Tensor]: In the precision of the products.
+    """
+    dtype = product_dtype(x)
+    parameters = [p.to(dtype) for p in parameters]
+    if not _onednn_takes_gelu(x.device, dtype):
+        return parameters
+    in_weight, in_bias, *others = parameters
+    if middle == 'gate':  # only one of its halves meets a GELU
+        pairs = zip(in_weight.chunk(2), in_bias.chunk(2))
+        parameters = [p for pair in pairs for p in pair] + others
+    if not pack:
+        return parameters
+    return [
+        torch.ops.mkldnn._reorder_linear_weight(p) if p.ndim == 2 else p
+        for p in parameters
     ]
-    kernels = _kernels(x)
+
+
+def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+          weights: Sequence[Tensor], scale: Tensor | None,
+          keep: Tensor | None, eps: float, middle: str) -> Tensor:
+    """:func:`residual_branch` without gradients.
+
+    Args:
+        weights (Sequence[Tensor]): From :func:`prepare`.
+        x, norm_weight, norm_bias, scale, keep, eps, middle: As above.
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    dtype, kernels = product_dtype(x), _kernels(x)
     with torch.autocast(x.device.type, enabled=False):
         y = F.layer_norm(x, x.shape[-1:],
                          *_norm_parameters(x, norm_weight, norm_bias),
                          eps).to(dtype)
-        if _onednn_takes_gelu(y):
+        if _onednn_takes_gelu(x.device, dtype):
             middles = dict(gate=_onednn_gate, position=_onednn_position)
-            y = middles[middle](y, *weights[:4])
+            y = middles[middle](y, *weights[:-2])
             if scale is None and x.dtype == dtype:
                 return torch.ops.mkldnn._linear_pointwise.binary(
-                    y, x, *weights[4:], 'add')
-            y = _onednn_linear(y, *weights[4:])
+                    y, x, *weights[-2:], 'add')
+            y = _onednn_linear(y, *weights[-2:])
         else:
             y = getattr(kernels, middle)(
                 linear(y, *weights[:2]), *weights[2:4])
@@ -435,17 +511,17 @@ def residual_branch(x: Tensor, norm_weight: Tensor | None,
 # to memory.
 
 
-def _onednn_takes_gelu(x: Tensor) -> bool:
-    return _onednn(x) or (
-        x.device.type == 'cpu' and x.dtype == torch.bfloat16
+def _onednn_takes_gelu(device: torch.device, dtype: torch.dtype) -> bool:
+    return _onednn(device, dtype) or (
+        device.type == 'cpu' and dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
         and not torch.compiler.is_compiling()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _onednn_gate(y: Tensor, weight: Tensor, bias: Tensor, dw_weight: Tensor,
+def _onednn_gate(y: Tensor, z_weight: Tensor, z_bias: Tensor,
+                 v_weight: Tensor, v_bias: Tensor, dw_weight: Tensor,
                  dw_bias: Tensor) -> Tensor:
-    (z_weight, v_weight), (z_bias, v_bias) = weight.chunk(2), bias.chunk(2)
     h = _onednn_linear(y, z_weight, z_bias, 'gelu')
     return _onednn_linear(y, v_weight, v_bias).mul_(
         _depthwise(h, dw_weight, dw_bias))
@@ -535,6 +611,8 @@ def _obstacle(x: Tensor, modules: Iterable[nn.Module]) -> str:
         return 'MMCONV2FORMER_FUSED=0'
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return 'the model is being exported'
+    if not x.numel():
+        return 'the batch is empty'
     if x.device.type not in ('cpu', 'cuda'):
         return f'device {x.device.type} has no fused operators'
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks

@@ -228,6 +228,13 @@ class FusedBlock(nn.Module):
         self.fc1 = _after_norm(mlp.norm, mlp.fc1)
         self.pos = mlp.pos
         self.fc2 = _scaled(mlp.fc2, block.layer_scale_2)
+        self._prepared = None
+
+    def _branches(self) -> list[list[Tensor]]:
+        """Weights and biases of both branches."""
+        return [[p for m in layers for p in (m.weight, m.bias)]
+                for layers in ((self.zv, self.depthwise, self.proj),
+                               (self.fc1, self.pos, self.fc2))]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor],
                               prefix: str, *args: Any) -> None:
@@ -254,21 +261,42 @@ class FusedBlock(nn.Module):
     @torch.no_grad()
     def _fused(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1).contiguous()
-        for layers, middle in (((self.zv, self.depthwise, self.proj), 'gate'),
-                               ((self.fc1, self.pos, self.fc2), 'position')):
-            weights = (p for m in layers for p in (m.weight, m.bias))
-            x = fused.residual_branch(x, None, None, *weights, None, None,
-                                      self.eps, middle)
+        for weights, middle in zip(self._prepare(x), ('gate', 'position')):
+            x = fused.infer(x, None, None, weights, None, None, self.eps,
+                            middle)
         return x.permute(0, 3, 1, 2)
+
+    def _prepare(self, x: Tensor) -> list[list[Tensor]]:
+        """What the kernels take for the weights, kept until these change."""
+        branches = self._branches()
+        parameters = sum(branches, [])
+        keep = not torch.compiler.is_compiling() and not any(
+            p.is_inference() for p in parameters)  # which count no changes
+        if keep:
+            state = [(p.data_ptr(), p._version) for p in parameters]
+            state.append(fused.product_dtype(x))
+            if self._prepared and self._prepared[0] == state:
+                return self._prepared[1]
+        prepared = [
+            fused.prepare(x, branch, middle, pack=keep)
+            for branch, middle in zip(branches, ('gate', 'position'))
+        ]
+        if keep:
+            self._prepared = state, prepared
+        return prepared
+
+    def _apply(self, *args: Any, **kwargs: Any) -> 'FusedBlock':
+        self._prepared = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_prepared': None}
 
     def _forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """With products in the given precision, and the sum in that of x."""
         x = x.permute(0, 2, 3, 1)
-        for layers, middle in (((self.zv, self.depthwise, self.proj), _gate),
-                               ((self.fc1, self.pos, self.fc2), _position)):
-            weights = [
-                p.to(dtype) for m in layers for p in (m.weight, m.bias)
-            ]
+        for branch, middle in zip(self._branches(), (_gate, _position)):
+            weights = [p.to(dtype) for p in branch]
             y = F.layer_norm(x, x.shape[-1:], eps=self.eps).to(dtype)
             y = middle(linear(y, *weights[:2]), *weights[2:4], self.fusion)
             x = linear(y, *weights[4:]).to(x.dtype).add_(x)

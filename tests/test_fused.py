@@ -93,6 +93,7 @@ def test_block_is_as_exact_as_the_plain_one(n, c, h, w, k, monkeypatch):
 @pytest.mark.parametrize('residual', ['low', 'fp32'])
 @pytest.mark.parametrize('n, c, h, w, k', [
     (3, 8, 5, 7, 11), (2, 20, 13, 13, 7), (2, 72, 7, 7, 11), (1, 8, 28, 28, 9),
+    (2, 20, 33, 37, 5),
 ])
 def test_block_is_as_exact_under_autocast(n, c, h, w, k, residual, dtype,
                                           monkeypatch):
@@ -118,6 +119,28 @@ def test_block_is_as_exact_under_autocast(n, c, h, w, k, residual, dtype,
         assert own <= 2 * other + rounding * true.norm(), name
 
 
+@pytest.mark.parametrize('samples', [1, 2])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_samples_may_be_processed_in_parts(dtype, samples, monkeypatch):
+    torch.manual_seed(0)
+    weight, bias = random(8, 1, 3, 3, dtype=dtype), random(8, dtype=dtype)
+    z, grad = (random(3, 9, 7, 8, dtype=dtype) for _ in range(2))
+
+    def run(z, grad, *weights):
+        return (fused.position(z, *weights),
+                *fused.position_backward(grad.clone(), z, *weights))
+
+    exact = run(*(t.double() for t in (z, grad, weight, bias)))
+    whole = run(z, grad, weight, bias)
+    monkeypatch.setattr(fused, 'PART', samples * z[0].nbytes)
+    parts = run(z, grad, weight, bias)
+    for ours, other, true in zip(parts, whole, exact, strict=True):
+        assert (ours.dtype, ours.shape) == (other.dtype, other.shape)
+        noise = 1e-6 * true.abs().max()
+        assert (ours - true).abs().max() <= 2 * (
+            other - true).abs().max() + noise
+
+
 @pytest.mark.parametrize('gelu_in_onednn', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, *LOW])
 @pytest.mark.parametrize('n, c, h, w, k', [
@@ -127,7 +150,8 @@ def test_block_computes_the_same_without_gradients(n, c, h, w, k, dtype,
                                                    gelu_in_onednn,
                                                    monkeypatch):
     if not gelu_in_onednn:
-        monkeypatch.setattr(fused, '_onednn_takes_gelu', lambda x: False)
+        monkeypatch.setattr(fused, '_onednn_takes_gelu',
+                            lambda *args: False)
     torch.manual_seed(c * h * w + k)
     model = block(c, k, .5)
     x = random(n, c, h, w).to(dtype).float()
@@ -281,6 +305,14 @@ def test_frozen_blocks_pass_gradients_on():
     model(x).sum().backward()
     assert x.grad is not None
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_empty_batches_have_gradients():
+    model = block(8, 5).float()
+    x = torch.zeros(0, 8, 9, 9).requires_grad_()
+    model(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert not model.mlp.pos.weight.grad.any()
 
 
 def test_less_is_kept_for_the_backward_pass(monkeypatch):

@@ -1,5 +1,6 @@
 """A fused model computes what the model that was trained computes."""
 import copy
+import io
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmconv2former import (
 )
 from mmconv2former.archs import ARCHS
 from mmconv2former.backbone import Block
+from mmconv2former.inference import FusedBlock
 from mmconv2former.operators import FUSIONS
 
 SIZES = [(32, 32), (65, 50), (97, 33)]
@@ -35,6 +37,13 @@ def classifier(arch=SMALL, **kwargs):
 
 def fused(model):
     return fuse_for_inference(copy.deepcopy(model))
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def difference(out, expected):
@@ -86,7 +95,7 @@ def test_every_set_of_operators(operators, monkeypatch):
         monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
     elif operators == 'of torch':
         monkeypatch.setattr('mmconv2former.fused._onednn_takes_gelu',
-                            lambda x: False)
+                            lambda *args: False)
     elif not torch.backends.mkldnn.is_available():
         pytest.skip('this torch has no oneDNN')
     with torch.no_grad():
@@ -173,6 +182,66 @@ def test_gradient_of_the_image_is_that_of_the_model():
         for m in (fused(model), model)
     ]
     assert difference(*grads) < 1e-5
+
+
+def in_place(model, other):
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters()):
+            p.copy_(q)
+
+
+def by_loading(model, other):
+    model.load_state_dict(other.state_dict())
+
+
+def by_swapping(model, other):
+    for p, q in zip(model.parameters(), other.parameters()):
+        p.data = q.data.clone()
+
+
+@pytest.mark.parametrize('autocast', [True, False])
+@pytest.mark.parametrize('created', ['normally', 'in inference mode'])
+@pytest.mark.parametrize('change', [in_place, by_loading, by_swapping])
+def test_weights_that_change_after_a_call_are_taken_up(
+        change, created, autocast):
+    image = official.image(65, 50)
+
+    def run(model):
+        with torch.inference_mode(), torch.autocast(
+                'cpu', torch.bfloat16, enabled=autocast):
+            return model(image)
+
+    with torch.inference_mode(created == 'in inference mode'):
+        model, other = fused(classifier()), fused(classifier())
+        for m in other.modules():
+            if isinstance(m, nn.Linear):
+                m.weight *= 1.1
+        before = run(model)
+        assert torch.equal(before, run(model))
+        change(model, other)
+        after = run(model)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, run(other))
+
+
+def test_prepared_weights_do_not_outlive_a_conversion():
+    # New weights could lie where the old ones did.
+    model = fused(classifier())
+    with torch.no_grad():
+        model(official.image(32, 32))
+    blocks = [m for m in model.modules() if isinstance(m, FusedBlock)]
+    assert blocks and all(block._prepared for block in blocks)
+    model.bfloat16()
+    assert not any(block._prepared for block in blocks)
+
+
+@pytest.mark.parametrize('copies', [copy.deepcopy, saved_and_loaded])
+def test_copies_of_a_model_in_use(copies):
+    model = fused(classifier())
+    image = official.image(65, 50)
+    with torch.no_grad():
+        expected = model(image)
+        assert torch.equal(copies(model)(image), expected)
 
 
 def test_compiled_model_gives_the_same():

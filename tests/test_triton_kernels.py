@@ -122,7 +122,6 @@ def compare(ours, plain, *inputs):
     """The error is at most twice that of the plain form, plus a rounding."""
     dtype = next(t.dtype for t in inputs if torch.is_tensor(t))
     true = plain(*map(double, inputs))
-    other = plain(*inputs)
     before = [t.clone() for t in inputs if torch.is_tensor(t)]
     # Fills what an operator leaves unwritten with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -132,6 +131,7 @@ def compare(ours, plain, *inputs):
         torch.use_deterministic_algorithms(False)
     for old, new in zip(before, filter(torch.is_tensor, inputs)):
         assert torch.equal(old, new), 'an input was overwritten'
+    other = plain(*inputs)  # which may overwrite them
     for o, p, t in zip(*([r] if torch.is_tensor(r) else r
                          for r in (own, other, true)), strict=True):
         assert o.shape == t.shape and o.is_contiguous()
