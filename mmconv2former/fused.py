@@ -129,7 +129,8 @@ def depthwise_grad_weight(grad: Tensor, x: Tensor,
     dW[c, i, j] = sum over n, h, w of x[n, h + i - p, w + j - p, c] *
     grad[n, h, w, c] is itself a depthwise convolution: of the image with its
     gradient as the kernel, each sample a group. oneDNN is fast at forward
-    convolutions of any kernel, and at weight gradients up to 3x3 only.
+    convolutions of any kernel, and at weight gradients only of those up to
+    3x3 that fit into the image.
 
     Args:
         grad (Tensor): Gradient of the output of the convolution,
@@ -165,7 +166,8 @@ def _depthwise_backward(grad: Tensor, x: Tensor,
                         weight: Tensor) -> tuple[Tensor, ...]:
     """Gradients of input, weight and bias, the latter two at least in fp32."""
     c, k = len(weight), weight.shape[-1]
-    as_convolution = x.device.type == 'cpu' and k > 3
+    as_convolution = x.device.type == 'cpu' and (
+        k > 3 or min(x.shape[1:3]) < k)
     grad_x, grad_weight, grad_bias = aten.convolution_backward(
         _nchw(grad), _nchw(x), weight, (c, ), (1, 1), (k // 2, k // 2),
         (1, 1), False, (0, 0), c, (True, ) + 2 * (not as_convolution, ))
