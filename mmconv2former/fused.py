@@ -36,7 +36,8 @@ from .operators import LayerNorm2d, Pointwise
 # What ResidualBranch computes by itself, from their parameters.
 LAYERS = (LayerNorm2d, Pointwise, nn.Conv2d)
 
-# Bytes of the input that the middle of the MLP takes at a time on CPUs.
+# Bytes of the largest tensor for which samples are processed at a time, where
+# there is a choice.
 PART = 2**21
 
 aten = torch.ops.aten
@@ -177,17 +178,17 @@ def _depthwise_backward(grad: Tensor, x: Tensor,
     return _nhwc(grad_x), _wide(grad_weight), _wide(grad_bias)
 
 
-def _parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Of so few samples each that what is calculated from them stays small.
+def _samples(x: Tensor, channels: int) -> int:
+    """How many to process at a time, of tensors with that many channels.
 
-    The C library gives large tensors back to the system when they are freed,
-    and gets the memory of the next ones page by page.
+    On CPUs few enough for the temporary tensors to be small: the C library
+    gives large ones back to the system when they are freed, and gets the
+    memory of the next ones page by page.
     """
-    x = tensors[0]
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return [(t, ) for t in tensors]
-    samples = max(PART * len(x) // max(x.nbytes, 1), 1)
-    return [t.split(samples) for t in tensors]
+        return max(len(x), 1)
+    sample = x[:1, ..., :1].nbytes * channels
+    return max(PART // max(sample, 1), 1)
 
 
 def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -243,7 +244,8 @@ def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         Tensor: (N, H, W, C).
     """
     out = torch.empty_like(z)
-    for z_part, out_part in zip(*_parts(z, out)):
+    samples = _samples(z, z.shape[-1])
+    for z_part, out_part in zip(z.split(samples), out.split(samples)):
         h = F.gelu(z_part)
         torch.add(h, aten.gelu_(_depthwise(h, weight, bias)), out=out_part)
     return out
@@ -263,8 +265,10 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
         fp32) and the result, which the caller has not stored.
     """
     out = torch.empty_like(z)
+    samples = _samples(z, z.shape[-1])
     sums = []
-    for grad_part, z_part, out_part in zip(*_parts(grad, z, out)):
+    for grad_part, z_part, out_part in zip(
+            *(t.split(samples) for t in (grad, z, out))):
         h = F.gelu(z_part)
         d = _depthwise(h, weight, bias)
         grad_d = aten.gelu_backward(grad_part, d)
@@ -488,6 +492,14 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
     Returns:
         Tensor: (N, H, W, C).
     """
+    samples = _samples(x, len(weights[1]))
+    if samples < len(x):
+        keeps = len(x) * [None] if keep is None else keep.split(samples)
+        return torch.cat([
+            infer(part, norm_weight, norm_bias, weights, scale, keep_part, eps,
+                  middle)
+            for part, keep_part in zip(x.split(samples), keeps)
+        ])
     dtype, kernels = product_dtype(x), _kernels(x)
     with torch.autocast(x.device.type, enabled=False):
         y = F.layer_norm(x, x.shape[-1:],
