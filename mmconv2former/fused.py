@@ -101,13 +101,20 @@ def _linear_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             _nchw(grad), _nchw(x), x.new_empty(o, i, 1, 1), (o, ), (1, 1),
             (0, 0), (1, 1), False, (0, 0), 1, (False, True, True))
         return _wide(grad_weight).view(o, i), _wide(grad_bias)
-    # In fp32 oneDNN copies the first of the two, which had better be the
+    if not _onednn(x.device, x.dtype):
+        return _wide(linear(rows, columns)), _bias_grad(grad)
+    # oneDNN wants the first of the two transposed, which had better be the
     # smaller where there is more to copy than to transpose afterwards.
-    if _onednn(x.device, x.dtype) and i < min(rows.shape):
-        grad_weight = linear(columns, rows).t().contiguous()
+    if i < min(rows.shape):
+        grad_weight = linear(_transposed(x), rows).t().contiguous()
     else:
-        grad_weight = _wide(linear(rows, columns))
+        grad_weight = linear(_transposed(grad), columns)
     return grad_weight, _bias_grad(grad)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (C, NHW), copied by all threads, a matrix by one."""
+    return x.permute(3, 0, 1, 2).flatten(1)
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
