@@ -36,8 +36,7 @@ from .operators import LayerNorm2d, Pointwise
 # What ResidualBranch computes by itself, from their parameters.
 LAYERS = (LayerNorm2d, Pointwise, nn.Conv2d)
 
-# Bytes of the largest tensor for which samples are processed at a time, where
-# there is a choice.
+# Bytes that tensors of some samples at a time may have; of one, any number.
 PART = 2**21
 
 aten = torch.ops.aten
@@ -71,6 +70,14 @@ def _onednn(device: torch.device, dtype: torch.dtype) -> bool:
             and not torch.compiler.is_compiling())
 
 
+def _onednn_bf16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes bf16, which it does with the right instructions."""
+    return (device.type == 'cpu' and dtype == torch.bfloat16
+            and torch.backends.mkldnn.is_available()
+            and not torch.compiler.is_compiling()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None,
                    activation: str = 'none') -> Tensor:
     """There is no public name for this, which torch's compiler uses."""
@@ -94,8 +101,7 @@ def _linear_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """(N, H, W, O), (N, H, W, I) -> (O, I), (O, ), at least in fp32."""
     rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2).t()
     o, i = len(rows), len(columns)
-    if x.device.type == 'cpu' and x.dtype == torch.bfloat16 \
-            and rows.shape[1] > 2048:
+    if _onednn_bf16(x.device, x.dtype) and rows.shape[1] > 2048:
         # As a convolution, which sums over many positions a third faster.
         _, grad_weight, grad_bias = aten.convolution_backward(
             _nchw(grad), _nchw(x), x.new_empty(o, i, 1, 1), (o, ), (1, 1),
@@ -533,11 +539,7 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
 
 
 def _onednn_takes_gelu(device: torch.device, dtype: torch.dtype) -> bool:
-    return _onednn(device, dtype) or (
-        device.type == 'cpu' and dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return _onednn(device, dtype) or _onednn_bf16(device, dtype)
 
 
 def _onednn_gate(y: Tensor, z_weight: Tensor, z_bias: Tensor,
