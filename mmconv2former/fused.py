@@ -63,18 +63,19 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _onednn(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether to ask oneDNN for fp32 products; for bf16 ones torch does."""
-    return (device.type == 'cpu' and dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
+def _has_onednn(device: torch.device) -> bool:
+    return (device.type == 'cpu' and torch.backends.mkldnn.is_available()
             and not torch.compiler.is_compiling())
+
+
+def _onednn_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to ask oneDNN for products; in bf16 torch does by itself."""
+    return dtype == torch.float32 and _has_onednn(device)
 
 
 def _onednn_bf16(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN takes bf16, which it does with the right instructions."""
-    return (device.type == 'cpu' and dtype == torch.bfloat16
-            and torch.backends.mkldnn.is_available()
-            and not torch.compiler.is_compiling()
+    return (dtype == torch.bfloat16 and _has_onednn(device)
             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -87,7 +88,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None,
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer: (..., I), (O, I), (O, ) -> (..., O), without gradients."""
-    if _onednn(x.device, x.dtype):
+    if _onednn_fp32(x.device, x.dtype):
         return _onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -107,7 +108,7 @@ def _linear_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             _nchw(grad), _nchw(x), x.new_empty(o, i, 1, 1), (o, ), (1, 1),
             (0, 0), (1, 1), False, (0, 0), 1, (False, True, True))
         return _wide(grad_weight).view(o, i), _wide(grad_bias)
-    if not _onednn(x.device, x.dtype):
+    if not _onednn_fp32(x.device, x.dtype):
         return _wide(linear(rows, columns)), _bias_grad(grad)
     # oneDNN wants the first of the two transposed, which had better be the
     # smaller where there is more to copy than to transpose afterwards.
@@ -127,7 +128,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(N, H, W, C) -> (N, H, W, C)."""
     k = weight.shape[-1]
     image = _nchw(x)
-    if _onednn(x.device, x.dtype) and 9 <= k <= 13 \
+    if _onednn_fp32(x.device, x.dtype) and 9 <= k <= 13 \
             and min(image.shape[2:]) > k // 2:
         # Nearly twice as fast in oneDNN, which pays for the copy.
         image = image.contiguous()
@@ -181,7 +182,7 @@ def _depthwise_backward(grad: Tensor, x: Tensor,
     """Gradients of input, weight and bias, the latter two at least in fp32."""
     c, k = len(weight), weight.shape[-1]
     as_convolution = x.device.type == 'cpu' and (
-        k > 3 or min(x.shape[1:3]) < k)
+        k > 3 or k > min(x.shape[1:3]))
     grad_x, grad_weight, grad_bias = aten.convolution_backward(
         _nchw(grad), _nchw(x), weight, (c, ), (1, 1), (k // 2, k // 2),
         (1, 1), False, (0, 0), c, (True, ) + 2 * (not as_convolution, ))
@@ -436,19 +437,14 @@ class ResidualBranch(torch.autograd.Function):
                 grad_bias, grad_scale, None, None, None)
 
 
-def residual_branch(x: Tensor, norm_weight: Tensor | None,
-                    norm_bias: Tensor | None, in_weight: Tensor,
-                    in_bias: Tensor, dw_weight: Tensor, dw_bias: Tensor,
-                    out_weight: Tensor, out_bias: Tensor,
-                    scale: Tensor | None, keep: Tensor | None, eps: float,
+def residual_branch(x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+                    in_weight: Tensor, in_bias: Tensor, dw_weight: Tensor,
+                    dw_bias: Tensor, out_weight: Tensor, out_bias: Tensor,
+                    scale: Tensor, keep: Tensor | None, eps: float,
                     middle: str) -> Tensor:
     """:class:`ResidualBranch`, and the same with less where gradients are off.
 
-    Args:
-        norm_weight, norm_bias, scale (Tensor, optional): None for ones and
-            zeros, where gradients are off.
-        x, in_weight, in_bias, dw_weight, dw_bias, out_weight, out_bias, keep,
-            eps, middle: Those of :class:`ResidualBranch`.
+    Its arguments are those of :class:`ResidualBranch`.
 
     Returns:
         Tensor: (N, H, W, C).
@@ -499,8 +495,10 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
     """:func:`residual_branch` without gradients.
 
     Args:
+        norm_weight, norm_bias, scale (Tensor, optional): None for ones and
+            zeros.
         weights (Sequence[Tensor]): From :func:`prepare`.
-        x, norm_weight, norm_bias, scale, keep, eps, middle: As above.
+        x, keep, eps, middle: Those of :class:`ResidualBranch`.
 
     Returns:
         Tensor: (N, H, W, C).
@@ -539,7 +537,7 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
 
 
 def _onednn_takes_gelu(device: torch.device, dtype: torch.dtype) -> bool:
-    return _onednn(device, dtype) or _onednn_bf16(device, dtype)
+    return _onednn_fp32(device, dtype) or _onednn_bf16(device, dtype)
 
 
 def _onednn_gate(y: Tensor, z_weight: Tensor, z_bias: Tensor,

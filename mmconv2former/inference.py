@@ -29,7 +29,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     The new weights are calculated in double precision and have the type and
     the device of the old ones. Fuse first and convert afterwards, to bfloat16
-    rather than float16, which loses small layer scales. A fused model cannot
+    rather than float16, which loses small layer scales. The first call keeps
+    the weights a second time, as the kernels take them. A fused model cannot
     be trained, and its weights have other names: the weights of a model as it
     was trained have to be loaded before.
 
