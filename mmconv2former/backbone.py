@@ -97,12 +97,8 @@ class ConvModulation(nn.Module):
     def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
         """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
         z, _, depthwise = self.att
-        return residual_branch(
-            x, self.norm.weight, self.norm.bias,
-            torch.cat([z.weight, self.v.weight]).flatten(1),
-            torch.cat([z.bias, self.v.bias]), depthwise.weight,
-            depthwise.bias, self.proj.weight.flatten(1), self.proj.bias,
-            scale, keep, self.norm.eps, 'gate')
+        return residual_branch(x, self.norm, (z, self.v, depthwise, self.proj),
+                               scale, keep, 'gate')
 
 
 class MLP(nn.Module):
@@ -128,11 +124,8 @@ class MLP(nn.Module):
 
     def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
         """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
-        return residual_branch(
-            x, self.norm.weight, self.norm.bias, self.fc1.weight.flatten(1),
-            self.fc1.bias, self.pos.weight, self.pos.bias,
-            self.fc2.weight.flatten(1), self.fc2.bias, scale, keep,
-            self.norm.eps, 'position')
+        return residual_branch(x, self.norm, (self.fc1, self.pos, self.fc2),
+                               scale, keep, 'position')
 
 
 class Block(nn.Module):

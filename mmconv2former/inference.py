@@ -263,8 +263,8 @@ class FusedBlock(nn.Module):
     def _fused(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1).contiguous()
         for weights, middle in zip(self._prepare(x), ('gate', 'position')):
-            x = fused.infer(x, None, None, weights, None, None, self.eps,
-                            middle)
+            x = fused.infer(x, None, None, None, None, self.eps, middle,
+                            weights)
         return x.permute(0, 3, 1, 2)
 
     def _prepare(self, x: Tensor) -> list[list[Tensor]]:

@@ -64,11 +64,21 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def filters(weight: Tensor, bias: Tensor,
+            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.filters`; in fp32 whatever ``dtype``."""
+    return _taps_first(weight).t().view(weight.shape), bias
+
+
 def _taps_first(weight: Tensor) -> Tensor:
-    """(C, 1, K, K) -> (K * K, C) in fp32, which lanes read coalesced."""
-    taps = weight.new_empty((weight[0].numel(), len(weight)),
-                            dtype=torch.float32)
-    return taps.copy_(weight.detach().flatten(1).t())
+    """(C, 1, K, K) -> (K * K, C) in fp32, which lanes read coalesced.
+
+    A view of what :func:`filters` returns, else a copy.
+    """
+    taps = weight.detach().flatten(1).t()
+    if taps.is_contiguous() and taps.dtype == torch.float32:
+        return taps
+    return weight.new_empty(taps.shape, dtype=torch.float32).copy_(taps)
 
 
 def _sum_partials(partial: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -574,6 +584,52 @@ def _norm_tile(channels: int) -> dict:
     return dict(C=channels, BLOCK=block, PIXELS=max(2048 // block, 1))
 
 
+@triton.jit(do_not_specialize=['pixels'])
+def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr,
+                       rstd_ptr, pixels, eps, C: tl.constexpr,
+                       X_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+                       PIXELS: tl.constexpr):
+    channel = tl.arange(0, BLOCK)[None, :]
+    used = channel < C
+    pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
+        + tl.arange(0, PIXELS)[:, None]
+    inside = used & (pixel < pixels)
+    x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.).to(tl.float32)
+    mean = tl.sum(x, 1)[:, None] / C
+    normed = tl.where(used, x - mean, 0.)
+    rstd = tl.rsqrt(tl.sum(normed * normed, 1)[:, None] / C + eps)
+    normed *= rstd
+    if weight_ptr is not None:
+        normed *= tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
+        normed += tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
+    tl.store(out_ptr + pixel * C + channel, normed, inside)
+    tl.store(mean_ptr + pixel, mean, pixel < pixels)
+    tl.store(rstd_ptr + pixel, rstd, pixel < pixels)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
+               eps: float,
+               dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.layer_norm`.
+
+    That of torch gives each pixel a block of threads, most of which have
+    nothing to do where channels are few.
+    """
+    with torch.cuda.device_of(x):
+        out = x.new_empty(x.shape, dtype=dtype)
+        mean, rstd = (
+            x.new_empty((*x.shape[:3], 1), dtype=torch.float32)
+            for _ in range(2))
+        x = _rows(x)
+        if weight is not None:
+            weight, bias = weight.contiguous(), bias.contiguous()
+        tile = _norm_tile(x.shape[1])
+        _layer_norm_kernel[(triton.cdiv(len(x), tile['PIXELS']), )](
+            x, weight, bias, out, mean, rstd, len(x), eps,
+            X_STRIDE=x.stride(0), **tile)
+        return out, mean, rstd
+
+
 @triton.jit(do_not_specialize=['pixels', 'tiles'])
 def _layer_norm_backward_kernel(
         grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, residual_ptr,
@@ -666,3 +722,41 @@ def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
             x, y, scale, keep, out, area, X_STRIDE=x.stride(0),
             Y_STRIDE=y.stride(0), **tile)
         return out
+
+
+@triton.jit
+def _layer_scale_backward_kernel(
+        grad_weight_ptr, grad_bias_ptr, weight_ptr, bias_ptr, scale_ptr,
+        out_weight_ptr, out_bias_ptr, out_scale_ptr, COLUMNS: tl.constexpr,
+        BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    scale = tl.load(scale_ptr + row).to(tl.float32)
+    total = tl.zeros((BLOCK, ), tl.float32)
+    for start in range(0, COLUMNS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        at, inside = row * COLUMNS + column, column < COLUMNS
+        grad = tl.load(grad_weight_ptr + at, inside, 0.).to(tl.float32)
+        weight = tl.load(weight_ptr + at, inside, 0.).to(tl.float32)
+        total += grad * weight
+        tl.store(out_weight_ptr + at, grad * scale, inside)
+    grad = tl.load(grad_bias_ptr + row).to(tl.float32)
+    bias = tl.load(bias_ptr + row).to(tl.float32)
+    tl.store(out_bias_ptr + row, grad * scale)
+    tl.store(out_scale_ptr + row, tl.sum(total, 0) + grad * bias)
+
+
+def layer_scale_backward(grad_weight: Tensor, grad_bias: Tensor,
+                         weight: Tensor, bias: Tensor,
+                         scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.layer_scale_backward`."""
+    with torch.cuda.device_of(scale):
+        rows, columns = weight.shape
+        outs = tuple(
+            scale.new_empty(shape, dtype=torch.float32)
+            for shape in (weight.shape, scale.shape, scale.shape))
+        _layer_scale_backward_kernel[(rows, )](
+            *(t.contiguous()
+              for t in (grad_weight, grad_bias, weight, bias, scale)), *outs,
+            COLUMNS=columns,
+            BLOCK=min(triton.next_power_of_2(columns), 1024))
+        return outs

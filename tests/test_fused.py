@@ -226,13 +226,14 @@ def test_gradients_in_double_precision(middle, width, keep):
     if keep is not None:
         keep = torch.tensor(keep).double().view(2, 1, 1, 1)
     inputs = [
-        random(2, 3, 4, c), random(c), random(c), random(width * c, c),
-        random(width * c), random(c, 1, k, k), random(c), random(c, c),
-        random(c), random(c)
+        random(2, 3, 4, c), random(c), random(c), random(c),
+        *(random(*shape) for _ in range(width) for shape in ((c, c), (c, ))),
+        random(c, 1, k, k), random(c), random(c, c, 1, 1), random(c)
     ]
 
-    def branch(*inputs):
-        return fused.ResidualBranch.apply(*inputs, keep, 1e-6, middle)
+    def branch(x, norm_weight, norm_bias, scale, *parameters):
+        return fused.ResidualBranch.apply(x, norm_weight, norm_bias, scale,
+                                          keep, 1e-6, middle, *parameters)
 
     assert torch.autograd.gradcheck(
         branch, [t.requires_grad_() for t in inputs])
@@ -488,21 +489,26 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
     depthwise = torch.randn(c, 1, 5, 5).half(), torch.randn(c).half()
     small = torch.randn(c, 1, 3, 3).half(), torch.randn(c).half()
     weight, bias = torch.rand(c).half(), torch.rand(c).half()
-    _, mean, rstd = torch.native_layer_norm(x, (c, ), weight, bias, 1e-6)
+    _, mean, rstd = fused.layer_norm(x, weight, bias, 1e-6, x.dtype)
     keep = torch.rand(2, 1, 1, 1).half()
     calls = dict(
         gate=(zv, *depthwise), gate_backward=(x, zv, *depthwise),
         position=(z, *small), position_backward=(x, z, *small),
+        layer_norm=(x, weight, bias, 1e-6, torch.half),
         layer_norm_backward=(x, x, mean, rstd, weight, bias, x),
-        scale_residual=(x, x, weight.float(), keep))
-    assert set(calls) == set(vars(kernels)) == set(fused.SHAPES)
+        scale_residual=(x, x, weight.float(), keep),
+        layer_scale_backward=(torch.rand(c, 5).half(), torch.rand(c),
+                              torch.rand(c, 5), torch.rand(c),
+                              torch.rand(c)))
+    assert set(calls) == set(vars(kernels)) - {'filters'} == set(fused.SHAPES)
     # As the kernels of torch take and return them.
     _, *stored = fused.gate(zv, *depthwise)
     reference_inputs = calls | dict(gate_backward=(x, *stored, *depthwise))
     with FakeTensorMode() as mode:
         for name, inputs in calls.items():
             out = getattr(kernels, name)(
-                *(mode.from_tensor(t).to('cuda') for t in inputs))
+                *(mode.from_tensor(t).to('cuda')
+                  if isinstance(t, torch.Tensor) else t for t in inputs))
             with unset_fake_temporarily():
                 reference = getattr(fused, name)(*reference_inputs[name])
             if isinstance(out, torch.Tensor):

@@ -99,6 +99,12 @@ def gate_backward(grad, zv, weight, bias):
     return fused.gate_backward(grad, *stored, weight, bias)
 
 
+def layer_norm(x, weight, bias):
+    mean, rstd = statistics(x)
+    out = F.layer_norm(x, weight.shape, weight, bias, EPS)
+    return out, mean, rstd
+
+
 def layer_norm_backward(grad, x, mean, rstd, weight, bias, residual):
     """That of autograd; the one in fused takes other types on the CPU."""
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
@@ -109,8 +115,9 @@ def layer_norm_backward(grad, x, mean, rstd, weight, bias, residual):
 
 def statistics(x):
     """Mean and inverse standard deviation over the channels."""
-    mean = x.float().mean(-1, keepdim=True)
-    variance = (x.float() - mean).square().mean(-1, keepdim=True)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
     return mean, (variance + EPS).rsqrt()
 
 
@@ -178,7 +185,10 @@ def test_position_and_its_gradients_are_as_exact(kernels, n, h, w, c, dtype):
 def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
     x, y, grad, weight, bias, scale, keep = draw(
         dtype, *[(n, h, w, c)] * 3, *[(c, )] * 3, (n, 1, 1, 1))
-    mean, rstd = statistics(x)
+    normed, mean, rstd = compare(
+        lambda *inputs: kernels.layer_norm(*inputs, EPS, dtype), layer_norm,
+        x, weight, bias)
+    assert normed.dtype == dtype
     grad_x, grad_weight, grad_bias = compare(
         kernels.layer_norm_backward, layer_norm_backward, grad, x, mean, rstd,
         weight, bias, y)
@@ -191,12 +201,36 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
 
 
 @device_test
+@pytest.mark.parametrize('o, i, dtype', [(20, 8, torch.float32),
+                                         (72, 1100, torch.float16)])
+def test_gradient_of_the_layer_scale_is_as_exact(kernels, o, i, dtype):
+    grad_weight, grad_bias, weight, bias, scale = draw(
+        dtype, (o, i), (o, ), (o, i), (o, ), (o, ))
+    outs = compare(kernels.layer_scale_backward, fused.layer_scale_backward,
+                   grad_weight, grad_bias, weight, bias, scale)
+    assert {t.dtype for t in outs} == {torch.float32}
+
+
+@device_test
+def test_filters_are_laid_out_once(kernels):
+    weight, bias = draw(torch.float16, (8, 1, 5, 5), (8, ))
+    once, _ = kernels.filters(weight, bias, torch.float16)
+    again, _ = kernels.filters(once, bias, torch.float16)
+    assert torch.equal(once, weight.float())
+    assert again.data_ptr() == once.data_ptr()
+
+
+@device_test
 def test_precisions_of_stream_and_branch_may_differ(kernels):
     x, weight, bias = draw(torch.float32, (2, 3, 5, 8), (8, ), (8, ))
     y, = draw(torch.float16, x.shape)
     out = kernels.scale_residual(x, y, weight, None)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, x + weight * y)
+    normed, *_ = kernels.layer_norm(x, None, None, EPS, torch.float16)
+    assert normed.dtype == torch.float16
+    torch.testing.assert_close(
+        normed, F.layer_norm(x, (8, ), eps=EPS).half())
     inputs = (x, *statistics(x), weight, bias, x)
     grad_x, *_ = kernels.layer_norm_backward(y, *inputs)
     true, *_ = layer_norm_backward(y.float(), *inputs)
@@ -228,7 +262,7 @@ def test_strided_inputs_give_the_same_bits(kernels):
 
     def strided(x, kind):
         """A slice of the channels, or channels that are not the last."""
-        if x is None or len(x) != 2:
+        if len(x) != 2:
             return x
         if kind == 1:
             pixels = x.flatten(0, 2).t().contiguous().t()
@@ -242,12 +276,14 @@ def test_strided_inputs_give_the_same_bits(kernels):
         kernels.gate_backward: (grad, zv, weight, bias),
         kernels.position: (z, weight, bias),
         kernels.position_backward: (grad, z, weight, bias),
+        kernels.layer_norm: (z, bias, bias, EPS, torch.float32),
         kernels.layer_norm_backward: (grad, z, *statistics(z), bias, bias,
                                       zv[..., 8:]),
         kernels.scale_residual: (z, grad, bias, None),
     }
     for function, inputs in calls.items():
-        others = [strided(x, i % 2) for i, x in enumerate(inputs)]
+        others = [strided(x, i % 2) if torch.is_tensor(x) else x
+                  for i, x in enumerate(inputs)]
         for out, other in zip(function(*inputs), function(*others),
                               strict=True):
             assert torch.equal(out, other), function.__name__
@@ -331,15 +367,17 @@ def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
     kernels.gate_backward(y, zv, weight, vector)
     kernels.position(x, weight, vector)
     kernels.position_backward(y, x, weight, vector)
+    kernels.layer_norm(x, vector, vector, EPS, x.dtype)
     kernels.layer_norm_backward(y, x, *statistics(x), vector, vector, y)
+    kernels.layer_scale_backward(x[0, 0], vector, x[0, 0], vector,
+                                 vector)
     kernels.scale_residual(x, y, vector, keep)
     assert compiled == {
         name for name in vars(kernels) if name.endswith('_kernel')}
 
 
 def test_signatures_are_those_of_the_plain_functions(kernels):
-    for name in ('gate', 'position', 'position_backward',
-                 'layer_norm_backward', 'scale_residual'):
+    for name in {'filters', *fused.SHAPES} - {'gate_backward'}:
         assert list(inspect.signature(getattr(kernels, name)).parameters) \
             == list(inspect.signature(getattr(fused, name)).parameters), name
 
