@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .archs import resolve_arch
 from .checkpoint import PretrainedModule, load_backbone
-from .fused import available, residual_branch
+from .fused import available, normalize, residual_branch
 from .operators import (
     FUSIONS,
     DropPath,
@@ -64,6 +64,28 @@ def init_convs(module: nn.Module) -> None:
             nn.init.trunc_normal_(m.weight, std=.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+class Downsampling(nn.Sequential):
+    """Layer norm and a convolution that halves height and width.
+
+    Args:
+        in_channels (int): Channels of the input.
+        out_channels (int): Channels of the output.
+        fused (bool): Whether to take the fused norm where possible.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int,
+                 fused: bool) -> None:
+        super().__init__(
+            LayerNorm2d(in_channels),
+            nn.Conv2d(in_channels, out_channels, 2, stride=2))
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H // 2, W // 2)."""
+        norm, conv = self
+        return conv(normalize(x, norm) if self.fused else norm(x))
 
 
 class ConvModulation(nn.Module):
@@ -301,9 +323,8 @@ class Conv2Former(PretrainedModule):
         # A stage that nobody reads would be an unused parameter to DDP.
         for i in range(self.out_indices[-1] + 1):
             self.downsample_layers.append(
-                build_stem(in_channels, dims[0]) if i == 0 else nn.Sequential(
-                    LayerNorm2d(dims[i - 1]),
-                    nn.Conv2d(dims[i - 1], dims[i], 2, stride=2)))
+                build_stem(in_channels, dims[0]) if i ==
+                0 else Downsampling(dims[i - 1], dims[i], fused))
             first = sum(depths[:i])
             self.stages.append(
                 nn.Sequential(*(

@@ -368,7 +368,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
 
 def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
                         weight: Tensor, bias: Tensor,
-                        residual: Tensor) -> tuple[Tensor, ...]:
+                        residual: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of a layer norm over the channels, and of what passes by it.
 
     Args:
@@ -376,7 +376,7 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
         x (Tensor): Input, (N, H, W, C).
         mean, rstd (Tensor): Statistics of x, (N, H, W, 1).
         weight, bias (Tensor): (C, ).
-        residual (Tensor): What else reaches x, (N, H, W, C).
+        residual (Tensor, optional): What else reaches x, (N, H, W, C).
 
     Returns:
         tuple[Tensor]: Gradients of x, weight and bias.
@@ -384,8 +384,9 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
     grad_x, grad_weight, grad_bias = aten.native_layer_norm_backward(
         grad.to(x.dtype), x, weight.shape, mean, rstd,
         *_norm_parameters(x, weight, bias), (True, True, True))
-    return (grad_x.to(residual.dtype).add_(residual), _wide(grad_weight),
-            _wide(grad_bias))
+    if residual is not None:
+        grad_x = grad_x.to(residual.dtype).add_(residual)
+    return grad_x, _wide(grad_weight), _wide(grad_bias)
 
 
 def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
@@ -432,6 +433,14 @@ def layer_scale_backward(grad_weight: Tensor, grad_bias: Tensor,
             grad_scale)
 
 
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'the fused operators of Conv2Former have no second derivatives; '
+            'build the backbone with fused=False or set '
+            'MMCONV2FORMER_FUSED=0 to differentiate twice')
+
+
 class ResidualBranch(torch.autograd.Function):
     """``x + keep * scale * linear(middle(linear(layer_norm(x))))``.
 
@@ -475,11 +484,7 @@ class ResidualBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                'the fused operators of Conv2Former have no second '
-                'derivatives; build the backbone with fused=False or set '
-                'MMCONV2FORMER_FUSED=0 to differentiate twice')
+        _refuse_second_derivatives()
         (x, norm_weight, norm_bias, in_weight, dw_weight, dw_bias, weight,
          out_weight, out_bias, scale, keep, *stored) = ctx.saved_tensors
         kernels, dtype = _kernels(x), weight.dtype
@@ -520,6 +525,50 @@ class ResidualBranch(torch.autograd.Function):
         ]
         return (grad_x, grad_norm_weight, grad_norm_bias, grad_scale, None,
                 None, None, *map(Tensor.view, grads, ctx.shapes))
+
+
+class LayerNorm(torch.autograd.Function):
+    """A layer norm over the channels, by the kernels.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        weight, bias (Tensor, optional): (C, ); None only where x wants no
+            gradient.
+        eps (float): Added to the variance.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None,
+                bias: Tensor | None, eps: float) -> Tensor:
+        out, mean, rstd = _kernels(x).layer_norm(x, weight, bias, eps,
+                                                 product_dtype(x))
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        x, *others = ctx.saved_tensors
+        return *_kernels(x).layer_norm_backward(grad, x, *others, None), None
+
+
+def normalize(x: Tensor, norm: nn.Module) -> Tensor:
+    """``norm(x)``, in the precision of products where GPUs have kernels.
+
+    Args:
+        x (Tensor): (N, C, H, W).
+        norm (nn.Module): Layer norm over the channels.
+
+    Returns:
+        Tensor: (N, C, H, W), in channels-last memory.
+    """
+    # torch's own gives each pixel 128 threads, most of them idle, and under
+    # autocast reads and writes fp32.
+    if _kernels(x) is sys.modules[__name__] or _obstacle(x, [norm]) \
+            or norm.weight is None and x.requires_grad:
+        return norm(x)
+    return _nchw(
+        LayerNorm.apply(_nhwc(x), norm.weight, norm.bias, norm.eps))
 
 
 def residual_branch(x: Tensor, norm: LayerNorm2d, layers: Iterable[nn.Module],
@@ -722,7 +771,9 @@ def _gpu_kernels(device: torch.device) -> SimpleNamespace | str:
 
 
 def _kernels(x: Tensor) -> ModuleType | SimpleNamespace:
-    kernels = _gpu_kernels(x.device) if x.is_cuda else ''
+    # Triton's compute in fp32.
+    kernels = _gpu_kernels(
+        x.device) if x.is_cuda and x.dtype != torch.double else ''
     return sys.modules[__name__] if isinstance(kernels, str) else kernels
 
 

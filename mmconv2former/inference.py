@@ -95,10 +95,10 @@ def _fuse_backbone(backbone: Conv2Former) -> None:
 
 def _fold_norm(norm: nn.Module, layer: nn.Module) -> nn.Module:
     """Move the affine part of a norm into the unpadded layer behind it."""
-    if not isinstance(norm, LayerNorm2d):
+    if not isinstance(norm, LayerNorm2d) or norm.weight is None:
         return norm
     _set(layer, *_after_affine(layer, norm.weight, norm.bias))
-    return PlainNorm2d(norm.eps)
+    return LayerNorm2d(*norm.normalized_shape, norm.eps, affine=False)
 
 
 def _fold_stem(stem: nn.Sequential) -> None:
@@ -168,23 +168,6 @@ def _scaled(conv: nn.Conv2d, scale: Tensor) -> nn.Linear:
     scale = scale.double()
     return _linear(conv.weight * scale.view(-1, 1, 1, 1), conv.bias * scale,
                    conv.weight.dtype)
-
-
-class PlainNorm2d(nn.Module):
-    """:class:`LayerNorm2d` without weight and bias.
-
-    Args:
-        eps (float): Added to the variance.
-    """
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W), in channels-last memory."""
-        x = x.permute(0, 2, 3, 1)
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps).permute(0, 3, 1, 2)
 
 
 class PaddedGELU(nn.Module):

@@ -103,10 +103,13 @@ class LayerNorm2d(nn.LayerNorm):
         num_channels (int): Channels of the input.
         eps (float): Added to the variance. Defaults to 1e-6, the official
             value.
+        affine (bool): Whether there are a weight and a bias. Defaults to
+            True.
     """
 
-    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
-        super().__init__(num_channels, eps=eps)
+    def __init__(self, num_channels: int, eps: float = 1e-6,
+                 affine: bool = True) -> None:
+        super().__init__(num_channels, eps=eps, elementwise_affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), in channels-last memory."""
@@ -116,7 +119,8 @@ class LayerNorm2d(nn.LayerNorm):
             # precision of x: in bf16 they are wrong by a third over 50,000
             # positions.
             wide, weight, bias = (
-                t.to(torch.promote_types(t.dtype, torch.float32))
+                t if t is None else t.to(
+                    torch.promote_types(t.dtype, torch.float32))
                 for t in (x, self.weight, self.bias))
             out = F.layer_norm(wide, self.normalized_shape, weight, bias,
                                self.eps)

@@ -649,8 +649,9 @@ def _layer_norm_backward_kernel(
         inside = used & (pixel < pixels)
         x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.)
         grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside, 0.)
-        residual = tl.load(residual_ptr + pixel * RESIDUAL_STRIDE + channel,
-                           inside, 0.)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + pixel * RESIDUAL_STRIDE
+                               + channel, inside, 0.)
         mean = tl.load(mean_ptr + pixel, pixel < pixels, 0.)
         rstd = tl.load(rstd_ptr + pixel, pixel < pixels, 0.)
         normed = (x.to(tl.float32) - mean) * rstd
@@ -660,20 +661,23 @@ def _layer_norm_backward_kernel(
         grad *= weight
         grad -= tl.sum(grad, 1)[:, None] / C \
             + normed * (tl.sum(grad * normed, 1)[:, None] / C)
-        tl.store(grad_x_ptr + pixel * C + channel,
-                 grad * rstd + residual.to(tl.float32), inside)
+        grad *= rstd
+        if residual_ptr is not None:
+            grad += residual.to(tl.float32)
+        tl.store(grad_x_ptr + pixel * C + channel, grad, inside)
     out = partial_ptr + pid * (2 * C) + channel
     tl.store(out, tl.sum(weight_sums, 0)[None, :], used)
     tl.store(out + C, tl.sum(bias_sums, 0)[None, :], used)
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-                        weight: Tensor, bias: Tensor,
-                        residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                        weight: Tensor, bias: Tensor, residual: Tensor | None
+                        ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.fused.layer_norm_backward`."""
     with torch.cuda.device_of(x):
         grad_x = x.new_empty(x.shape)
-        grad, x, residual = _rows(grad), _rows(x), _rows(residual)
+        grad, x = _rows(grad), _rows(x)
+        residual = None if residual is None else _rows(residual)
         tile = _norm_tile(x.shape[1])
         tiles = triton.cdiv(len(x), tile['PIXELS'])
         programs = max(min(tiles, PROGRAMS // 4), 1)  # of four warps
@@ -682,7 +686,8 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
             grad, x, mean.contiguous(), rstd.contiguous(), weight.contiguous(),
             residual, grad_x, partial, len(x), tiles,
             GRAD_STRIDE=grad.stride(0), X_STRIDE=x.stride(0),
-            RESIDUAL_STRIDE=residual.stride(0), **tile)
+            RESIDUAL_STRIDE=0 if residual is None else residual.stride(0),
+            **tile)
         return grad_x, *partial.sum(0)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
 from mmconv2former import fused
-from mmconv2former.backbone import Block
+from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
 
@@ -110,7 +110,7 @@ def layer_norm_backward(grad, x, mean, rstd, weight, bias, residual):
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
     out = F.layer_norm(inputs[0], weight.shape, *inputs[1:], EPS)
     grad_x, *others = torch.autograd.grad(out, inputs, grad)
-    return grad_x + residual, *others
+    return grad_x if residual is None else grad_x + residual, *others
 
 
 def statistics(x):
@@ -194,6 +194,9 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
         weight, bias, y)
     assert grad_x.dtype == dtype
     assert grad_weight.dtype == grad_bias.dtype == torch.float32
+    alone, *_ = compare(kernels.layer_norm_backward, layer_norm_backward, grad,
+                        x, mean, rstd, weight, bias, None)
+    assert not torch.equal(alone, grad_x)
     for factor in (keep, None):
         out = compare(kernels.scale_residual, fused.scale_residual, x, y,
                       scale, factor)
@@ -310,6 +313,25 @@ def test_block_computes_with_them_what_it_does_without(kernels, monkeypatch):
         scale = other.abs().max()
         torch.testing.assert_close(own / scale, other / scale, rtol=0,
                                    atol=1e-5)
+
+
+@device_test
+def test_norm_of_the_downsampling_computes_the_same(kernels, monkeypatch):
+    torch.manual_seed(0)
+    layer = Downsampling(8, 20, fused=True).to(DEVICE)
+    torch.nn.init.normal_(layer[0].weight)
+    x, grad = draw(torch.float32, (2, 8, 4, 6), (2, 20, 2, 3))
+
+    def run(module):
+        monkeypatch.setattr(fused, '_kernels', lambda _: module)
+        inputs = [x.requires_grad_(), *layer.parameters()]
+        out = layer(x)
+        nodes = out.grad_fn.next_functions[0][0].next_functions[0][0].name()
+        assert ('LayerNormBackward' == nodes) == (module is kernels), nodes
+        return out, *torch.autograd.grad(out, inputs, grad)
+
+    for own, other in zip(run(kernels), run(fused), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
 
 @device_test
@@ -436,3 +458,10 @@ def test_more_than_2_to_the_31_elements(kernels):
             kernels.gate_backward(grad, z, weight[half], bias[half])[i][-1:],
             kernels.gate_backward(grad[-1:], last, weight[half],
                                   bias[half])[i])
+
+
+@gpu_test
+def test_double_precision_takes_the_operators_of_torch():
+    x = torch.zeros(1, 2, 2, 8, device=DEVICE)
+    assert fused._kernels(x.double()) is fused
+    assert fused._kernels(x) is not fused
