@@ -8,15 +8,13 @@ where the middle is ``gate`` for convolutional modulation, [z|v] ->
 DW_k(GELU(z)) * v, and ``position`` for the MLP, z -> h + GELU(DW_3(h)) with
 h = GELU(z). On the plain path, in :mod:`mmconv2former.backbone`, autograd
 stores what each operator read, some 27 tensors of the size of x in a block.
-Here 8 are stored, the inputs of the branches and of their middles, and layer
-norm, GELU and depthwise convolution are computed once more in the backward
-pass, where they are cheap beside the matrix products. The large depthwise
-convolution is not on CPUs, where its output is the ninth.
+Here 9 are stored, the inputs of the branches and of their middles and the
+output of the large depthwise convolution. All else is computed once more in
+the backward pass, where it is cheap beside the matrix products.
 
 Tensors are (N, H, W, C). What is not a matrix product is done by one of two
 sets of kernels with the same names: torch's, in this file, or those of
-:mod:`mmconv2former.triton_kernels` on GPUs. They differ in ``gate``, of which
-torch's also returns what ``gate_backward`` wants in place of [z|v].
+:mod:`mmconv2former.triton_kernels` on GPUs.
 """
 import os
 import sys
@@ -127,8 +125,13 @@ def _bias_grad(grad: Tensor) -> Tensor:
     return _wide(grad.sum((0, 1, 2)))
 
 
-def _linear_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, H, W, O), (N, H, W, I) -> (O, I), (O, ), the latter in fp32."""
+def _linear_backward(
+        grad: Tensor, x: Tensor,
+        grad_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(N, H, W, O), (N, H, W, I) -> (O, I), (O, ), the latter in fp32.
+
+    Kernels that read ``grad`` anyway may have summed it up to ``grad_bias``.
+    """
     rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2).t()
     o, i = len(rows), len(columns)
     if _onednn_bf16(x.device, x.dtype) and rows.shape[1] > 2048:
@@ -137,15 +140,17 @@ def _linear_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
             _nchw(grad), _nchw(x), x.new_empty(o, i, 1, 1), (o, ), (1, 1),
             (0, 0), (1, 1), False, (0, 0), 1, (False, True, True))
         return grad_weight.view(o, i), _wide(grad_bias)
+    if grad_bias is None:
+        grad_bias = _bias_grad(grad)
     if not _onednn_fp32(x.device, x.dtype):
-        return linear(rows, columns), _bias_grad(grad)
+        return linear(rows, columns), grad_bias
     # oneDNN wants the first of the two transposed, which had better be the
     # smaller where there is more to copy than to transpose afterwards.
     if i < min(rows.shape):
         grad_weight = linear(_transposed(x), rows).t().contiguous()
     else:
         grad_weight = linear(_transposed(grad), columns)
-    return grad_weight, _bias_grad(grad)
+    return grad_weight, grad_bias
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -249,7 +254,7 @@ def filters(weight: Tensor, bias: Tensor,
     return weight.to(dtype), bias.to(dtype)
 
 
-def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``DW_k(GELU(z)) * v``.
 
     Args:
@@ -258,30 +263,38 @@ def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         bias (Tensor): Bias of the depthwise convolution, (C, ).
 
     Returns:
-        tuple[Tensor]: The result, (N, H, W, C), and what
-        :func:`gate_backward` takes: z, v and the output of the convolution.
+        Tensor: (N, H, W, C).
     """
+    return gate_forward(zv, weight, bias)[0]
+
+
+def gate_forward(zv: Tensor, weight: Tensor,
+                 bias: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`gate`, and the output of the convolution, (N, H, W, C)."""
+    z, v = zv.chunk(2, -1)
     # GELU is several times as fast on contiguous memory.
-    z, v = (t.contiguous() for t in zv.chunk(2, -1))
-    a = _depthwise(F.gelu(z), weight, bias)
-    return a * v, z, v, a
+    a = _depthwise(F.gelu(z.contiguous()), weight, bias)
+    return a * v, a
 
 
-def gate_backward(grad: Tensor, z: Tensor, v: Tensor, a: Tensor,
-                  weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
+                  bias: Tensor) -> tuple[Tensor, ...]:
     """Gradients of :func:`gate`, and its result once more.
 
     Args:
         grad (Tensor): Gradient of the result, (N, H, W, C).
-        z, v, a (Tensor): From :func:`gate`, (N, H, W, C).
-        weight, bias (Tensor): As above.
+        a (Tensor): Output of the convolution, (N, H, W, C).
+        zv, weight, bias (Tensor): As above.
 
     Returns:
         tuple[Tensor]: Gradients of zv, weight and bias (the latter two in
-        fp32) and the result, which the caller has not stored.
+        fp32) and the result, which the caller has not stored. Triton's
+        kernels add the sum of the first over all positions, (2C, ).
     """
-    grad_zv = grad.new_empty((*grad.shape[:3], 2 * grad.shape[3]))
+    grad_zv = torch.empty_like(zv)
     grad_z, grad_v = grad_zv.chunk(2, -1)
+    z, v = zv.chunk(2, -1)
+    z = z.contiguous()
     torch.mul(grad, a, out=grad_v)
     grad_a = grad * v
     h = F.gelu(z)
@@ -320,7 +333,8 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
 
     Returns:
         tuple[Tensor]: Gradients of z, weight and bias (the latter two in
-        fp32) and the result, which the caller has not stored.
+        fp32) and the result, which the caller has not stored. Triton's
+        kernels add the sum of the first over all positions, (C, ).
     """
     out = torch.empty_like(z)
     samples = _samples(z, z.shape[-1])
@@ -411,6 +425,20 @@ def _scale_for(x: Tensor, scale: Tensor) -> Tensor:
     return scale if x.dtype == torch.float16 else scale.to(x.dtype)
 
 
+def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """What of a gradient passes a layer scale.
+
+    Args:
+        grad (Tensor): (N, H, W, C).
+        scale (Tensor): (C, ).
+
+    Returns:
+        tuple[Tensor]: The product, of the type of ``grad``. Triton's kernel
+        adds the sum of ``grad`` over all positions, (C, ).
+    """
+    return (grad * _scale_for(grad, scale)).to(grad.dtype),
+
+
 def layer_scale_backward(grad_weight: Tensor, grad_bias: Tensor,
                          weight: Tensor, bias: Tensor,
                          scale: Tensor) -> tuple[Tensor, ...]:
@@ -469,17 +497,17 @@ class ResidualBranch(torch.autograd.Function):
             z = linear(
                 kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype)[0],
                 in_weight, in_bias)
-            y = getattr(kernels, middle)(z, dw_weight, dw_bias)
-            # What its backward pass wants, its input unless it says more.
-            y, *stored = y if isinstance(y, tuple) else (y, z)
-            del z
+            if middle == 'gate':
+                y, *stored = kernels.gate_forward(z, dw_weight, dw_bias)
+            else:
+                y, stored = kernels.position(z, dw_weight, dw_bias), []
             y = linear(y, weight, bias)
             out = kernels.scale_residual(x, y, scale, keep)
         ctx.eps, ctx.middle = eps, middle
         ctx.shapes = [p.shape for p in parameters]
         ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, dw_weight,
                               dw_bias, weight, *parameters[-2:], scale, keep,
-                              *stored)
+                              z, *stored)
         return out
 
     @staticmethod
@@ -493,13 +521,13 @@ class ResidualBranch(torch.autograd.Function):
             # Of the branch before its layer scale, which is therefore part of
             # the weights here and gets its gradient from theirs.
             grad_y = (grad if keep is None else grad * keep).to(dtype)
-            grad_middle = linear(
-                (grad_y * _scale_for(grad_y, scale)).to(dtype), weight.t())
-            grad_z, grad_dw_weight, grad_dw_bias, middle = getattr(
+            grad_middle, *sums = kernels.scale_backward(grad_y, scale)
+            grad_middle = linear(grad_middle, weight.t())
+            grad_z, grad_dw_weight, grad_dw_bias, middle, *in_sums = getattr(
                 kernels, f'{ctx.middle}_backward')(grad_middle, *stored,
                                                    dw_weight, dw_bias)
             del grad_middle, stored
-            grads = _linear_backward(grad_y, middle)
+            grads = _linear_backward(grad_y, middle, *sums)
             del middle, grad_y
             grad_weight, grad_bias, grad_scale = kernels.layer_scale_backward(
                 *grads, out_weight.flatten(1), out_bias, scale)
@@ -510,7 +538,8 @@ class ResidualBranch(torch.autograd.Function):
                 x = _wide(x)
             normed, mean, rstd = kernels.layer_norm(x, norm_weight, norm_bias,
                                                     ctx.eps, dtype)
-            grad_in_weight, grad_in_bias = _linear_backward(grad_z, normed)
+            grad_in_weight, grad_in_bias = _linear_backward(
+                grad_z, normed, *in_sums)
             grad_normed = linear(grad_z, in_weight.t())
             grad_x, grad_norm_weight, grad_norm_bias = (
                 kernels.layer_norm_backward(grad_normed, x, mean, rstd,
@@ -672,7 +701,7 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
         else:
             y = getattr(kernels, middle)(
                 linear(y, *weights[:2]), *weights[2:4])
-            y = linear(y[0] if isinstance(y, tuple) else y, *weights[4:])
+            y = linear(y, *weights[4:])
         if scale is None:
             return y.to(x.dtype).add_(x)
         return kernels.scale_residual(x, y, scale, keep)
@@ -715,13 +744,17 @@ SHAPES = dict(
         x.new_empty(x.shape), *(_fp32(x, len(weight)) for _ in range(2))),
     gate=lambda zv, weight, bias: zv.new_empty(
         (*zv.shape[:3], len(weight))),
-    gate_backward=lambda grad, zv, weight, bias: (
-        zv.new_empty(zv.shape), _fp32(zv, *weight.shape), _fp32(
-            zv, *bias.shape), zv.new_empty((*zv.shape[:3], len(weight)))),
+    gate_forward=lambda zv, weight, bias: tuple(
+        zv.new_empty((*zv.shape[:3], len(weight))) for _ in range(2)),
+    gate_backward=lambda grad, zv, a, weight, bias:
+    (zv.new_empty(zv.shape), _fp32(zv, *weight.shape), _fp32(zv, len(bias)),
+     a.new_empty(a.shape), _fp32(zv, zv.shape[3])),
     position=lambda z, weight, bias: z.new_empty(z.shape),
-    position_backward=lambda grad, z, weight, bias: (
-        z.new_empty(z.shape), _fp32(z, *weight.shape), _fp32(z, *bias.shape),
-        z.new_empty(z.shape)),
+    position_backward=lambda grad, z, weight, bias:
+    (z.new_empty(z.shape), _fp32(z, *weight.shape), _fp32(z, len(bias)),
+     z.new_empty(z.shape), _fp32(z, len(bias))),
+    scale_backward=lambda grad, scale:
+    (grad.new_empty(grad.shape), _fp32(grad, len(scale))),
     scale_residual=lambda x, y, scale, keep: x.new_empty(x.shape),
     layer_scale_backward=lambda grad_weight, grad_bias, weight, bias, scale: (
         _fp32(scale, *weight.shape), *(_fp32(scale, len(scale))

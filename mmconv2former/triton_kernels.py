@@ -273,12 +273,11 @@ def _gelu_pass(z: Tensor, stride: int) -> Tensor:
 
 
 @triton.jit(do_not_specialize=['height', 'width'])
-def _gate_kernel(h_ptr, zv_ptr, weight_ptr, bias_ptr, grad_ptr, p_ptr, da_ptr,
-                 grad_zv_ptr, height, width, C: tl.constexpr, K: tl.constexpr,
-                 GRAD_STRIDE: tl.constexpr, ROWS: tl.constexpr,
+def _gate_kernel(h_ptr, zv_ptr, weight_ptr, bias_ptr, p_ptr, a_ptr, height,
+                 width, C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
                  STRIP: tl.constexpr, HALO: tl.constexpr,
                  LANES: tl.constexpr):
-    """p = a * v with a = DW(h) + bias; with a gradient also what it gives."""
+    """p = a * v with a = DW(h) + bias, of which a is kept if asked."""
     channel, column, alive, item = _place(width, C, STRIP, LANES)
     n = item // tl.cdiv(height, ROWS)
     top = item % tl.cdiv(height, ROWS) * ROWS
@@ -290,28 +289,56 @@ def _gate_kernel(h_ptr, zv_ptr, weight_ptr, bias_ptr, grad_ptr, p_ptr, da_ptr,
         mask = alive & (y < height)
         one, two = pixel * C + channel, pixel * (2 * C) + C + channel
         v = _load(zv_ptr + two, column, width, mask, 2 * C, STRIP, 0)
-        if grad_ptr is not None:
-            grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
-                         width, mask, GRAD_STRIDE, STRIP, 0)
         for t in tl.static_range(STRIP):
             inside = mask & (column < width - t)
-            a = sums[0][t] + bias
-            tl.store(p_ptr + one + t * C, a * v[t], inside)
-            if grad_ptr is not None:
-                tl.store(da_ptr + one + t * C, grad[t] * v[t], inside)
-                tl.store(grad_zv_ptr + two + t * (2 * C), grad[t] * a, inside)
+            # Rounded as the backward pass will find it.
+            a = (sums[0][t] + bias).to(p_ptr.dtype.element_ty)
+            tl.store(p_ptr + one + t * C, a.to(tl.float32) * v[t], inside)
+            if a_ptr is not None:
+                tl.store(a_ptr + one + t * C, a, inside)
         sums = sums[1:] + sums[:1]
 
 
+@triton.jit(do_not_specialize=['pixels', 'tiles'])
+def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
+                          grad_zv_ptr, partial_ptr, pixels, tiles,
+                          C: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+                          BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+    """What needs no neighbours: h = GELU(z), p = a * v and the gradients of a
+    and v, with the sums of the latter."""
+    channel = tl.arange(0, BLOCK)[None, :]
+    used = channel < C
+    sums = tl.zeros((PIXELS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        pixel = tl.cast(tile, tl.int64) * PIXELS \
+            + tl.arange(0, PIXELS)[:, None]
+        inside = used & (pixel < pixels)
+        one, two = pixel * C + channel, pixel * (2 * C) + channel
+        grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside,
+                       0.).to(tl.float32)
+        z = tl.load(zv_ptr + two, inside, 0.).to(tl.float32)
+        v = tl.load(zv_ptr + two + C, inside, 0.).to(tl.float32)
+        a = tl.load(a_ptr + one, inside, 0.).to(tl.float32)
+        tl.store(h_ptr + one, _gelu(z), inside)
+        tl.store(p_ptr + one, a * v, inside)
+        tl.store(da_ptr + one, grad * v, inside)
+        tl.store(grad_zv_ptr + two + C, grad * a, inside)
+        sums += grad * a
+    tl.store(partial_ptr + tl.program_id(0) * C + channel,
+             tl.sum(sums, 0)[None, :], used)
+
+
 @triton.jit(do_not_specialize=['height', 'width'])
-def _input_grad_kernel(dy_ptr, weight_ptr, z_ptr, grad_ptr, out_ptr, height,
-                       width, C: tl.constexpr, K: tl.constexpr,
-                       Z_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+def _input_grad_kernel(dy_ptr, weight_ptr, z_ptr, grad_ptr, out_ptr,
+                       partial_ptr, height, width, C: tl.constexpr,
+                       K: tl.constexpr, Z_STRIDE: tl.constexpr,
+                       GRAD_STRIDE: tl.constexpr,
                        OUT_STRIDE: tl.constexpr, ROWS: tl.constexpr,
                        STRIP: tl.constexpr, HALO: tl.constexpr,
                        LANES: tl.constexpr):
-    """out = (DW_flipped(dy) [+ grad]) * GELU'(z)."""
+    """out = (DW_flipped(dy) [+ grad]) * GELU'(z), and the sum of each lane."""
     channel, column, alive, item = _place(width, C, STRIP, LANES)
+    total = tl.zeros((LANES, ), tl.float32)
     n = item // tl.cdiv(height, ROWS)
     top = item % tl.cdiv(height, ROWS) * ROWS
     sums = _convolve(dy_ptr, weight_ptr, channel, column, alive, n, top,
@@ -329,9 +356,13 @@ def _input_grad_kernel(dy_ptr, weight_ptr, z_ptr, grad_ptr, out_ptr, height,
             if grad_ptr is not None:
                 dh += grad[t]
             _, slope = _gelu_and_slope(z[t])
+            inside = mask & (column < width - t)
             tl.store(out_ptr + pixel * OUT_STRIDE + channel + t * OUT_STRIDE,
-                     dh * slope, mask & (column < width - t))
+                     dh * slope, inside)
+            total += tl.where(inside, dh * slope, 0.)
         sums = sums[1:] + sums[:1]
+    tl.store(partial_ptr + tl.cast(item, tl.int64) * tl.cdiv(width, STRIP) * C
+             + column // STRIP * C + channel, total, alive)
 
 
 @triton.jit(do_not_specialize=['rows', 'splits', 'height', 'width'])
@@ -385,50 +416,66 @@ def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
 def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See :func:`mmconv2former.fused.gate`."""
     with torch.cuda.device_of(zv):
-        return _gate(zv.contiguous(), weight, bias)[0]
+        return _gate(zv, weight, bias, store=False)[0]
 
 
-def gate_backward(grad: Tensor, zv: Tensor, weight: Tensor,
-                  bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`mmconv2former.fused.gate_backward`."""
+def gate_forward(zv: Tensor, weight: Tensor,
+                 bias: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.gate_forward`."""
     with torch.cuda.device_of(zv):
-        zv = zv.contiguous()
-        # da = grad * v costs one more tensor, but a second load and a product
-        # for every tap without it.
-        p, h, da, grad_zv = _gate(zv, weight, bias, _rows(grad))
-        c = p.shape[-1]
-        _input_grad(da, weight, zv, 2 * c, None, grad_zv, 2 * c)
-        return grad_zv, *_weight_grad(h, da, weight), p
+        return _gate(zv, weight, bias, store=True)
 
 
 def _gate(zv: Tensor, weight: Tensor, bias: Tensor,
-          grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """p and h; with a gradient also da and grad_zv, its z half unwritten."""
+          store: bool) -> tuple[Tensor, Tensor | None]:
+    zv = zv.contiguous()
     n, height, width, c = zv.shape
     c, k = c // 2, weight.shape[-1]
     h = _gelu_pass(zv[..., :c], 2 * c)
-    p = torch.empty_like(h)
-    da = grad_zv = None
-    if grad is not None:
-        da, grad_zv = torch.empty_like(h), torch.empty_like(zv)
+    p, a = torch.empty_like(h), torch.empty_like(h) if store else None
     tile, blocks = _tile(height, width, k, n, c)
     _gate_kernel[(n * triton.cdiv(height, tile['ROWS']) * blocks, )](
-        h, zv, _taps_first(weight), bias.contiguous(), grad, p, da, grad_zv,
-        height, width, C=c, K=k,
-        GRAD_STRIDE=0 if grad is None else grad.stride(0), **tile, **ONE_WARP)
-    return p, h, da, grad_zv
+        h, zv, _taps_first(weight), bias.contiguous(), p, a, height, width,
+        C=c, K=k, **tile, **ONE_WARP)
+    return p, a
+
+
+def gate_backward(
+        grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
+        bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.gate_backward`."""
+    with torch.cuda.device_of(zv):
+        # da = grad * v costs one more tensor, but a second load and a product
+        # for every tap without it.
+        zv, a, grad = zv.contiguous(), a.contiguous(), _rows(grad)
+        h, p, da = (torch.empty_like(a) for _ in range(3))
+        grad_zv = torch.empty_like(zv)
+        tile, pixels, tiles, programs = _column_tiles(h)
+        c = tile['C']
+        partial = a.new_empty((programs, c), dtype=torch.float32)
+        _gate_backward_kernel[(programs, )](
+            grad, zv, a, h, p, da, grad_zv, partial, pixels, tiles,
+            GRAD_STRIDE=grad.stride(0), **tile)
+        z_sum = _input_grad(da, weight, zv, 2 * c, None, grad_zv, 2 * c)
+        return (grad_zv, *_weight_grad(h, da, weight), p,
+                torch.cat([z_sum, partial.sum(0)]))
 
 
 def _input_grad(dy: Tensor, weight: Tensor, z: Tensor, z_stride: int,
-                grad: Tensor | None, out: Tensor, out_stride: int) -> None:
-    """Write (DW_flipped(dy) [+ grad]) * GELU'(z) into ``out``."""
+                grad: Tensor | None, out: Tensor, out_stride: int) -> Tensor:
+    """Write (DW_flipped(dy) [+ grad]) * GELU'(z), return its sum."""
     n, height, width, c = dy.shape
     k = weight.shape[-1]
     tile, blocks = _tile(height, width, k, n, c)
-    _input_grad_kernel[(n * triton.cdiv(height, tile['ROWS']) * blocks, )](
-        dy, _taps_first(weight), z, grad, out, height, width, C=c, K=k,
-        Z_STRIDE=z_stride, GRAD_STRIDE=0 if grad is None else grad.stride(0),
+    items = n * triton.cdiv(height, tile['ROWS'])
+    partial = dy.new_empty((items, triton.cdiv(width, tile['STRIP']), c),
+                           dtype=torch.float32)
+    _input_grad_kernel[(items * blocks, )](
+        dy, _taps_first(weight), z, grad, out, partial, height, width, C=c,
+        K=k, Z_STRIDE=z_stride,
+        GRAD_STRIDE=0 if grad is None else grad.stride(0),
         OUT_STRIDE=out_stride, **tile, **ONE_WARP)
+    return partial.sum((0, 1))
 
 
 def _weight_grad(x: Tensor, dy: Tensor,
@@ -536,7 +583,7 @@ def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def position_backward(
         grad: Tensor, z: Tensor, weight: Tensor,
-        bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.fused.position_backward`.
 
     In two passes, the second from dd, the gradient of d = DW_3(h) + bias, in
@@ -549,9 +596,9 @@ def position_backward(
         rows, grad = _rows(z), _rows(grad)
         s, dd, partial = _position(z, rows, weight, bias, grad)
         grad_z = torch.empty_like(s)
-        _input_grad(dd, weight, rows, rows.stride(0), grad, grad_z,
-                    s.shape[-1])
-        return grad_z, *_sum_partials(partial, weight), s
+        z_sum = _input_grad(dd, weight, rows, rows.stride(0), grad, grad_z,
+                            s.shape[-1])
+        return grad_z, *_sum_partials(partial, weight), s, z_sum
 
 
 def _position(z: Tensor, rows: Tensor, weight: Tensor, bias: Tensor,
@@ -582,6 +629,14 @@ def _norm_tile(channels: int) -> dict:
     """Blocks of 2048 values: 16 for each of the 128 threads."""
     block = triton.next_power_of_2(channels)
     return dict(C=channels, BLOCK=block, PIXELS=max(2048 // block, 1))
+
+
+def _column_tiles(x: Tensor) -> tuple[dict, int, int, int]:
+    """Block sizes, pixels, tiles and programs of sums over the columns."""
+    tile = _norm_tile(x.shape[-1])
+    pixels = x[..., 0].numel()
+    tiles = triton.cdiv(pixels, tile['PIXELS'])
+    return tile, pixels, tiles, max(min(tiles, PROGRAMS // 4), 1)
 
 
 @triton.jit(do_not_specialize=['pixels'])
@@ -678,13 +733,11 @@ def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
         grad_x = x.new_empty(x.shape)
         grad, x = _rows(grad), _rows(x)
         residual = None if residual is None else _rows(residual)
-        tile = _norm_tile(x.shape[1])
-        tiles = triton.cdiv(len(x), tile['PIXELS'])
-        programs = max(min(tiles, PROGRAMS // 4), 1)  # of four warps
+        tile, pixels, tiles, programs = _column_tiles(x)
         partial = x.new_empty((programs, 2, x.shape[1]), dtype=torch.float32)
         _layer_norm_backward_kernel[(programs, )](
             grad, x, mean.contiguous(), rstd.contiguous(), weight.contiguous(),
-            residual, grad_x, partial, len(x), tiles,
+            residual, grad_x, partial, pixels, tiles,
             GRAD_STRIDE=grad.stride(0), X_STRIDE=x.stride(0),
             RESIDUAL_STRIDE=0 if residual is None else residual.stride(0),
             **tile)
@@ -727,6 +780,39 @@ def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
             x, y, scale, keep, out, area, X_STRIDE=x.stride(0),
             Y_STRIDE=y.stride(0), **tile)
         return out
+
+
+@triton.jit(do_not_specialize=['pixels', 'tiles'])
+def _scale_backward_kernel(grad_ptr, scale_ptr, out_ptr, partial_ptr, pixels,
+                           tiles, C: tl.constexpr, STRIDE: tl.constexpr,
+                           BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+    channel = tl.arange(0, BLOCK)[None, :]
+    used = channel < C
+    scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
+    sums = tl.zeros((PIXELS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        pixel = tl.cast(tile, tl.int64) * PIXELS \
+            + tl.arange(0, PIXELS)[:, None]
+        inside = used & (pixel < pixels)
+        grad = tl.load(grad_ptr + pixel * STRIDE + channel, inside,
+                       0.).to(tl.float32)
+        tl.store(out_ptr + pixel * C + channel, grad * scale, inside)
+        sums += grad
+    tl.store(partial_ptr + tl.program_id(0) * C + channel,
+             tl.sum(sums, 0)[None, :], used)
+
+
+def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.scale_backward`."""
+    with torch.cuda.device_of(grad):
+        out = grad.new_empty(grad.shape)
+        grad = _rows(grad)
+        tile, pixels, tiles, programs = _column_tiles(grad)
+        partial = grad.new_empty((programs, len(scale)), dtype=torch.float32)
+        _scale_backward_kernel[(programs, )](
+            grad, scale.contiguous(), out, partial, pixels, tiles,
+            STRIDE=grad.stride(0), **tile)
+        return out, partial.sum(0)
 
 
 @triton.jit

@@ -453,7 +453,7 @@ def test_kernels_match_their_plain_operators():
     zv, weight, bias = random(2, 5, 7, 16), random(8, 1, 5, 5), random(8)
     z, v = (t.permute(0, 3, 1, 2) for t in zv.chunk(2, -1))
     torch.testing.assert_close(
-        fused.gate(zv, weight, bias)[0].permute(0, 3, 1, 2),
+        fused.gate(zv, weight, bias).permute(0, 3, 1, 2),
         operators.modulate(z, v, weight, bias))
     weight = random(8, 1, 3, 3)
     torch.testing.assert_close(
@@ -492,28 +492,29 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
     _, mean, rstd = fused.layer_norm(x, weight, bias, 1e-6, x.dtype)
     keep = torch.rand(2, 1, 1, 1).half()
     calls = dict(
-        gate=(zv, *depthwise), gate_backward=(x, zv, *depthwise),
+        gate=(zv, *depthwise), gate_forward=(zv, *depthwise),
+        gate_backward=(x, zv, x, *depthwise),
         position=(z, *small), position_backward=(x, z, *small),
         layer_norm=(x, weight, bias, 1e-6, torch.half),
         layer_norm_backward=(x, x, mean, rstd, weight, bias, x),
         scale_residual=(x, x, weight.float(), keep),
+        scale_backward=(x, weight),
         layer_scale_backward=(torch.rand(c, 5).half(), torch.rand(c),
                               torch.rand(c, 5), torch.rand(c),
                               torch.rand(c)))
     assert set(calls) == set(vars(kernels)) - {'filters'} == set(fused.SHAPES)
-    # As the kernels of torch take and return them.
-    _, *stored = fused.gate(zv, *depthwise)
-    reference_inputs = calls | dict(gate_backward=(x, *stored, *depthwise))
+    sums = dict(gate_backward=2 * c, position_backward=c, scale_backward=c)
     with FakeTensorMode() as mode:
         for name, inputs in calls.items():
             out = getattr(kernels, name)(
                 *(mode.from_tensor(t).to('cuda')
                   if isinstance(t, torch.Tensor) else t for t in inputs))
             with unset_fake_temporarily():
-                reference = getattr(fused, name)(*reference_inputs[name])
+                reference = getattr(fused, name)(*inputs)
             if isinstance(out, torch.Tensor):
-                out = [out]
-                reference = reference[:1] if name == 'gate' else [reference]
+                out, reference = [out], [reference]
+            if name in sums:
+                reference = *reference, torch.zeros(sums[name])
             for own, other in zip(out, reference, strict=True):
                 assert own.is_cuda and own.is_contiguous(), name
                 assert (own.shape, own.dtype) == (other.shape,

@@ -90,13 +90,25 @@ def draw(dtype, *shapes):
     ]
 
 
-def gate(zv, weight, bias):
-    return fused.gate(zv, weight, bias)[0]
+def with_sum(function):
+    """Add the sum of the first result, as the kernels do."""
+
+    def wrapped(*inputs):
+        outs = function(*inputs)
+        x = outs[0]
+        return *outs, x.sum((0, 1, 2), dtype=torch.promote_types(
+            x.dtype, torch.float32))
+
+    return wrapped
 
 
-def gate_backward(grad, zv, weight, bias):
-    _, *stored = fused.gate(zv, weight, bias)
-    return fused.gate_backward(grad, *stored, weight, bias)
+gate_backward = with_sum(fused.gate_backward)
+position_backward = with_sum(fused.position_backward)
+
+
+def scale_backward(grad, scale):
+    return *fused.scale_backward(grad, scale), grad.sum(
+        (0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def layer_norm(x, weight, bias):
@@ -153,18 +165,20 @@ def compare(ours, plain, *inputs):
 @pytest.mark.parametrize('n, h, w, c, k, dtype', CASES)
 def test_gate_is_as_exact_as_its_plain_form(kernels, n, h, w, c, k, dtype):
     inputs = draw(dtype, (n, h, w, 2 * c), (c, 1, k, k), (c, ))
-    out = compare(kernels.gate, gate, *inputs)
-    assert out.dtype == dtype
+    out, a = compare(kernels.gate_forward, fused.gate_forward, *inputs)
+    assert out.dtype == a.dtype == dtype
+    assert torch.equal(out, kernels.gate(*inputs))
 
 
 @device_test
 @pytest.mark.parametrize('n, h, w, c, k, dtype', CASES)
 def test_gradients_of_gate_are_as_exact(kernels, n, h, w, c, k, dtype):
-    inputs = draw(dtype, (n, h, w, c), (n, h, w, 2 * c), (c, 1, k, k), (c, ))
-    grad_zv, grad_weight, grad_bias, out = compare(
+    inputs = draw(dtype, (n, h, w, c), (n, h, w, 2 * c), (n, h, w, c),
+                  (c, 1, k, k), (c, ))
+    grad_zv, *sums, out, total = compare(
         kernels.gate_backward, gate_backward, *inputs)
     assert grad_zv.dtype == out.dtype == dtype
-    assert grad_weight.dtype == grad_bias.dtype == torch.float32
+    assert {t.dtype for t in (*sums, total)} == {torch.float32}
 
 
 @device_test
@@ -173,11 +187,11 @@ def test_position_and_its_gradients_are_as_exact(kernels, n, h, w, c, dtype):
     grad, *inputs = draw(dtype, (n, h, w, c), (n, h, w, c), (c, 1, 3, 3),
                          (c, ))
     out = compare(kernels.position, fused.position, *inputs)
-    grad_z, grad_weight, grad_bias, again = compare(
-        kernels.position_backward, fused.position_backward, grad, *inputs)
+    grad_z, *sums, again, total = compare(
+        kernels.position_backward, position_backward, grad, *inputs)
     assert torch.equal(out, again)
     assert out.dtype == grad_z.dtype == dtype
-    assert grad_weight.dtype == grad_bias.dtype == torch.float32
+    assert {t.dtype for t in (*sums, total)} == {torch.float32}
 
 
 @device_test
@@ -201,6 +215,8 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
         out = compare(kernels.scale_residual, fused.scale_residual, x, y,
                       scale, factor)
         assert out.dtype == dtype
+    out, total = compare(kernels.scale_backward, scale_backward, grad, scale)
+    assert out.dtype == dtype and total.dtype == torch.float32
 
 
 @device_test
@@ -250,9 +266,10 @@ def test_block_sizes_and_splits_change_nothing_but_the_rounding(
     grad, zv, z, weight, bias = draw(
         torch.float32, (2, 3, 15, 8), (2, 3, 15, 16), (2, 3, 15, 8),
         (8, 1, 3, 3), (8, ))
-    compare(kernels.gate_backward, gate_backward, grad, zv, weight, bias)
-    compare(kernels.position_backward, fused.position_backward, grad, z,
-            weight, bias)
+    compare(kernels.gate_backward, gate_backward, grad, zv, z, weight, bias)
+    compare(kernels.position_backward, position_backward, grad, z, weight,
+            bias)
+    compare(kernels.scale_backward, scale_backward, grad, bias)
     compare(kernels.layer_norm_backward, layer_norm_backward, grad, z,
             *statistics(z), bias, bias, z)
 
@@ -276,13 +293,15 @@ def test_strided_inputs_give_the_same_bits(kernels):
 
     calls = {
         kernels.gate: (zv, weight, bias),
-        kernels.gate_backward: (grad, zv, weight, bias),
+        kernels.gate_forward: (zv, weight, bias),
+        kernels.gate_backward: (grad, zv, z, weight, bias),
         kernels.position: (z, weight, bias),
         kernels.position_backward: (grad, z, weight, bias),
         kernels.layer_norm: (z, bias, bias, EPS, torch.float32),
         kernels.layer_norm_backward: (grad, z, *statistics(z), bias, bias,
                                       zv[..., 8:]),
         kernels.scale_residual: (z, grad, bias, None),
+        kernels.scale_backward: (grad, bias),
     }
     for function, inputs in calls.items():
         others = [strided(x, i % 2) if torch.is_tensor(x) else x
@@ -340,7 +359,7 @@ def test_gelu_is_exact_to_the_rounding_of_fp32(kernels):
     z = torch.linspace(-12, 12, 896, device=DEVICE).view(1, 2, 14, 32)
     weight, bias = (torch.zeros(*s, device=DEVICE)
                     for s in ((32, 1, 3, 3), (32, )))
-    grad_z, *_, s = kernels.position_backward(
+    grad_z, *_, s, _ = kernels.position_backward(
         torch.ones_like(z), z, weight, bias)
     exact = z.double().requires_grad_()
     true = F.gelu(exact)
@@ -385,8 +404,8 @@ def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
         torch.empty(shape, dtype=torch.bfloat16)
         for shape in (*[(1, 2, 7, 8)] * 2, (1, 2, 7, 16), (8, 1, 3, 3), (8, ),
                       (1, )))
-    kernels.gate(zv, weight, vector)
-    kernels.gate_backward(y, zv, weight, vector)
+    kernels.gate_forward(zv, weight, vector)
+    kernels.gate_backward(y, zv, x, weight, vector)
     kernels.position(x, weight, vector)
     kernels.position_backward(y, x, weight, vector)
     kernels.layer_norm(x, vector, vector, EPS, x.dtype)
@@ -394,12 +413,13 @@ def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
     kernels.layer_scale_backward(x[0, 0], vector, x[0, 0], vector,
                                  vector)
     kernels.scale_residual(x, y, vector, keep)
+    kernels.scale_backward(x, vector)
     assert compiled == {
         name for name in vars(kernels) if name.endswith('_kernel')}
 
 
 def test_signatures_are_those_of_the_plain_functions(kernels):
-    for name in {'filters', *fused.SHAPES} - {'gate_backward'}:
+    for name in ('filters', *fused.SHAPES):
         assert list(inspect.signature(getattr(kernels, name)).parameters) \
             == list(inspect.signature(getattr(fused, name)).parameters), name
 
@@ -416,7 +436,7 @@ def test_two_runs_give_the_same_bits(kernels):
         torch.bfloat16, (32, 28, 28, 144), (32, 28, 28, 144),
         (32, 28, 28, 288), (144, 1, 11, 11), (144, ))
     small = weight[..., :3, :3].contiguous()
-    runs = [(*kernels.gate_backward(grad, zv, weight, bias),
+    runs = [(*kernels.gate_backward(grad, zv, z, weight, bias),
              *kernels.position_backward(grad, z, small, bias),
              *kernels.layer_norm_backward(grad, z, *statistics(z), bias, bias,
                                           grad))
@@ -439,7 +459,7 @@ def test_more_than_2_to_the_31_elements(kernels):
     assert torch.equal(
         kernels.position(z, weight, bias)[-1:],
         kernels.position(last, weight, bias))
-    for i in (0, -1):
+    for i in (0, 3):
         assert torch.equal(
             kernels.position_backward(z, z, weight, bias)[i][-1:],
             kernels.position_backward(last, last, weight, bias)[i])
@@ -453,10 +473,11 @@ def test_more_than_2_to_the_31_elements(kernels):
         kernels.scale_residual(last, last, bias, None))
     half = slice(c // 2)
     grad = z[..., half].contiguous()
-    for i in (0, -1):
+    for i in (0, 3):
         assert torch.equal(
-            kernels.gate_backward(grad, z, weight[half], bias[half])[i][-1:],
-            kernels.gate_backward(grad[-1:], last, weight[half],
+            kernels.gate_backward(grad, z, grad, weight[half],
+                                  bias[half])[i][-1:],
+            kernels.gate_backward(grad[-1:], last, grad[-1:], weight[half],
                                   bias[half])[i])
 
 
