@@ -127,6 +127,19 @@ def test_table_and_json_have_every_model_and_case(tmp_path, capsys,
     assert all(table.count(f'| {model} ') >= 4 for model in models)
 
 
+def test_profile_names_the_operations_of_each_model(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, 'SAMPLE_SECONDS', 0)
+    benchmark.main([
+        '--models', 'conv2former-n@plain', 'conv2former-n', '--mode',
+        'forward', '--size', '32', '--threads', '1', '--repeats', '1',
+        '--no-memory', '--profile', '3'
+    ])
+    plain, ours = capsys.readouterr().out.split('conv2former-n, class')
+    assert plain.startswith('conv2former-n@plain, classifier, forward, fp32')
+    assert 'Self CPU' in plain and 'Self CPU' in ours
+    assert 2 < plain.count('::') < 5
+
+
 @pytest.mark.parametrize('name, hint', [
     ('conv2former-x', 'unknown arch'),
     ('conv2former-n@fast', 'official, plain, fused, compiled, folded'),

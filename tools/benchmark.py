@@ -375,6 +375,32 @@ def time_steps(steps: Steps, device: str,
     return samples
 
 
+def print_profile(steps: Steps, case: Case, rows: int) -> None:
+    """Print what takes the time of a step of each model.
+
+    Args:
+        steps (Steps): The steps by name.
+        case (Case): What they do.
+        rows (int): Of each table: kernels on a GPU, operators on the CPU.
+    """
+    device = torch.autograd.DeviceType.CUDA
+    activity = torch.profiler.ProfilerActivity
+    for name, step in steps.items():
+        with torch.profiler.profile(
+                activities=[activity.CPU]
+                if case.device == 'cpu' else [activity.CUDA],
+                acc_events=True) as profiler:
+            step()
+            getattr(torch, case.device).synchronize()
+        averages = profiler.key_averages()
+        launches = sum(e.count for e in averages if e.device_type == device)
+        print(f'{name}, {describe(case._asdict())}'
+              + (f', {launches} kernels' if launches else ''))
+        print(averages.table(
+            sort_by=f'self_{case.device}_time_total', row_limit=rows,
+            max_name_column_width=60))
+
+
 def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
     """Measure one case.
 
@@ -397,6 +423,8 @@ def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
     else:
         steps, facts = prepare(args.models, case, args.memory)
     samples = time_steps(steps, case.device, args)
+    if args.profile:
+        print_profile(steps, case, args.profile)
     return [
         dict(case._asdict(), model=name, samples=samples.get(name), **found)
         for name, found in facts.items()
@@ -483,6 +511,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--seconds', type=float,
         help='begin no further samples of a case after so long')
     add('--no-memory', dest='memory', action='store_false')
+    add('--profile', type=positive, metavar='ROWS',
+        help='print the operations that take most of a step, after timing')
     add('--json', type=Path, metavar='FILE', help='write what was measured')
     args = parser.parse_args(argv)
     for name in args.models:

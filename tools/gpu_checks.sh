@@ -123,6 +123,7 @@ benchmark() {
 speed() {
     local arch
     benchmark tiny --batch 128 --mode train forward --dtype bf16 --repeats 15 \
+        --profile 40 \
         --models conv2former-t@official conv2former-t@plain conv2former-t \
         conv2former-t@compiled ConvNeXt:tiny SwinTransformer:tiny
     benchmark detection --task backbone --batch 2 --size 800x1344 \
