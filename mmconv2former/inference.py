@@ -30,9 +30,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     The new weights are calculated in double precision and have the type and
     the device of the old ones. Fuse first and convert afterwards, to bfloat16
     rather than float16, which loses small layer scales. The first call keeps
-    the weights a second time, as the kernels take them. A fused model cannot
-    be trained, and its weights have other names: the weights of a model as it
-    was trained have to be loaded before.
+    the weights a second time, as the kernels take them, until they change;
+    changes through ``.data`` go unnoticed. A fused model cannot be trained,
+    and its weights have other names: the weights of a model as it was trained
+    have to be loaded before.
 
     Args:
         model (nn.Module): A Conv2Former, or a model with any number of them,
