@@ -323,8 +323,8 @@ class Conv2Former(PretrainedModule):
         # A stage that nobody reads would be an unused parameter to DDP.
         for i in range(self.out_indices[-1] + 1):
             self.downsample_layers.append(
-                build_stem(in_channels, dims[0]) if i ==
-                0 else Downsampling(dims[i - 1], dims[i], fused))
+                Downsampling(dims[i - 1], dims[i], fused)
+                if i else build_stem(in_channels, dims[0]))
             first = sum(depths[:i])
             self.stages.append(
                 nn.Sequential(*(

@@ -656,14 +656,20 @@ def prepare(x: Tensor, parameters: Sequence[Tensor], middle: str,
     if middle == 'gate' and len(parameters) == 6:
         # Only one of the halves meets a GELU.
         pairs = zip(*(p.chunk(2) for p in parameters[:2]))
-        parameters = [p for pair in pairs for p in pair] + parameters[2:]
+        parameters = [*chain(*pairs), *parameters[2:]]
     *linears, dw_weight, dw_bias, out_weight, out_bias = (
         p.to(dtype) for p in parameters)
-    linears, last = ([
-        torch.ops.mkldnn._reorder_linear_weight(p) if pack and p.ndim == 2
-        else p for p in (q.flatten(1) if q.ndim > 1 else q for q in group)
-    ] for group in (linears, (out_weight, out_bias)))
-    return [*linears, dw_weight, dw_bias, *last]
+
+    def factor(p: Tensor) -> Tensor:
+        if p.ndim == 1:
+            return p
+        p = p.flatten(1)
+        return torch.ops.mkldnn._reorder_linear_weight(p) if pack else p
+
+    return [
+        *map(factor, linears), dw_weight, dw_bias,
+        factor(out_weight), out_bias
+    ]
 
 
 def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
