@@ -793,7 +793,7 @@ def _triton_kernels() -> SimpleNamespace | str:
 
 
 @cache
-def _gpu_kernels(device: torch.device) -> SimpleNamespace | str:
+def _find_gpu_kernels(device: torch.device) -> SimpleNamespace | str:
     """The kernels for this GPU, or why there are none."""
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return 'the Triton kernels want an NVIDIA GPU of the Ampere ' \
@@ -807,6 +807,12 @@ def _gpu_kernels(device: torch.device) -> SimpleNamespace | str:
     except (RuntimeError, OSError, SubprocessError) as error:
         return f'Triton cannot compile here ({error})'
     return kernels
+
+
+# The compiler takes the result, where it would trace into a cached function.
+@torch.compiler.assume_constant_result
+def _gpu_kernels(device: torch.device) -> SimpleNamespace | str:
+    return _find_gpu_kernels(device)
 
 
 def _kernels(x: Tensor) -> ModuleType | SimpleNamespace:

@@ -10,12 +10,16 @@ each output is rounded once, and sums are taken in a fixed order, so that two
 runs give the same bits. Nothing here builds a graph for autograd.
 
 The depthwise kernels are sliding windows in registers. A lane owns one channel
-of one strip of ``STRIP`` columns; a warp of 32 lanes is a program, and lanes
-run over strips and channels without a gap, so that 72 channels leave none
-idle. A program reads each input row once, as ``STRIP + 2 * HALO`` coalesced
-loads, and uses every value for up to K taps of each of its output rows. Where
-one strip spans the image, ``HALO`` is 0 and the taps outside the image are
-neither loaded nor multiplied.
+of one strip of ``STRIP`` columns; a warp is a program, with one lane or two
+neighbouring ones for each of its threads, and lanes run over strips and
+channels without a gap, so that 72 channels leave none idle. A program reads
+each input row once, as ``STRIP + 2 * HALO`` coalesced loads, and uses every
+value for up to K taps of each of its output rows. Where one strip spans the
+image, ``HALO`` is 0 and the taps outside the image are neither loaded nor
+multiplied.
+
+Sizes of blocks were chosen by timing on an H100, of T at 128 x 224 x 224 in
+bf16.
 """
 import torch
 import triton
@@ -27,35 +31,42 @@ if TorchVersion(triton.__version__) < (3, 3):
     raise ImportError(f'found Triton {triton.__version__}; expected 3.3 or '
                       'later (tuples in kernels), which torch 2.7 brings')
 
-LANES = 32  # one warp a program
-# Room for 16 warps on each multiprocessor, with next to nothing spilled.
-ONE_WARP = dict(LANES=LANES, num_warps=1, num_stages=1, maxnreg=128)
 # Programs that sum over the batch: as many as the 132 multiprocessors of an
 # H100 or H200 hold at a time. A constant, so that results do not depend on
 # the device.
 PROGRAMS = 16 * 132
 
 
-def _tile(height: int, width: int, kernel_size: int, images: int,
-          channels: int) -> tuple[dict, int]:
+def _ceil_div(a: int, b: int) -> int:
+    # triton.cdiv takes a microsecond and a half.
+    return -(-a // b)
+
+
+def _tile(width: int, kernel_size: int, channels: int, strip: int, lanes: int,
+          registers: int) -> tuple[dict, int]:
     """Block sizes of a depthwise kernel, and its programs for a row of output.
 
-    Chosen by counting the instructions of the compiled kernels, not yet tuned
-    on hardware. They depend on the size of the image in two steps each, so
-    that few variants are compiled.
+    ``strip`` divides 56, 28, 14 and 7. Fewer registers leave room for more
+    warps, which hide each other's loads.
     """
-    strip = 14 if width > 7 else 7  # divides 56, 28, 14 and 7
     halo = kernel_size // 2 if width > strip else 0
-    blocks = triton.cdiv(triton.cdiv(width, strip) * channels, LANES)
-    # More rows share each load; fewer leave more programs to small inputs.
-    many = images * height * blocks >= 4 * PROGRAMS and kernel_size <= 13
-    return dict(STRIP=strip, HALO=halo, ROWS=4 if many else 2), blocks
+    blocks = _ceil_div(_ceil_div(width, strip) * channels, lanes)
+    return dict(STRIP=strip, HALO=halo, LANES=lanes, num_warps=1, num_stages=1,
+                maxnreg=registers), blocks
+
+
+def _convolution_tile(height: int, width: int, kernel_size: int,
+                      channels: int) -> tuple[dict, int]:
+    """:func:`_tile` of :func:`_convolve`, and programs for an image."""
+    tile, blocks = _tile(width, kernel_size, channels, strip=7, lanes=64,
+                         registers=96 if kernel_size <= 13 else 128)
+    return dict(tile, ROWS=2), _ceil_div(height, 2) * blocks
 
 
 def _splits(items: int, programs: int) -> int:
     """Equal parts of a sum, each the work of as many programs."""
-    share = triton.cdiv(items, max(PROGRAMS // programs, 1))
-    return triton.cdiv(items, max(share, 1))
+    share = _ceil_div(items, max(PROGRAMS // programs, 1))
+    return _ceil_div(items, max(share, 1))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -82,8 +93,8 @@ def _taps_first(weight: Tensor) -> Tensor:
 
 
 def _sum_partials(partial: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(splits, K * K + 1, strips * C) -> gradients of weight and bias."""
-    sums = partial.unflatten(2, (-1, len(weight))).sum((0, 2))
+    """(splits, K * K + 1, strips, C) -> gradients of weight and bias."""
+    sums = partial.sum((0, 2))
     return sums[:-1].t().contiguous().view(weight.shape), sums[-1]
 
 
@@ -267,7 +278,7 @@ def _gelu_pass(z: Tensor, stride: int) -> Tensor:
     n, height, width, c = z.shape
     h = z.new_empty(z.shape)
     area, block = height * width, 1024
-    _gelu_kernel[(n * triton.cdiv(area * c, block), )](
+    _gelu_kernel[(n * _ceil_div(area * c, block), )](
         z, h, area, C=c, STRIDE=stride, BLOCK=block)
     return h
 
@@ -329,37 +340,28 @@ def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
 
 
 @triton.jit(do_not_specialize=['height', 'width'])
-def _input_grad_kernel(dy_ptr, weight_ptr, z_ptr, grad_ptr, out_ptr,
-                       partial_ptr, height, width, C: tl.constexpr,
-                       K: tl.constexpr, Z_STRIDE: tl.constexpr,
-                       GRAD_STRIDE: tl.constexpr,
-                       OUT_STRIDE: tl.constexpr, ROWS: tl.constexpr,
-                       STRIP: tl.constexpr, HALO: tl.constexpr,
-                       LANES: tl.constexpr):
-    """out = (DW_flipped(dy) [+ grad]) * GELU'(z), and the sum of each lane."""
+def _gate_input_grad_kernel(da_ptr, weight_ptr, zv_ptr, grad_zv_ptr,
+                            partial_ptr, height, width, C: tl.constexpr,
+                            K: tl.constexpr, ROWS: tl.constexpr,
+                            STRIP: tl.constexpr, HALO: tl.constexpr,
+                            LANES: tl.constexpr):
+    """The gradient of z = DW_flipped(da) * GELU'(z), and sums of each lane."""
     channel, column, alive, item = _place(width, C, STRIP, LANES)
     total = tl.zeros((LANES, ), tl.float32)
     n = item // tl.cdiv(height, ROWS)
     top = item % tl.cdiv(height, ROWS) * ROWS
-    sums = _convolve(dy_ptr, weight_ptr, channel, column, alive, n, top,
+    sums = _convolve(da_ptr, weight_ptr, channel, column, alive, n, top,
                      height, width, C, K, ROWS, STRIP, HALO, LANES, True)
     for y in range(top, top + ROWS):
-        pixel = _pixel(n, y, height, width) + column
+        at = (_pixel(n, y, height, width) + column) * (2 * C) + channel
         mask = alive & (y < height)
-        z = _load(z_ptr + pixel * Z_STRIDE + channel, column, width, mask,
-                  Z_STRIDE, STRIP, 0)
-        if grad_ptr is not None:
-            grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
-                         width, mask, GRAD_STRIDE, STRIP, 0)
+        z = _load(zv_ptr + at, column, width, mask, 2 * C, STRIP, 0)
         for t in tl.static_range(STRIP):
-            dh = sums[0][t]
-            if grad_ptr is not None:
-                dh += grad[t]
             _, slope = _gelu_and_slope(z[t])
             inside = mask & (column < width - t)
-            tl.store(out_ptr + pixel * OUT_STRIDE + channel + t * OUT_STRIDE,
-                     dh * slope, inside)
-            total += tl.where(inside, dh * slope, 0.)
+            grad = sums[0][t] * slope
+            tl.store(grad_zv_ptr + at + t * (2 * C), grad, inside)
+            total += tl.where(inside, grad, 0.)
         sums = sums[1:] + sums[:1]
     tl.store(partial_ptr + tl.cast(item, tl.int64) * tl.cdiv(width, STRIP) * C
              + column // STRIP * C + channel, total, alive)
@@ -433,10 +435,10 @@ def _gate(zv: Tensor, weight: Tensor, bias: Tensor,
     c, k = c // 2, weight.shape[-1]
     h = _gelu_pass(zv[..., :c], 2 * c)
     p, a = torch.empty_like(h), torch.empty_like(h) if store else None
-    tile, blocks = _tile(height, width, k, n, c)
-    _gate_kernel[(n * triton.cdiv(height, tile['ROWS']) * blocks, )](
+    tile, programs = _convolution_tile(height, width, k, c)
+    _gate_kernel[(n * programs, )](
         h, zv, _taps_first(weight), bias.contiguous(), p, a, height, width,
-        C=c, K=k, **tile, **ONE_WARP)
+        C=c, K=k, **tile)
     return p, a
 
 
@@ -456,25 +458,23 @@ def gate_backward(
         _gate_backward_kernel[(programs, )](
             grad, zv, a, h, p, da, grad_zv, partial, pixels, tiles,
             GRAD_STRIDE=grad.stride(0), **tile)
-        z_sum = _input_grad(da, weight, zv, 2 * c, None, grad_zv, 2 * c)
         return (grad_zv, *_weight_grad(h, da, weight), p,
-                torch.cat([z_sum, partial.sum(0)]))
+                torch.cat([_gate_input_grad(da, weight, zv, grad_zv),
+                           partial.sum(0)]))
 
 
-def _input_grad(dy: Tensor, weight: Tensor, z: Tensor, z_stride: int,
-                grad: Tensor | None, out: Tensor, out_stride: int) -> Tensor:
-    """Write (DW_flipped(dy) [+ grad]) * GELU'(z), return its sum."""
-    n, height, width, c = dy.shape
+def _gate_input_grad(da: Tensor, weight: Tensor, zv: Tensor,
+                     grad_zv: Tensor) -> Tensor:
+    """Write the gradient of z, return its sum."""
+    n, height, width, c = da.shape
     k = weight.shape[-1]
-    tile, blocks = _tile(height, width, k, n, c)
-    items = n * triton.cdiv(height, tile['ROWS'])
-    partial = dy.new_empty((items, triton.cdiv(width, tile['STRIP']), c),
+    tile, programs = _convolution_tile(height, width, k, c)
+    rows = n * _ceil_div(height, tile['ROWS'])
+    partial = da.new_empty((rows, _ceil_div(width, tile['STRIP']), c),
                            dtype=torch.float32)
-    _input_grad_kernel[(items * blocks, )](
-        dy, _taps_first(weight), z, grad, out, partial, height, width, C=c,
-        K=k, Z_STRIDE=z_stride,
-        GRAD_STRIDE=0 if grad is None else grad.stride(0),
-        OUT_STRIDE=out_stride, **tile, **ONE_WARP)
+    _gate_input_grad_kernel[(n * programs, )](
+        da, _taps_first(weight), zv, grad_zv, partial, height, width, C=c,
+        K=k, **tile)
     return partial.sum((0, 1))
 
 
@@ -482,18 +482,18 @@ def _weight_grad(x: Tensor, dy: Tensor,
                  weight: Tensor) -> tuple[Tensor, Tensor]:
     n, height, width, c = x.shape
     k = weight.shape[-1]
-    tile, blocks = _tile(height, width, k, n, c)
-    del tile['ROWS']
+    tile, blocks = _tile(width, k, c, strip=14 if width > 7 else 7, lanes=32,
+                         registers=128)
     # Some 50 sums fit into the registers; groups of equal numbers of rows.
-    groups = triton.cdiv(k, max(50 // k, 1))
+    groups = _ceil_div(k, max(50 // k, 1))
     programs = blocks * groups
     splits = _splits(n * height, programs)
     partial = x.new_empty(
-        (splits, k * k + 1, triton.cdiv(width, tile['STRIP']) * c),
+        (splits, k * k + 1, _ceil_div(width, tile['STRIP']), c),
         dtype=torch.float32)
     _weight_grad_kernel[(splits * programs, )](
         x, dy, partial, n * height, splits, height, width, C=c, K=k,
-        TAP_ROWS=triton.cdiv(k, groups), **tile, **ONE_WARP)
+        TAP_ROWS=_ceil_div(k, groups), **tile)
     return _sum_partials(partial, weight)
 
 
@@ -514,9 +514,6 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
     channel, column, alive, split = _place(width, C, STRIP, LANES)
     lanes = tl.cdiv(width, STRIP) * C
     bias = tl.load(bias_ptr + channel).to(tl.float32)
-    top_taps = _load_taps(weight_ptr + channel, 3, C)
-    mid_taps = _load_taps(weight_ptr + 3 * C + channel, 3, C)
-    low_taps = _load_taps(weight_ptr + 6 * C + channel, 3, C)
     top_sums = _zeros(3, LANES)
     mid_sums = _zeros(3, LANES)
     low_sums = _zeros(3, LANES)
@@ -538,9 +535,13 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
                 d = ()
                 for _ in tl.static_range(STRIP):
                     d = d + (bias, )
-                d = _correlate(d, above, top_taps, 3, STRIP, HALO)
-                d = _correlate(d, row, mid_taps, 3, STRIP, HALO)
-                d = _correlate(d, below, low_taps, 3, STRIP, HALO)
+                # Loaded anew for each row: registers cost more.
+                taps = _load_taps(weight_ptr + channel, 3, C)
+                d = _correlate(d, above, taps, 3, STRIP, HALO)
+                taps = _load_taps(weight_ptr + 3 * C + channel, 3, C)
+                d = _correlate(d, row, taps, 3, STRIP, HALO)
+                taps = _load_taps(weight_ptr + 6 * C + channel, 3, C)
+                d = _correlate(d, below, taps, 3, STRIP, HALO)
                 out = pixel * C + channel
                 if grad_ptr is not None:
                     grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel,
@@ -575,6 +576,52 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
             tl.store(partial + i * lanes, sums[i], alive)
 
 
+@triton.jit(do_not_specialize=['share', 'height', 'width'])
+def _position_input_grad_kernel(
+        dd_ptr, weight_ptr, z_ptr, grad_ptr, out_ptr, partial_ptr, share,
+        height, width, C: tl.constexpr, Z_STRIDE: tl.constexpr,
+        GRAD_STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr,
+        LANES: tl.constexpr):
+    """(DW_flipped(dd) + grad) * GELU'(z), and sums of each lane.
+
+    A program walks down an item as that of :func:`_position_kernel`.
+    """
+    channel, column, alive, item = _place(width, C, STRIP, LANES)
+    total = tl.zeros((LANES, ), tl.float32)
+    n = item // tl.cdiv(height, share)
+    start = item % tl.cdiv(height, share) * share
+    above = _zeros(STRIP + 2 * HALO, LANES)
+    row = _zeros(STRIP + 2 * HALO, LANES)
+    for below_y in range(start - 1, tl.minimum(start + share, height) + 1):
+        below = _load(
+            dd_ptr + (_pixel(n, below_y, height, width) + column) * C
+            + channel, column, width,
+            alive & (below_y >= 0) & (below_y < height), C, STRIP, HALO)
+        if below_y > start:
+            pixel = _pixel(n, below_y - 1, height, width) + column
+            dh = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
+                       width, alive, GRAD_STRIDE, STRIP, 0)
+            # Loaded anew for each row: registers cost more.
+            taps = _load_taps(weight_ptr + 8 * C + channel, 3, -C)
+            dh = _correlate(dh, above, taps, 3, STRIP, HALO)
+            taps = _load_taps(weight_ptr + 5 * C + channel, 3, -C)
+            dh = _correlate(dh, row, taps, 3, STRIP, HALO)
+            taps = _load_taps(weight_ptr + 2 * C + channel, 3, -C)
+            dh = _correlate(dh, below, taps, 3, STRIP, HALO)
+            z = _load(z_ptr + pixel * Z_STRIDE + channel, column, width,
+                      alive, Z_STRIDE, STRIP, 0)
+            out = out_ptr + pixel * C + channel
+            for t in tl.static_range(STRIP):
+                inside = alive & (column < width - t)
+                _, slope = _gelu_and_slope(z[t])
+                tl.store(out + t * C, dh[t] * slope, inside)
+                total += tl.where(inside, dh[t] * slope, 0.)
+        above = row
+        row = below
+    tl.store(partial_ptr + tl.cast(item, tl.int64) * tl.cdiv(width, STRIP) * C
+             + column // STRIP * C + channel, total, alive)
+
+
 def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See :func:`mmconv2former.fused.position`."""
     with torch.cuda.device_of(z):
@@ -589,39 +636,52 @@ def position_backward(
     In two passes, the second from dd, the gradient of d = DW_3(h) + bias, in
     the precision of ``z``. One pass would move 4 tensors instead of 8, but
     compute GELU on more columns beside each strip and hold rows of h, of dd
-    and of GELU'(z) at once. By count of instructions, arithmetic takes as
-    long as the transfer already, so that little would be gained.
+    and of GELU'(z) at once.
     """
     with torch.cuda.device_of(z):
         rows, grad = _rows(z), _rows(grad)
         s, dd, partial = _position(z, rows, weight, bias, grad)
         grad_z = torch.empty_like(s)
-        z_sum = _input_grad(dd, weight, rows, rows.stride(0), grad, grad_z,
-                            s.shape[-1])
-        return grad_z, *_sum_partials(partial, weight), s, z_sum
+        n, height, width, c = z.shape
+        tile, blocks, share, items = _position_tile(z, lanes=64, registers=96)
+        sums = partial.new_empty((items, _ceil_div(width, tile['STRIP']), c))
+        _position_input_grad_kernel[(items * blocks, )](
+            dd, _taps_first(weight), rows, grad, grad_z, sums, share, height,
+            width, C=c, Z_STRIDE=rows.stride(0), GRAD_STRIDE=grad.stride(0),
+            **tile)
+        return (grad_z, *_sum_partials(partial, weight), s, sums.sum((0, 1)))
+
+
+def _position_tile(z: Tensor, lanes: int,
+                   registers: int) -> tuple[dict, int, int, int]:
+    """Block sizes, programs for a row, rows of an item, and items."""
+    n, height, width, c = z.shape
+    tile, blocks = _tile(width, 3, c, strip=7, lanes=lanes,
+                         registers=registers)
+    # Tall items read fewer rows twice; low ones keep small inputs parallel.
+    share = min(max(n * height * blocks // (2 * PROGRAMS), 4), 28)
+    return tile, blocks, share, n * _ceil_div(height, share)
 
 
 def _position(z: Tensor, rows: Tensor, weight: Tensor, bias: Tensor,
               grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """The output; with a gradient also dd and the sums of the weight's."""
     n, height, width, c = z.shape
-    tile, blocks = _tile(height, width, 3, n, c)
-    del tile['ROWS']
-    # Tall items read fewer rows twice; low ones keep small inputs parallel.
-    share = min(max(n * height * blocks // (2 * PROGRAMS), 4), 28)
-    items = n * triton.cdiv(height, share)
     s = z.new_empty(z.shape)
-    splits, dd, partial = items, None, None
-    if grad is not None:
+    if grad is None:
+        tile, blocks, share, items = _position_tile(z, lanes=32, registers=64)
+        splits, dd, partial = items, None, None
+    else:
+        tile, blocks, share, items = _position_tile(z, lanes=64, registers=128)
         splits = _splits(items, blocks)
         dd = torch.empty_like(s)
         partial = z.new_empty(
-            (splits, 10, triton.cdiv(width, tile['STRIP']) * c),
+            (splits, 10, _ceil_div(width, tile['STRIP']), c),
             dtype=torch.float32)
     _position_kernel[(splits * blocks, )](
         rows, _taps_first(weight), bias.contiguous(), grad, s, dd, partial,
         items, splits, share, height, width, C=c, Z_STRIDE=rows.stride(0),
-        GRAD_STRIDE=0 if grad is None else grad.stride(0), **tile, **ONE_WARP)
+        GRAD_STRIDE=0 if grad is None else grad.stride(0), **tile)
     return s, dd, partial
 
 
@@ -635,7 +695,7 @@ def _column_tiles(x: Tensor) -> tuple[dict, int, int, int]:
     """Block sizes, pixels, tiles and programs of sums over the columns."""
     tile = _norm_tile(x.shape[-1])
     pixels = x[..., 0].numel()
-    tiles = triton.cdiv(pixels, tile['PIXELS'])
+    tiles = _ceil_div(pixels, tile['PIXELS'])
     return tile, pixels, tiles, max(min(tiles, PROGRAMS // 4), 1)
 
 
@@ -679,7 +739,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
         if weight is not None:
             weight, bias = weight.contiguous(), bias.contiguous()
         tile = _norm_tile(x.shape[1])
-        _layer_norm_kernel[(triton.cdiv(len(x), tile['PIXELS']), )](
+        _layer_norm_kernel[(_ceil_div(len(x), tile['PIXELS']), )](
             x, weight, bias, out, mean, rstd, len(x), eps,
             X_STRIDE=x.stride(0), **tile)
         return out, mean, rstd
@@ -776,7 +836,7 @@ def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
         area, tile = height * width, _norm_tile(c)
         x, y, scale = _rows(x), _rows(y), scale.contiguous()
         keep = None if keep is None else keep.contiguous()
-        _scale_residual_kernel[(n * triton.cdiv(area, tile['PIXELS']), )](
+        _scale_residual_kernel[(n * _ceil_div(area, tile['PIXELS']), )](
             x, y, scale, keep, out, area, X_STRIDE=x.stride(0),
             Y_STRIDE=y.stride(0), **tile)
         return out

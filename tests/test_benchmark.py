@@ -142,7 +142,7 @@ def test_profile_names_the_operations_of_each_model(capsys, monkeypatch):
 
 @pytest.mark.parametrize('name, hint', [
     ('conv2former-x', 'unknown arch'),
-    ('conv2former-n@fast', 'official, plain, fused, compiled, folded'),
+    ('conv2former-n@fast', 'official, plain, fused, compiled, graphs, folded'),
     ('ConvNeXt:tiny@plain', 'only conv2former-ARCH has paths'),
     ('ConvNext:tiny', 'Did you mean ConvNeXt'),
     ('ConvNeXt:midget', 'Unavailable arch'),

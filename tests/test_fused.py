@@ -14,6 +14,9 @@ from torch._subclasses.fake_tensor import (
 from mmconv2former import Conv2Former, fused, operators
 from mmconv2former.backbone import Block
 
+DEVICES = ['cpu', pytest.param('cuda', marks=[
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16]
 
@@ -39,7 +42,8 @@ def run(model, x, grad, autocast=None):
     model.zero_grad()
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(0)  # of drop path
-    with torch.autocast('cpu', autocast, enabled=autocast is not None):
+    with torch.autocast(x.device.type, autocast,
+                        enabled=autocast is not None):
         out = model(x)
     names = set()
     nodes = [out.grad_fn]
@@ -89,6 +93,7 @@ def test_block_is_as_exact_as_the_plain_one(n, c, h, w, k, monkeypatch):
     assert_as_exact(*three_ways(block(c, k, .5), x, grad, monkeypatch))
 
 
+@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', LOW)
 @pytest.mark.parametrize('residual', ['low', 'fp32'])
 @pytest.mark.parametrize('n, c, h, w, k', [
@@ -96,10 +101,10 @@ def test_block_is_as_exact_as_the_plain_one(n, c, h, w, k, monkeypatch):
     (2, 20, 33, 37, 5),
 ])
 def test_block_is_as_exact_under_autocast(n, c, h, w, k, residual, dtype,
-                                          monkeypatch):
+                                          device, monkeypatch):
     torch.manual_seed(c * h * w + k)
-    model = block(c, k)
-    x, grad = (random(n, c, h, w).to(dtype).float() for _ in range(2))
+    model = block(c, k).to(device)
+    x, grad = (random(n, c, h, w).to(device, dtype).float() for _ in range(2))
     monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
     exact, _ = run(model, x.double(), grad.double())
     model = model.float()
@@ -251,12 +256,15 @@ def test_plain_path_has_second_derivatives_and_the_fused_one_says_so():
     assert torch.autograd.gradgradcheck(plain, x)
 
 
+@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
-def test_recomputed_blocks_and_changed_weights_give_the_same_bits(dtype):
+def test_recomputed_blocks_and_changed_weights_give_the_same_bits(dtype,
+                                                                  device):
     torch.manual_seed(0)
-    kept, again = block(20, 7).float(), block(20, 7, with_cp=True).float()
+    kept, again = (block(20, 7, with_cp=with_cp).float().to(device)
+                   for with_cp in (False, True))
     again.load_state_dict(kept.state_dict())
-    x, grad = random(2, 20, 9, 9).float(), random(2, 20, 9, 9).float()
+    x, grad = (random(2, 20, 9, 9).float().to(device) for _ in range(2))
     results = []
     for _ in range(2):
         first, _ = run(kept, x, grad, dtype)
@@ -440,6 +448,45 @@ def test_compiled_backbone_trains_alike(switch, monkeypatch):
             torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
 
+def test_compiler_takes_the_kernels_of_gpus_as_they_are(monkeypatch):
+    """It cannot trace how they are found."""
+
+    def find(_):
+        return SimpleNamespace(**{name: getattr(fused, name)
+                                  for name in ('filters', *fused.SHAPES)})
+
+    monkeypatch.setattr(fused, '_find_gpu_kernels', find)
+    monkeypatch.setattr(fused, '_kernels',
+                        lambda x: fused._gpu_kernels(x.device))
+    model = Conv2Former(
+        TINY, compile=dict(backend='aot_eager', fullgraph=True))
+    model(torch.randn(2, 3, 32, 32))[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_backbone_in_cuda_graphs_trains_alike():
+    torch.manual_seed(0)
+    eager = Conv2Former(TINY).cuda()
+    graphs = Conv2Former(TINY, compile=dict(backend='cudagraphs')).cuda()
+    graphs.load_state_dict(eager.state_dict(), strict=True)
+
+    def step(model, x):
+        model.zero_grad()
+        out = model(x)[0]
+        out.pow(2).mean().backward()
+        return [t.clone() for t in (out, *(p.grad
+                                           for p in model.parameters()))]
+
+    # Warmed up, recorded and replayed.
+    for x in torch.randn(4, 2, 3, 32, 32, device='cuda'):
+        for own, other in zip(step(graphs, x), step(eager, x), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)
+    skipped = torch._dynamo.utils.counters['inductor']['cudagraph_skips']
+    assert not skipped
+
+
 def test_residual_stays_in_fp32_if_asked():
     x = torch.randn(1, 3, 32, 32)
     for wanted, dtype in ((False, torch.bfloat16), (True, torch.float32)):
@@ -539,5 +586,5 @@ def test_gpus_without_what_triton_needs_get_the_kernels_of_torch(
     monkeypatch.setattr(torch.cuda, 'get_device_capability',
                         lambda _: capability)
     monkeypatch.setattr(fused, '_triton_kernels', lambda: kernels)
-    found = fused._gpu_kernels.__wrapped__(torch.device('cuda:0'))
+    found = fused._find_gpu_kernels.__wrapped__(torch.device('cuda:0'))
     assert found is kernels if reason is None else reason in found

@@ -50,6 +50,7 @@ from torch import Tensor
 from torch.utils import collect_env
 
 from benchmark_models import (
+    COMPILED,
     PATHS,
     arch_of,
     build_model,
@@ -109,8 +110,9 @@ class Candidate:
         self.model.train(self.train)
         if self.path == 'folded':
             fuse_for_inference(self.model)
-        if self.path == 'compiled':
-            getattr(self.model, 'backbone', self.model).compile()
+        if self.path in COMPILED:
+            backbone = getattr(self.model, 'backbone', self.model)
+            backbone.compile(**COMPILED[self.path])
         self.images = torch.randn(case.batch, 3, *size).to(**options)
         self.labels = torch.randint(1000, (case.batch, )).to(case.device)
         self.upstream: list[Tensor] = []
@@ -414,7 +416,7 @@ def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
         ``difference``, ``tolerance``, ``roofline`` (seconds), ``failed``.
     """
     print(f'measuring {describe(case._asdict())}', file=sys.stderr, flush=True)
-    if any(name.endswith('@compiled') for name in args.models):
+    if any(name.partition('@')[2] in COMPILED for name in args.models):
         torch.compiler.reset()  # a second size shall not be a dynamic shape
         gc.collect()  # compiled models are cycles
     if case.mode == 'optimizer':

@@ -7,7 +7,8 @@ weights:
 - official: order of operations and layout of the authors' code;
 - plain: the package with ``MMCONV2FORMER_FUSED=0``;
 - fused, the default: the package as it comes;
-- compiled: the same, with the backbone under ``torch.compile``.
+- compiled: the same, with the backbone under ``torch.compile``;
+- graphs: the same, with the backbone in CUDA graphs;
 - folded: after ``fuse_for_inference``, which knows no training.
 """
 import contextlib
@@ -24,7 +25,9 @@ from mmconv2former import Conv2Former, Conv2FormerNeck
 from mmconv2former.archs import resolve_arch
 
 SWITCH = 'MMCONV2FORMER_FUSED'
-PATHS = ('official', 'plain', 'fused', 'compiled', 'folded')
+PATHS = ('official', 'plain', 'fused', 'compiled', 'graphs', 'folded')
+# Options of torch.compile.
+COMPILED = dict(compiled={}, graphs=dict(backend='cudagraphs'))
 
 
 def official_norm(norm: nn.Module, x: Tensor) -> Tensor:
