@@ -63,8 +63,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _has_onednn(device: torch.device) -> bool:
-    return (device.type == 'cpu' and torch.backends.mkldnn.is_available()
-            and not torch.compiler.is_compiling())
+    return (device.type == 'cpu' and not torch.compiler.is_compiling()
+            and torch.backends.mkldnn.is_available())
 
 
 def _onednn_fp32(device: torch.device, dtype: torch.dtype) -> bool:
@@ -768,18 +768,23 @@ SHAPES = dict(
 )
 
 
-@cache
-def _triton_kernels() -> SimpleNamespace | str:
-    """The Triton kernels as operators of torch, or why there are none.
+# The Triton kernels once they are needed. A global, of which torch.compile
+# knows where it comes from.
+TRITON = SimpleNamespace()
 
-    As operators, torch.compile and CUDA graphs take them as they are. Not by
+
+@cache
+def _make_triton_operators() -> str:
+    """Fill ``TRITON``, or say why that cannot be.
+
+    With operators of torch, which torch.compile takes as they are. Not by
     ``custom_op``, which takes 20 microseconds a call where this takes 3.
     """
     try:
         from . import triton_kernels
     except ImportError as error:
         return f'Triton cannot be imported ({error})'
-    kernels = SimpleNamespace(filters=triton_kernels.filters)
+    TRITON.filters = triton_kernels.filters
     for name, shapes in SHAPES.items():
         function = getattr(triton_kernels, name)
         operator = f'mmconv2former::{name}'
@@ -788,38 +793,46 @@ def _triton_kernels() -> SimpleNamespace | str:
             tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(operator, 'cuda', function)
         torch.library.register_fake(operator, shapes)
-        setattr(kernels, name, getattr(torch.ops.mmconv2former, name).default)
-    return kernels
+        setattr(TRITON, name, getattr(torch.ops.mmconv2former, name).default)
+    return ''
 
 
 @cache
-def _find_gpu_kernels(device: torch.device) -> SimpleNamespace | str:
-    """The kernels for this GPU, or why there are none."""
+def _try_triton(device: torch.device) -> str:
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return 'the Triton kernels want an NVIDIA GPU of the Ampere ' \
             'generation or later'
-    kernels = _triton_kernels()
-    if isinstance(kernels, str):
-        return kernels
+    if obstacle := _make_triton_operators():
+        return obstacle
     x = torch.zeros(1, 1, 1, 8, device=device)
     try:  # Triton compiles a launcher, for which it needs a C compiler
-        kernels.scale_residual(x, x, x[0, 0, 0], None)
+        TRITON.scale_residual(x, x, x[0, 0, 0], None)
     except (RuntimeError, OSError, SubprocessError) as error:
         return f'Triton cannot compile here ({error})'
-    return kernels
+    return ''
 
 
-# The compiler takes the result, where it would trace into a cached function.
+# torch.compile calls the next two and takes what they return. It would trace
+# into a cached function, and replaces torch's is_exporting by True.
+
+
 @torch.compiler.assume_constant_result
-def _gpu_kernels(device: torch.device) -> SimpleNamespace | str:
-    return _find_gpu_kernels(device)
+def _triton_obstacle(device: torch.device) -> str:
+    """Why Triton's kernels cannot run on that GPU, or ''."""
+    return _try_triton(device)
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def _kernels(x: Tensor) -> ModuleType | SimpleNamespace:
     # Triton's compute in fp32.
-    kernels = _gpu_kernels(
-        x.device) if x.is_cuda and x.dtype != torch.double else ''
-    return sys.modules[__name__] if isinstance(kernels, str) else kernels
+    if x.is_cuda and x.dtype != torch.double \
+            and not _triton_obstacle(x.device):
+        return TRITON
+    return sys.modules[__name__]
 
 
 @cache
@@ -831,7 +844,7 @@ def _obstacle(x: Tensor, modules: Iterable[nn.Module]) -> str:
     """Why the plain path must run, or ''."""
     if os.environ.get('MMCONV2FORMER_FUSED') == '0':
         return 'MMCONV2FORMER_FUSED=0'
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if _is_exporting() or torch.jit.is_tracing():
         return 'the model is being exported'
     if not x.numel():
         return 'the batch is empty'
@@ -841,6 +854,9 @@ def _obstacle(x: Tensor, modules: Iterable[nn.Module]) -> str:
            or m._backward_pre_hooks or type(m) not in LAYERS
            for m in modules):
         return 'layers of the blocks were replaced, or have hooks'
+    if torch.compiler.is_compiling() \
+            and _kernels(x) is sys.modules[__name__]:
+        return 'the model is being compiled, which fuses them as well'
     return ''
 
 
@@ -861,8 +877,9 @@ def available(x: Tensor, modules: Iterable[nn.Module]) -> bool:
             _report(f'plain operators, because {obstacle}')
         elif not x.is_cuda:
             _report(f'fused operators on the {x.device.type}')
-        elif isinstance(reason := _gpu_kernels(x.device), str):
-            _report(f'fused operators of torch alone, because {reason}')
-        else:
+        elif _kernels(x) is TRITON:
             _report('fused operators with Triton kernels')
+        else:
+            reason = _triton_obstacle(x.device) or 'the model is in fp64'
+            _report(f'fused operators of torch alone, because {reason}')
     return not obstacle

@@ -164,6 +164,12 @@ def test_wrong_numbers_are_refused(option, value, capsys):
     assert f"'{value}'" in capsys.readouterr().err
 
 
+def test_cuda_graphs_want_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(['--models', 'conv2former-n@graphs'])
+    assert '--device cuda' in capsys.readouterr().err
+
+
 def test_paths_that_differ_are_not_timed(monkeypatch):
     monkeypatch.setattr(
         benchmark, 'official_forward',

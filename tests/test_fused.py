@@ -1,11 +1,14 @@
 """The fused operators against the plain path."""
 import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
@@ -448,20 +451,56 @@ def test_compiled_backbone_trains_alike(switch, monkeypatch):
             torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
 
 
-def test_compiler_takes_the_kernels_of_gpus_as_they_are(monkeypatch):
-    """It cannot trace how they are found."""
+@pytest.fixture
+def triton_on_cpu(monkeypatch):
+    """The operators of the Triton kernels, computed by plain functions."""
+    pytest.importorskip('triton')
+    assert fused._make_triton_operators() == ''
 
-    def find(_):
-        return SimpleNamespace(**{name: getattr(fused, name)
-                                  for name in ('filters', *fused.SHAPES)})
+    def compute(name, *inputs):
+        # Which plain functions overwrite.
+        inputs = [t.clone() if torch.is_tensor(t) else t for t in inputs]
+        total = inputs[0].sum((0, 1, 2)) if name == 'scale_backward' else None
+        outs = getattr(fused, name)(*inputs)
+        if name in ('gate_backward', 'position_backward'):
+            total = outs[0].sum((0, 1, 2))
+        return outs if total is None else (*outs, total)
 
-    monkeypatch.setattr(fused, '_find_gpu_kernels', find)
-    monkeypatch.setattr(fused, '_kernels',
-                        lambda x: fused._gpu_kernels(x.device))
-    model = Conv2Former(
-        TINY, compile=dict(backend='aot_eager', fullgraph=True))
-    model(torch.randn(2, 3, 32, 32))[0].sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    def kernels(x):
+        obstacle = fused._triton_obstacle(x.device)
+        return fused.TRITON if not obstacle else fused
+
+    monkeypatch.setattr(fused, '_kernels', kernels)
+    monkeypatch.setattr(fused, '_try_triton', functools.cache(lambda _: ''))
+    with torch.library._scoped_library('mmconv2former', 'IMPL') as library:
+        for name in fused.SHAPES:
+            library.impl(name, functools.partial(compute, name), 'CPU')
+        yield
+
+
+def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu):
+    found = set()
+
+    def record(module, _):
+        found.update(str(n.target).split('.')[1] for n in module.graph.nodes
+                     if str(n.target).startswith('mmconv2former.'))
+        return make_boxed_func(module.forward)
+
+    torch.manual_seed(0)
+    options = dict(backend=aot_autograd(fw_compiler=record), fullgraph=True)
+    eager, compiled = (Conv2Former(TINY, compile=c) for c in (False, options))
+    compiled.load_state_dict(eager.state_dict(), strict=True)
+    x = torch.randn(2, 3, 32, 32)
+    grads = []
+    for model in (eager, compiled):
+        model(x)[0].pow(2).mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for own, other in zip(*grads, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+    assert found == set(fused.SHAPES) - {'gate'}
+    with torch.no_grad():
+        compiled(x)
+    assert found == set(fused.SHAPES)
 
 
 @pytest.mark.gpu
@@ -530,7 +569,8 @@ def test_kernels_match_their_plain_operators():
 
 def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
     pytest.importorskip('triton')
-    kernels = fused._triton_kernels()
+    assert fused._make_triton_operators() == ''
+    kernels = fused.TRITON
     c = 8
     zv, z, x = (torch.randn(2, 3, 5, n).half() for n in (2 * c, c, c))
     depthwise = torch.randn(c, 1, 5, 5).half(), torch.randn(c).half()
@@ -580,11 +620,12 @@ def test_gpus_without_what_triton_needs_get_the_kernels_of_torch(
         if failure:
             raise failure
 
-    kernels = SimpleNamespace(scale_residual=scale_residual)
     zeros = torch.zeros
     monkeypatch.setattr(torch, 'zeros', lambda *size, device: zeros(*size))
     monkeypatch.setattr(torch.cuda, 'get_device_capability',
                         lambda _: capability)
-    monkeypatch.setattr(fused, '_triton_kernels', lambda: kernels)
-    found = fused._find_gpu_kernels.__wrapped__(torch.device('cuda:0'))
-    assert found is kernels if reason is None else reason in found
+    monkeypatch.setattr(fused, '_make_triton_operators', lambda: '')
+    monkeypatch.setattr(fused, 'TRITON',
+                        SimpleNamespace(scale_residual=scale_residual))
+    found = fused._try_triton.__wrapped__(torch.device('cuda:0'))
+    assert found == '' if reason is None else reason in found

@@ -50,7 +50,6 @@ from torch import Tensor
 from torch.utils import collect_env
 
 from benchmark_models import (
-    COMPILED,
     PATHS,
     arch_of,
     build_model,
@@ -110,18 +109,25 @@ class Candidate:
         self.model.train(self.train)
         if self.path == 'folded':
             fuse_for_inference(self.model)
-        if self.path in COMPILED:
-            backbone = getattr(self.model, 'backbone', self.model)
-            backbone.compile(**COMPILED[self.path])
         self.images = torch.randn(case.batch, 3, *size).to(**options)
         self.labels = torch.randint(1000, (case.batch, )).to(case.device)
+        backbone = getattr(self.model, 'backbone', self.model)
+        if self.path == 'compiled':
+            backbone.compile()
+        if self.path == 'graphs':
+            with self.autocast(cache_enabled=False):  # of weights
+                torch.cuda.make_graphed_callables(backbone, (self.images, ))
         self.upstream: list[Tensor] = []
+
+    def autocast(self, **kwargs: bool) -> torch.autocast:
+        """The context of the forward pass."""
+        dtype = DTYPES[self.case.dtype]
+        return torch.autocast(self.case.device, dtype,
+                              enabled=dtype != torch.float32, **kwargs)
 
     def outputs(self) -> tuple[Tensor, ...]:
         """Logits, or the feature map of each stage."""
-        dtype = DTYPES[self.case.dtype]
-        with torch.autocast(
-                self.case.device, dtype, enabled=dtype != torch.float32):
+        with self.autocast():
             if self.path == 'official':
                 outs = official_forward(self.model, self.images)
             else:
@@ -416,7 +422,7 @@ def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
         ``difference``, ``tolerance``, ``roofline`` (seconds), ``failed``.
     """
     print(f'measuring {describe(case._asdict())}', file=sys.stderr, flush=True)
-    if any(name.partition('@')[2] in COMPILED for name in args.models):
+    if any(name.endswith('@compiled') for name in args.models):
         torch.compiler.reset()  # a second size shall not be a dynamic shape
         gc.collect()  # compiled models are cycles
     if case.mode == 'optimizer':
@@ -526,6 +532,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             name.endswith('@folded') for name in args.models):
         parser.error('a model that is folded for inference cannot be trained; '
                      'measure it with --mode forward alone')
+    if args.device == 'cpu' and any(
+            name.endswith('@graphs') for name in args.models):
+        parser.error('CPUs have no CUDA graphs: measure @graphs with --device '
+                     'cuda')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch finds no GPU')
     return args

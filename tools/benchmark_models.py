@@ -8,7 +8,8 @@ weights:
 - plain: the package with ``MMCONV2FORMER_FUSED=0``;
 - fused, the default: the package as it comes;
 - compiled: the same, with the backbone under ``torch.compile``;
-- graphs: the same, with the backbone in CUDA graphs;
+- graphs: the same, with the backbone in CUDA graphs, by
+  ``torch.cuda.make_graphed_callables``;
 - folded: after ``fuse_for_inference``, which knows no training.
 """
 import contextlib
@@ -26,8 +27,6 @@ from mmconv2former.archs import resolve_arch
 
 SWITCH = 'MMCONV2FORMER_FUSED'
 PATHS = ('official', 'plain', 'fused', 'compiled', 'graphs', 'folded')
-# Options of torch.compile.
-COMPILED = dict(compiled={}, graphs=dict(backend='cudagraphs'))
 
 
 def official_norm(norm: nn.Module, x: Tensor) -> Tensor:
