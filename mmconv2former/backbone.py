@@ -260,7 +260,9 @@ class Conv2Former(PretrainedModule):
         compile (bool | dict): Whether to compile the forward pass when it is
             first called, or the options of ``torch.compile`` to do it with:
             ``dict(mode='reduce-overhead')`` takes CUDA graphs, for images of
-            one size. Names of the parameters stay. Defaults to False.
+            one size. Names of the parameters stay. The compiler gets the
+            fused operators on GPUs, the plain ones on CPUs. Defaults to
+            False.
         init_cfg (dict | list[dict], optional): Initialisation config of
             mmengine. ``dict(type='Pretrained', checkpoint=...)`` takes the
             files that :func:`mmconv2former.checkpoint.load_backbone` reads
