@@ -54,12 +54,29 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
+@cache
+def _is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU computes in that type by other ones."""
+    if not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
+        return False  # not known of others
+    if dtype == torch.bfloat16:
+        return not (torch.cpu._is_avx512_bf16_supported()
+                    or torch.cpu._is_amx_tile_supported())
+    return dtype == torch.float16 \
+        and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Of matrix products and convolutions."""
-    device = x.device.type
+    device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+        dtype = torch.get_autocast_dtype(device)
+    if device == 'cpu' and not torch.compiler.is_compiling() \
+            and _is_emulated(dtype):
+        # In bf16 a product would take three times as long, and a large
+        # depthwise convolution up to 28 times.
+        return torch.float32
+    return dtype
 
 
 def _has_onednn(device: torch.device) -> bool:

@@ -127,6 +127,40 @@ def test_block_is_as_exact_under_autocast(n, c, h, w, k, residual, dtype,
         assert own <= 2 * other + rounding * true.norm(), name
 
 
+@pytest.mark.parametrize('dtype', LOW)
+@pytest.mark.parametrize('autocast', [True, False])
+@pytest.mark.parametrize('emulated', [True, False])
+def test_cpus_that_emulate_a_type_compute_in_fp32(emulated, autocast, dtype,
+                                                  monkeypatch):
+    torch.manual_seed(0)
+    model = block(20, 7)
+    x, grad = (random(2, 20, 9, 9).to(dtype) for _ in range(2))
+    if not autocast:  # weights that the type holds
+        model = model.to(dtype).double()
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    exact, _ = run(model, x.double(), grad.double())
+    monkeypatch.delenv('MMCONV2FORMER_FUSED')
+    model = model.to(torch.float32 if autocast else dtype)
+    products = []
+    product = fused.linear
+
+    def linear(x, *weights):
+        products.append(x.dtype)
+        return product(x, *weights)
+
+    monkeypatch.setattr(fused, 'linear', linear)
+    monkeypatch.setattr(fused, '_is_emulated', lambda _: emulated)
+    ours, is_fused = run(model, x, grad, dtype if autocast else None)
+    assert is_fused
+    assert set(products) == {torch.float32 if emulated else dtype}
+    assert ours['out'].dtype == ours['x'].dtype == dtype
+    errors = [(ours[n] - true).norm() / true.norm()
+              for n, true in exact.items()]
+    assert max(errors) < (1 if emulated else 6) * torch.finfo(dtype).eps
+    with torch.no_grad(), torch.autocast('cpu', dtype, enabled=autocast):
+        assert model(x).dtype == dtype
+
+
 @pytest.mark.parametrize('samples', [1, 2])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_samples_may_be_processed_in_parts(dtype, samples, monkeypatch):
