@@ -75,6 +75,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
             and _is_emulated(dtype):
         # In bf16 a product would take three times as long, and a large
         # depthwise convolution up to 28 times.
+        _report(f'blocks compute in fp32, for this CPU emulates {dtype}')
         return torch.float32
     return dtype
 

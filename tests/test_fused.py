@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import (
 from mmconv2former import Conv2Former, fused, operators
 from mmconv2former.backbone import Block
 
-DEVICES = ['cpu', pytest.param('cuda', marks=[
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')])]
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs a GPU')]
+DEVICES = ['cpu', pytest.param('cuda', marks=ON_GPU)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16]
 
@@ -141,7 +141,10 @@ def test_cpus_that_emulate_a_type_compute_in_fp32(emulated, autocast, dtype,
     exact, _ = run(model, x.double(), grad.double())
     monkeypatch.delenv('MMCONV2FORMER_FUSED')
     model = model.to(torch.float32 if autocast else dtype)
-    products = []
+    products, lines = [], []
+    fused._report.cache_clear()
+    monkeypatch.setattr(fused, 'print_log',
+                        lambda line, **_: lines.append(line))
     product = fused.linear
 
     def linear(x, *weights):
@@ -159,6 +162,9 @@ def test_cpus_that_emulate_a_type_compute_in_fp32(emulated, autocast, dtype,
     assert max(errors) < (1 if emulated else 6) * torch.finfo(dtype).eps
     with torch.no_grad(), torch.autocast('cpu', dtype, enabled=autocast):
         assert model(x).dtype == dtype
+    fused._report.cache_clear()
+    said = [line for line in lines if f'this CPU emulates {dtype}' in line]
+    assert len(said) == emulated
 
 
 @pytest.mark.parametrize('samples', [1, 2])
@@ -537,13 +543,18 @@ def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu):
     assert found == set(fused.SHAPES)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_backbone_in_cuda_graphs_trains_alike():
+@pytest.mark.parametrize('options', [
+    pytest.param(False, marks=ON_GPU),
+    pytest.param(dict(backend='cudagraphs'), marks=ON_GPU)])
+def test_backbone_in_cuda_graphs_trains_alike(options):
+    """In those of the docs, and in those of torch.compile."""
     torch.manual_seed(0)
     eager = Conv2Former(TINY).cuda()
-    graphs = Conv2Former(TINY, compile=dict(backend='cudagraphs')).cuda()
+    graphs = Conv2Former(TINY, compile=options).cuda()
     graphs.load_state_dict(eager.state_dict(), strict=True)
+    if not options:
+        torch.cuda.make_graphed_callables(
+            graphs, (torch.randn(2, 3, 32, 32, device='cuda'), ))
 
     def step(model, x):
         model.zero_grad()

@@ -260,17 +260,29 @@ def test_precisions_of_stream_and_branch_may_differ(kernels):
 @device_test
 def test_number_of_splits_changes_nothing_but_the_rounding(
         kernels, monkeypatch):
-    """One program for the whole batch."""
+    """Many programs that sum, or one for the whole batch."""
+
+    def results():
+        grad, zv, z, weight, bias = draw(
+            torch.float32, (2, 3, 15, 8), (2, 3, 15, 16), (2, 3, 15, 8),
+            (8, 1, 3, 3), (8, ))
+        return [
+            *compare(kernels.gate_backward, gate_backward, grad, zv, z, weight,
+                     bias),
+            *compare(kernels.scale_backward, scale_backward, grad, bias),
+            *compare(kernels.layer_norm_backward, layer_norm_backward, grad, z,
+                     *statistics(z), bias, bias, z),
+            *compare(kernels.position_backward, position_backward, grad, z,
+                     weight, bias)]
+
+    assert kernels._splits(6, 1) == 6
+    many = results()
     monkeypatch.setattr(kernels, 'PROGRAMS', 1)
-    grad, zv, z, weight, bias = draw(
-        torch.float32, (2, 3, 15, 8), (2, 3, 15, 16), (2, 3, 15, 8),
-        (8, 1, 3, 3), (8, ))
-    compare(kernels.gate_backward, gate_backward, grad, zv, z, weight, bias)
-    compare(kernels.position_backward, position_backward, grad, z, weight,
-            bias)
-    compare(kernels.scale_backward, scale_backward, grad, bias)
-    compare(kernels.layer_norm_backward, layer_norm_backward, grad, z,
-            *statistics(z), bias, bias, z)
+    assert kernels._splits(6, 1) == 1
+    for own, other in zip(results(), many, strict=True):
+        scale = other.abs().max()
+        torch.testing.assert_close(own / scale, other / scale, rtol=0,
+                                   atol=1e-6)
 
 
 @device_test
