@@ -454,25 +454,44 @@ def test_amp_is_one_switch(tool, options, dtype, loss_scale):
     assert settings.optimizer.type == 'AdamW'
 
 
-@pytest.mark.parametrize('options', [['--amp'], ['--amp', 'fp16']])
-def test_fp16_without_a_gpu_is_refused(tool, options):
-    with pytest.raises(SystemExit, match='float16 needs a GPU.*--amp bf16'):
-        train_config(tool, *options)
-
-
-def test_bf16_trains_under_autocast_on_the_cpu(tool):
-    cfg = train_config(tool, '--amp', 'bf16', '--cfg-options',
-                       'optim_wrapper.loss_scale=8.')
+@pytest.mark.parametrize('dtype, options, scale', [
+    ('fp16', [], 2.**16),
+    ('fp16', ['optim_wrapper.loss_scale=8.'], 8.),
+    ('fp16', ['optim_wrapper.loss_scale.init_scale=4.'], 4.),
+    ('bf16', [], 1.),
+])
+def test_mixed_precision_trains_on_the_cpu(tool, dtype, options, scale):
+    cfg = train_config(tool, '--amp', dtype, '--cfg-options', 'work_dir=x',
+                       *options)
     for key in ('constructor', 'paramwise_cfg'):  # meant for a backbone
         cfg.optim_wrapper.pop(key, None)
     model = torch.nn.Linear(2, 2)
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    seen = []
+    model.weight.register_hook(lambda grad: seen.append(grad.clone()))
+    before = model.weight.detach().clone()
     with wrapper.optim_context(model):
-        loss = model(torch.ones(1, 2))
-    assert loss.dtype == torch.bfloat16
-    wrapper.update_params(loss.float().sum())
-    assert model.weight.dtype == torch.float32
+        out = model(torch.ones(1, 2))
+    assert out.dtype == getattr(torch, cfg.optim_wrapper.dtype)
     assert not torch.is_autocast_enabled('cpu')
+    wrapper.update_params(out.float().sum() / 4)
+    assert (seen[0] == scale / 4).all()
+    assert (model.weight != before).all()
+    assert model.weight.dtype == torch.float32
+
+
+def test_fp16_on_the_cpu_skips_an_update_that_overflowed(tool):
+    cfg = train_config(tool, '--amp')
+    for key in ('constructor', 'paramwise_cfg'):
+        cfg.optim_wrapper.pop(key, None)
+    model = torch.nn.Linear(2, 2)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    before = model.weight.detach().clone()
+    with wrapper.optim_context(model):
+        loss = 16 * model(torch.ones(1, 2)).float().sum()
+    wrapper.update_params(loss)  # 16 * 2**16 is no number of fp16
+    assert (model.weight == before).all()
+    assert wrapper.state_dict()['loss_scaler']['scale'] == 2.**15
 
 
 def test_config_taken_for_a_value_of_amp_is_explained(tool, capsys):

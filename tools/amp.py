@@ -5,38 +5,49 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 
 @OPTIM_WRAPPERS.register_module()
-class AutocastOptimWrapper(OptimWrapper):
-    """Mixed precision on CPUs, for which mmengine's AmpOptimWrapper has none.
+class CPUAmpOptimWrapper(AmpOptimWrapper):
+    """mmengine's AmpOptimWrapper, which refuses to run without a GPU, on CPUs.
 
     Args:
-        dtype (str): What needs no loss scaling, 'bfloat16'.
+        dtype (str): 'float16' or 'bfloat16'.
+        loss_scale (str | float | dict): Of fp16: 'dynamic', a constant, or
+            arguments of torch's GradScaler. Defaults to 'dynamic'.
         **kwargs: Arguments of mmengine's OptimWrapper.
     """
 
-    def __init__(self, dtype: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.dtype = getattr(torch, dtype)
+    def __init__(self, dtype: str, loss_scale: str | float | dict = 'dynamic',
+                 **kwargs: Any) -> None:
+        OptimWrapper.__init__(self, **kwargs)
+        self.cast_dtype = getattr(torch, dtype)
+        constant = isinstance(loss_scale, float)
+        self._scale_update_param = loss_scale if constant else None
+        options = dict(init_scale=loss_scale) if constant else loss_scale
+        self.loss_scaler = torch.amp.GradScaler(
+            'cpu', enabled=self.cast_dtype == torch.float16,
+            **({} if options == 'dynamic' else options))
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Run what computes the losses of ``model`` under autocast."""
-        with super().optim_context(model), torch.autocast('cpu', self.dtype):
+        with OptimWrapper.optim_context(self, model), \
+                torch.autocast('cpu', self.cast_dtype):
             yield
 
 
 class BoxesInFloat32(Hook):
-    """Compute the boxes of detectors in fp32 where the rest is in bf16.
+    """Compute the boxes of detectors in fp32 where the rest is in 16 bits.
 
     mmdet makes anchors, and the corners of regions, of the type that the
     features have. In bf16 they would be rounded to 8 pixels from 1024 on, and
-    mmcv has no bf16 kernel on the GPU to extract regions with.
+    mmcv has no bf16 kernel on the GPU to extract regions with. On the CPU its
+    non-maximum suppression takes fp32 alone.
     """
 
     def before_train(self, runner: Runner) -> None:

@@ -9,7 +9,7 @@ from mmengine.runner import find_latest_checkpoint
 
 import data_checks
 import launch
-from amp import AutocastOptimWrapper, BoxesInFloat32
+from amp import BoxesInFloat32, CPUAmpOptimWrapper
 from fsdp import ShardedStrategy
 from mmconv2former.checkpoint import find_checkpoint
 
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=dtype,
         metavar='fp16|bf16',
         help='train in mixed precision: fp16 with dynamic loss scaling, '
-        'unless the config sets another dtype, or bf16, the only one on CPUs')
+        'unless the config sets another dtype, or bf16')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -107,12 +107,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
             # It has the range of fp32, so that nothing needs scaling.
             settings.setdefault('loss_scale', 1.)
         if get_device() == 'cpu':
-            if settings.dtype != 'bfloat16':
-                raise SystemExit(
-                    f'mixed precision in {settings.dtype} needs a GPU, and '
-                    'torch sees none: take --amp bf16, or train without')
-            settings.type = AutocastOptimWrapper.__name__
-            settings.pop('loss_scale', None)
+            settings.type = CPUAmpOptimWrapper.__name__
     if args.fsdp:
         if cfg.launcher == 'none':
             raise SystemExit('--fsdp shards over several processes: start '
@@ -235,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
         runner = launch.build_runner(cfg)
         if note is not None:
             runner.logger.log(*note)
-        if cfg.optim_wrapper.get('dtype') == 'bfloat16':
+        if cfg.optim_wrapper.get('dtype') == 'bfloat16' or \
+                cfg.optim_wrapper.get('type') == CPUAmpOptimWrapper.__name__:
             runner.register_hook(BoxesInFloat32())
         runner.train()
 
