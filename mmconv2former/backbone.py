@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .archs import resolve_arch
 from .checkpoint import PretrainedModule, load_backbone
+from .cuda_graphs import CUDAGraphs
 from .fused import available, normalize, residual_branch
 from .operators import (
     FUSIONS,
@@ -263,6 +264,11 @@ class Conv2Former(PretrainedModule):
             one size. Names of the parameters stay. The compiler gets the
             fused operators on GPUs, the plain ones on CPUs. Defaults to
             False.
+        cuda_graphs (bool | int): Whether to record the kernels of the first
+            so many kinds of batches, shapes of images above all, and to
+            replay them; True for 8. Results are the same. Takes GPU memory
+            for each kind. See :mod:`mmconv2former.cuda_graphs`. Defaults to
+            False.
         init_cfg (dict | list[dict], optional): Initialisation config of
             mmengine. ``dict(type='Pretrained', checkpoint=...)`` takes the
             files that :func:`mmconv2former.checkpoint.load_backbone` reads
@@ -299,6 +305,7 @@ class Conv2Former(PretrainedModule):
                  residual_in_fp32: bool = False,
                  fused: bool = True,
                  compile: bool | dict = False,
+                 cuda_graphs: bool | int = False,
                  init_cfg: dict | Sequence[dict] | None = None):
         super().__init__(init_cfg)
         self.arch = resolve_arch(arch)
@@ -338,6 +345,16 @@ class Conv2Former(PretrainedModule):
                 self.add_module(f'norm{i}', LayerNorm2d(dims[i]))
         init_convs(self)
         self._freeze_stages()
+        self.cuda_graphs = None
+        if cuda_graphs:
+            if compile or with_cp or cuda_graphs < 0:
+                raise ValueError(
+                    'cuda_graphs must be a bool or a number of kinds of '
+                    'batches, without compile and with_cp, got '
+                    f'{cuda_graphs!r}, compile={compile!r} and '
+                    f'with_cp={with_cp!r}')
+            self.cuda_graphs = CUDAGraphs(
+                8 if cuda_graphs is True else cuda_graphs)
         if compile:
             self.compile(**(compile if isinstance(compile, dict) else {}))
 
@@ -400,6 +417,10 @@ class Conv2Former(PretrainedModule):
             raise ValueError(
                 f'expected images of shape (N, {self.in_channels}, H, W) '
                 f'with H and W at least 32, got {tuple(x.shape)}')
+        if self.cuda_graphs is not None:
+            recording = self.cuda_graphs.recording(self, x)
+            if recording is not None:
+                return recording(x)
         # The layout of all that follows.
         x = x.contiguous(memory_format=torch.channels_last)
         outs = []

@@ -55,6 +55,16 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @cache
+def report(text: str) -> None:
+    """Log how the backbone runs, once.
+
+    Args:
+        text (str): A line.
+    """
+    print_log(f'Conv2Former: {text}', logger='current')
+
+
+@cache
 def _is_emulated(dtype: torch.dtype) -> bool:
     """Whether this CPU computes in that type by other ones."""
     if not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
@@ -66,6 +76,11 @@ def _is_emulated(dtype: torch.dtype) -> bool:
         and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def is_recorded(x: Tensor) -> bool:
+    """Whether what is done with that tensor goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Of matrix products and convolutions."""
     device, dtype = x.device.type, x.dtype
@@ -75,7 +90,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
             and _is_emulated(dtype):
         # In bf16 a product would take three times as long, and a large
         # depthwise convolution up to 28 times.
-        _report(f'blocks compute in fp32, for this CPU emulates {dtype}')
+        report(f'blocks compute in fp32, for this CPU emulates {dtype}')
         return torch.float32
     return dtype
 
@@ -853,11 +868,6 @@ def _kernels(x: Tensor) -> ModuleType | SimpleNamespace:
     return sys.modules[__name__]
 
 
-@cache
-def _report(path: str) -> None:
-    print_log(f'Conv2Former: {path}', logger='current')
-
-
 def _obstacle(x: Tensor, modules: Iterable[nn.Module]) -> str:
     """Why the plain path must run, or ''."""
     if os.environ.get('MMCONV2FORMER_FUSED') == '0':
@@ -892,12 +902,12 @@ def available(x: Tensor, modules: Iterable[nn.Module]) -> bool:
     obstacle = _obstacle(x, modules)
     if not torch.compiler.is_compiling():
         if obstacle:
-            _report(f'plain operators, because {obstacle}')
+            report(f'plain operators, because {obstacle}')
         elif not x.is_cuda:
-            _report(f'fused operators on the {x.device.type}')
+            report(f'fused operators on the {x.device.type}')
         elif _kernels(x) is TRITON:
-            _report('fused operators with Triton kernels')
+            report('fused operators with Triton kernels')
         else:
             reason = _triton_obstacle(x.device) or 'the model is in fp64'
-            _report(f'fused operators of torch alone, because {reason}')
+            report(f'fused operators of torch alone, because {reason}')
     return not obstacle

@@ -255,8 +255,11 @@ class FusedBlock(nn.Module):
         """What the kernels take for the weights, kept until these change."""
         branches = self._branches()
         parameters = sum(branches, [])
-        keep = not torch.compiler.is_compiling() and not any(
-            p.is_inference() for p in parameters)  # which count no changes
+        # Where a change would be noticed: inference tensors count none, and a
+        # replayed CUDA graph does not ask.
+        keep = not (
+            torch.compiler.is_compiling() or fused.is_recorded(x)
+            or any(p.is_inference() for p in parameters))
         if keep:
             state = [(p.data_ptr(), p._version) for p in parameters]
             state.append(fused.product_dtype(x))

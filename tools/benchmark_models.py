@@ -8,8 +8,7 @@ weights:
 - plain: the package with ``MMCONV2FORMER_FUSED=0``;
 - fused, the default: the package as it comes;
 - compiled: the same, with the backbone under ``torch.compile``;
-- graphs: the same, with the backbone in CUDA graphs, by
-  ``torch.cuda.make_graphed_callables``;
+- graphs: the same, with ``cuda_graphs`` of the backbone;
 - folded: after ``fuse_for_inference``, which knows no training.
 """
 import contextlib

@@ -1,0 +1,288 @@
+"""The backbone in CUDA graphs, on a GPU and on a CPU that plays one.
+
+The latter records the operators of torch and calls them again with the same
+tensors, as a GPU does with its kernels.
+"""
+import contextlib
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmconv2former import Conv2Former, cuda_graphs, fuse_for_inference, fused
+
+TINY = dict(depths=[1, 1], dims=[8, 16], kernel_size=5)
+DEVICES = [
+    'cpu',
+    pytest.param('cuda', marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(),
+                           reason='needs a GPU')])
+]
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph: what was called, to be called again."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.overwritten = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.native_batch_norm.default:
+            self.overwritten += [(t, t.clone()) for t in args[3:5]]
+        elif func is torch.ops.aten.add_.Tensor \
+                and args[0].dtype == torch.long:  # of batches
+            self.overwritten.append((args[0], args[0].clone()))
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again)):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    """Where a backbone is recorded."""
+    if request.param == 'cuda':
+        monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+        return 'cuda'
+    recording = []
+
+    @contextlib.contextmanager
+    def graph(tape, pool, stream, capture_error_mode):
+        recording.append(tape)
+        with tape:
+            yield
+        recording.pop()
+        for tensor, value in tape.overwritten:  # a GPU would not run it
+            tensor.data.copy_(value)
+
+    monkeypatch.setattr(
+        cuda_graphs.CUDAGraphs, 'can_record',
+        staticmethod(lambda x: not recording and not x.requires_grad))
+    monkeypatch.setattr(fused, 'is_recorded', lambda x: bool(recording))
+    for name, value in dict(
+            graph=graph, CUDAGraph=Tape, graph_pool_handle=lambda: None,
+            Stream=lambda device: None).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return 'cpu'
+
+
+@pytest.fixture
+def models(device):
+    """Two backbones alike, one of which takes graphs."""
+
+    def make(limit=True, **kwargs):
+        torch.manual_seed(0)
+        kwargs = dict(dict(arch=TINY, out_indices=(0, 1), out_norm=True,
+                           layer_scale_init_value=1.), **kwargs)
+        eager = Conv2Former(**kwargs).to(device)
+        graphed = Conv2Former(**kwargs, cuda_graphs=limit).to(device)
+        graphed.load_state_dict(eager.state_dict(), strict=True)
+        return eager, graphed
+
+    return make
+
+
+def images(device, *size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*(size or (2, 3, 32, 48)),
+                       generator=generator).to(device)
+
+
+def losses(model, x):
+    outs = model(x)
+    return outs, sum((out.float() * (i + 1)).pow(2).mean()
+                     for i, out in enumerate(outs))
+
+
+def step(model, x):
+    """Outputs and all gradients of a training step."""
+    model.zero_grad()
+    outs, loss = losses(model, x)
+    loss.backward()
+    return [*outs, *(p.grad for p in model.parameters()), *model.buffers()]
+
+
+def assert_same(one, other):
+    for own, expected in zip(one, other, strict=True):
+        if expected is None:
+            assert own is None
+        else:
+            torch.testing.assert_close(own, expected, rtol=0, atol=0)
+
+
+def recorded(model):
+    return len(model.cuda_graphs.recordings)
+
+
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16])
+def test_training_in_graphs_gives_the_same_bits(models, device, autocast):
+    eager, graphed = models()
+    optimizers = [
+        torch.optim.SGD(model.parameters(), lr=0.1)
+        for model in (eager, graphed)
+    ]
+    for seed in range(5):
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            assert_same(*(step(model, images(device, seed=seed))
+                          for model in (graphed, eager)))
+        for optimizer in optimizers:
+            optimizer.step()
+        assert recorded(graphed) == (seed >= cuda_graphs.WARM_UP)
+
+
+def test_gradients_of_several_batches_add_up(models, device):
+    eager, graphed = models()
+    for model in (eager, graphed):
+        for _ in range(2):
+            for seed in range(3):
+                losses(model, images(device, seed=seed))[1].backward()
+    assert recorded(graphed) == 1
+    assert_same(*([p.grad for p in model.parameters()]
+                  for model in (graphed, eager)))
+
+
+def test_results_are_not_overwritten_by_the_next_batch(models, device):
+    eager, graphed = models()
+    eager.eval(), graphed.eval()
+    with torch.no_grad():
+        batches = [images(device, seed=seed) for seed in range(5)]
+        results = [graphed(x) for x in batches]
+        assert recorded(graphed) == 1
+        for own, x in zip(results, batches):
+            assert_same(own, eager(x))
+
+
+def test_each_kind_of_batch_has_its_graph_up_to_the_limit(models, device):
+    eager, graphed = models(limit=2)
+    shapes = [(2, 3, 32, 48), (1, 3, 32, 48), (2, 3, 64, 32)]
+    for seed in range(4):
+        for shape in shapes:
+            x = images(device, *shape, seed=seed)
+            assert_same(step(graphed, x), step(eager, x))
+    assert recorded(graphed) == 2
+
+
+def test_modes_and_frozen_stages_have_graphs_of_their_own(models, device):
+    eager, graphed = models(frozen_stages=1)
+    x = images(device)
+    for training in (True, False, True):
+        eager.train(training), graphed.train(training)
+        for _ in range(4):
+            assert_same(step(graphed, x), step(eager, x))
+            with torch.no_grad():
+                assert_same(graphed(x), eager(x))
+    assert recorded(graphed) == 4
+    graphed.requires_grad_(False), eager.requires_grad_(False)
+    for _ in range(4):
+        outs = graphed(x)
+        assert not any(out.requires_grad for out in outs)
+        assert_same(outs, eager(x))
+    assert recorded(graphed) == 5
+
+
+def test_new_weights_are_seen_wherever_they_come_from(models, device):
+    eager, graphed = models()
+    eager.eval(), graphed.eval()
+    x = images(device)
+
+    def check(records):
+        with torch.no_grad():
+            for _ in range(4):
+                assert_same(graphed(x), eager(x))
+        assert recorded(graphed) == records
+
+    check(1)
+    for model in (eager, graphed):  # in place
+        model.load_state_dict(
+            {k: v + 1 if v.is_floating_point() else v
+             for k, v in model.state_dict().items()})
+    check(1)
+    for model in (eager, graphed):  # elsewhere
+        for p in model.parameters():
+            p.data = p.data * 2
+    check(1)
+    for model in (eager, graphed):
+        model.stages[0][0].layer_scale_1 = torch.nn.Parameter(
+            torch.ones(8, device=device))
+    check(1)
+    fuse_for_inference(eager), fuse_for_inference(graphed)
+    check(1)
+    for model in (eager, graphed):
+        model.stages[0][0].fc1.weight.data.mul_(2.)
+        model.stages[0][0].fc1.weight.mul_(2.)
+    check(1)
+
+
+def test_activations_that_are_gone_are_not_used(models, device):
+    _, graphed = models()
+    x = images(device)
+    for _ in range(3):
+        step(graphed, x)
+    first, second = losses(graphed, x)[1], losses(graphed, x)[1]
+    with pytest.raises(RuntimeError, match='cuda_graphs=False'):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='cuda_graphs=False'):
+        second.backward()
+
+
+def test_drop_path_is_drawn_for_each_batch(models, device):
+    _, graphed = models(drop_path_rate=0.9)
+    x = images(device, 8, 3, 32, 32)
+    outs = [graphed(x)[1] for _ in range(8)]
+    assert recorded(graphed) == 1
+    assert not all(torch.equal(outs[-1], out) for out in outs[3:])
+
+
+def test_module_with_hooks_runs_without_graphs(models, device):
+    eager, graphed = models()
+    called = []
+    graphed.stages[0][0].mlp.register_forward_hook(
+        lambda *_: called.append(1))
+    for _ in range(4):
+        assert_same(step(graphed, images(device)), step(eager,
+                                                        images(device)))
+    assert recorded(graphed) == 0
+
+
+def test_copies_have_graphs_of_their_own(models, device):
+    eager, graphed = models()
+    x = images(device)
+    for _ in range(3):
+        step(graphed, x)
+    for twin in (copy.deepcopy(graphed), pickle.loads(pickle.dumps(graphed))):
+        assert recorded(twin) == 0
+        twin.load_state_dict(eager.state_dict())
+        for _ in range(4):
+            assert_same(step(twin, x)[:2], eager(x))
+        assert recorded(twin) == 1
+    assert recorded(graphed) == 1
+
+
+@pytest.mark.parametrize('options', [
+    dict(cuda_graphs=True, compile=True), dict(cuda_graphs=2, with_cp=True),
+    dict(cuda_graphs=-1)
+])
+def test_what_cannot_be_recorded_is_refused(options):
+    with pytest.raises(ValueError, match='cuda_graphs must be'):
+        Conv2Former(TINY, **options)
+
+
+def test_without_a_gpu_nothing_is_recorded():
+    model = Conv2Former(TINY, cuda_graphs=True).eval()
+    for _ in range(4):
+        model(torch.randn(1, 3, 32, 32))
+    assert recorded(model) == 0
