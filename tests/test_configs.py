@@ -51,14 +51,15 @@ def build_model(cfg):
         return MODELS.build(cfg.model)
 
 
-def build_schedules(cfg, work_dir, epoch_length=4):
+def build_schedules(cfg, work_dir, epoch_length=4, paramwise_cfg=None):
     """A runner of a single layer with the config's schedules, and these."""
     runner = Runner(
         model=nn.Linear(1, 1),
         work_dir=str(work_dir),
         train_dataloader=DataLoader(range(epoch_length)),
         train_cfg=cfg.train_cfg,
-        optim_wrapper=dict(optimizer=cfg.optim_wrapper.optimizer),
+        optim_wrapper=dict(optimizer=cfg.optim_wrapper.optimizer,
+                           paramwise_cfg=paramwise_cfg),
         param_scheduler=cfg.param_scheduler,
         default_scope=cfg.default_scope,
         experiment_name=work_dir.name)
@@ -123,7 +124,9 @@ def test_config_builds_data_sets_pipelines_and_metrics(config):
 def test_recipe_says_how_to_run_it_and_what_to_expect(config):
     header = (CONFIGS / config).read_text().split('"""')[1]
     command = re.sub(r'\\\n\s+', '', header)
-    assert f'bash tools/dist_train.sh configs/{config.as_posix()} 8' in command
+    # On one line, so that it can be pasted.
+    assert f'bash tools/dist_train.sh configs/{config.as_posix()} 8 --amp\n' \
+        in command
     expected = header.split('Expected:')[1]
     assert re.search(
         r'\(paper\)|the paper gives|not (trained|evaluated|published)',
@@ -140,11 +143,7 @@ def test_recipe_is_a_small_delta(config):
     assert len(settings) <= 16
 
 
-@pytest.mark.parametrize(
-    'config',
-    # Ablations change one setting of a recipe whose header has the numbers.
-    [path for path in RECIPES if 'ablation' not in path.parts],
-    ids=lambda path: path.stem)
+@pytest.mark.parametrize('config', RECIPES, ids=lambda path: path.stem)
 def test_arithmetic_in_the_header_is_that_of_the_config(config):
     header = (CONFIGS / config).read_text().split('"""')[1]
     found = re.search(
@@ -175,6 +174,7 @@ def test_arithmetic_in_the_header_is_that_of_the_config(config):
     ('classification/conv2former_b_k11_in22k_ft_in1k.py', 'base', 0.2),
     ('classification/conv2former_l_in22k_ft_in1k.py', 'large', 0.3),
     ('classification/conv2former_b_in22k_ft_in1k_384.py', 'base-22k', 0.2),
+    ('classification/conv2former_b_k11_in22k_ft_in1k_384.py', 'base', 0.2),
     ('classification/conv2former_l_in22k_ft_in1k_384.py', 'large', 0.3),
     ('classification/conv2former_is_in1k.py', 'isotropic-small', 0.1),
     ('classification/conv2former_is_3conv_in1k.py', 'isotropic-small-3conv',
@@ -415,7 +415,7 @@ def test_ablations_change_one_setting_of_the_main_model():
 
 
 def rates(cfg, tmp_path, epoch_length=4):
-    """The learning rate of each iteration."""
+    """The learning rate of each iteration, for the first group."""
     runner, schedulers = build_schedules(cfg, tmp_path, epoch_length)
     seen = []
     for _ in range(cfg.train_cfg.max_epochs):
@@ -447,6 +447,24 @@ def test_fine_tuning_falls_along_a_cosine_from_the_start(tmp_path):
     assert len(seen) == 30 * 4 and (seen.diff() < 0).all()
     assert seen[0] == pytest.approx(5e-5)
     assert seen[-1] == pytest.approx(1e-6, rel=0.1)
+
+
+def test_every_group_falls_along_its_own_cosine(tmp_path):
+    share = 0.8**12
+    runner, schedulers = build_schedules(
+        load(FINE_TUNED), tmp_path, paramwise_cfg=dict(
+            custom_keys=dict(bias=dict(lr_mult=share))))
+    for _ in range(30 * 4):
+        weight, bias = runner.optim_wrapper.get_lr()['lr']
+        assert bias == pytest.approx(weight * share)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert weight == pytest.approx(1e-6, rel=0.1)
+
+
+@pytest.mark.parametrize('config', RECIPES, ids=lambda path: path.stem)
+def test_statistics_of_batch_norms_are_averaged_over_processes(config):
+    assert dict(type='SyncBuffersHook') in load(config).custom_hooks
 
 
 def test_22k_pretraining_has_its_classes_and_no_validation():

@@ -2,6 +2,7 @@
 import functools
 import json
 import re
+import statistics
 from pathlib import Path
 
 import mmdet
@@ -213,7 +214,9 @@ def estimate(config):
     """Hours on 8 GPUs by the formula of the docs."""
     cfg = load(config)
     macs = ENTRY[config]['Metadata']['FLOPs']
-    rate = float(re.search(r'R = (\d+) TFLOP/s', ZOO).group(1)) * 1e12
+    task = 'dense' if cfg.model.type != 'ImageClassifier' else 'classifiers'
+    rate = float(
+        re.search(rf'R = (\d+) TFLOP/s for {task}', ZOO).group(1)) * 1e12
     if 'decode_head' in cfg.model:
         macs /= 4
         images = cfg.train_cfg.max_iters * cfg.auto_scale_lr.base_batch_size
@@ -228,6 +231,18 @@ def estimate(config):
 def test_estimated_hours_follow_the_formula(row):
     hours = float(row[-1].removesuffix(' h').replace(',', ''))
     assert hours == float(f'{estimate(config_of(row)):.2g}')
+
+
+@pytest.mark.parametrize('task, file, macs', [
+    ('classifiers', 'tiny.json', 128 * 4.36e9),
+    ('dense', 'detection.json', 2 * 92.64e9)  # get_flops.py --shape 800 1344
+])
+def test_rates_of_the_estimates_are_those_of_measured_steps(task, file, macs):
+    rows = json.loads((ROOT / 'benchmarks/gpu' / file).read_text())['rows']
+    step, = (statistics.median(row['samples']) for row in rows
+             if (row['model'], row['mode']) == ('conv2former-t', 'train'))
+    rate = 3 * 2 * macs / step / 1e12
+    assert f'R = {rate:.0f} TFLOP/s for {task}' in ZOO
 
 
 def test_every_published_recipe_has_an_estimate():

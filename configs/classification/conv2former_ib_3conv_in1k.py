@@ -13,7 +13,8 @@ _base_ = [
 ]
 
 # Our choices: the width, the layers of the embedding (README.md, Variants),
-# and the drop path, which is that of the isotropic ConvNeXt-B.
+# and the drop path, which is that of the isotropic ConvNeXt-B. Its
+# warm-up of 50 epochs is left out.
 model = dict(
     backbone=dict(arch='isotropic-base-3conv', drop_path_rate=0.2),
     neck=dict(in_channels=640))

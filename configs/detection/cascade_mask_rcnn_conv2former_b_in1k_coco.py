@@ -2,8 +2,7 @@
 epochs).
 
 Train: bash tools/dist_train.sh \
-           configs/detection/cascade_mask_rcnn_conv2former_b_in1k_coco.py 8
---amp
+    configs/detection/cascade_mask_rcnn_conv2former_b_in1k_coco.py 8 --amp
 Batch: 8 GPUs x 2 images = 16 at lr 2e-4; with another batch,
 lr = 2e-4 * (GPUs x images) / 16, which --auto-scale-lr sets.
 Weights: conv2former_b_in1k.pth, an ImageNet-1K classifier (docs/model_zoo.md).

@@ -13,7 +13,8 @@ _base_ = [
     './_base_/schedule_1x.py',
 ]
 
-# Our choice: the 3x recipe with half the drop path for a third of the epochs.
+# Our choice: the 3x recipe for a third of the epochs, with half the drop path
+# and mmdet's own pipeline of one scale.
 model = dict(
     backbone=dict(
         arch='tiny',

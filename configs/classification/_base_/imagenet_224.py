@@ -24,9 +24,8 @@ train_pipeline = [
         magnitude_std=0.5,
         hparams=dict(
             pad_val=[round(x) for x in bgr_mean], interpolation='bicubic')),
-    # timm leaves its colour jitter out where RandAugment is on; remove this
-    # line to do the same.
-    dict(type='ColorJitter', brightness=0.4, contrast=0.4, saturation=0.4),
+    # No colour jitter: the official option of 0.4 does nothing, because timm
+    # leaves it out where RandAugment is on. As ConvNeXt's.
     dict(
         type='RandomErasing',
         erase_prob=0.25,

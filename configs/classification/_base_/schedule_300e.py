@@ -24,12 +24,19 @@ param_scheduler = [
         by_epoch=True,
         end=5,
         convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin=5),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min_ratio=1e-6 / 1e-3,
+        by_epoch=True,
+        begin=5),
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
 
+# Each process has its own statistics in the batch norms of the stem. Their
+# mean over the processes is evaluated and saved, as the official code does.
+custom_hooks = [dict(type='SyncBuffersHook')]
 default_hooks = dict(
     checkpoint=dict(max_keep_ckpts=3, save_best='auto', rule='greater'))

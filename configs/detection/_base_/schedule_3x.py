@@ -32,6 +32,9 @@ train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
+# Our choice: the stem's batch norms go on with their statistics, those of each
+# process on 2 images a step; their mean is evaluated and saved.
+custom_hooks = [dict(type='SyncBuffersHook')]
 default_hooks = dict(
     checkpoint=dict(
         max_keep_ckpts=3, save_best='coco/bbox_mAP', rule='greater'))

@@ -34,6 +34,9 @@ train_cfg = dict(
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
+# Our choice: the stem's batch norms go on with their statistics, those of each
+# process on 2 crops a step; their mean is evaluated.
+custom_hooks = [dict(type='SyncBuffersHook')]
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     checkpoint=dict(
