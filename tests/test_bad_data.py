@@ -240,6 +240,145 @@ def test_classes_may_be_some_of_the_categories(coco, copy):
     assert len(loader.dataset.cat_ids) == 2
 
 
+def ids_as_text(content):
+    for category in content['categories']:
+        category['id'] = str(category['id'])
+
+
+def ids_of_annotations_as_text(content):
+    for annotation in content['annotations']:
+        annotation['category_id'] = str(annotation['category_id'])
+
+
+def repeat_id(content):
+    content['categories'][1]['id'] = 1
+
+
+def repeat_name(content):
+    content['categories'][1]['name'] = 'person'
+
+
+@pytest.mark.parametrize('part', ['train', 'val'])
+@pytest.mark.parametrize('change, reason', [
+    (ids_as_text, "category {'.*'id': '1'.* must be a number, the categ"),
+    (ids_of_annotations_as_text, "category_id '1.* its categories are 1, 2"),
+    (repeat_id, "one category with the id 1: 'person' and 'bicycle'"),
+    (repeat_name, "one category of the name 'person'"),
+], ids=['text', 'text in annotations', 'same id', 'same name'])
+def test_categories_that_cannot_be_told_apart_are_refused(
+        change, reason, part, coco, copy):
+    data = copy(coco)
+    path = data / f'annotations/instances_{part}2017.json'
+    edit(path, change)
+    with pytest.raises(data_checks.DataError, match=f"'{path}' .*{reason}"):
+        check(COCO, data, part)
+
+
+@pytest.mark.parametrize('entries, key', [('annotations', 'category_id'),
+                                          ('images', 'height'),
+                                          ('categories', 'name')])
+def test_incomplete_entry_of_a_coco_file_is_named(entries, key, coco, copy):
+    data = copy(coco)
+    path = data / 'annotations/instances_train2017.json'
+    edit(path, lambda content: content[entries][1].pop(key))
+    with pytest.raises(
+            data_checks.DataError,
+            match=f"'{path}' .* entry 1 of '{entries}' .* has no '{key}'"):
+        check(COCO, data)
+
+
+def test_other_key_errors_are_left_alone(coco, copy):
+    with pytest.raises(KeyError, match='NoSuchTransform'):
+        build(COCO, copy(coco), pipeline=[dict(type='NoSuchTransform')])
+
+
+def two_classes(content):
+    content['categories'] = [
+        dict(id=1, name='cell'), dict(id=2, name='fibre')
+    ]
+    for annotation in content['annotations']:
+        annotation['category_id'] = 1
+
+
+OWN_CLASSES = [
+    *(f'{part}_dataloader.dataset.metainfo.classes=[cell,fibre]'
+      for part in ('train', 'val', 'test')),
+    'model.roi_head.bbox_head.num_classes=2',
+    'model.roi_head.mask_head.num_classes=2'
+]
+
+
+@pytest.fixture
+def own_coco(coco, copy):
+    """Data of two classes."""
+    data = copy(coco)
+    for split in ('train', 'val'):
+        edit(data / f'annotations/instances_{split}2017.json', two_classes)
+    return data
+
+
+def test_metric_with_the_file_of_other_data_is_named_before_training(
+        own_coco, coco, refusal, tmp_path):
+    own, other = (root / 'annotations/instances_val2017.json'
+                  for root in (own_coco, coco))
+    message = refusal(COCO, own_coco, *OWN_CLASSES,
+                      f'val_evaluator.ann_file={other}')
+    assert f"val_evaluator measures with '{other}'" in message
+    assert f"its data set reads '{own}'" in message
+    assert "the classes are 'cell', 'fibre'" in message
+    assert f'Set val_evaluator.ann_file={own}' in message
+    assert 'Epoch(train)' not in log(tmp_path)
+
+
+def test_metric_with_the_file_of_other_data_is_named_before_testing(
+        own_coco, coco, load_tool, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'launch', load_tool('launch'))
+    checkpoint = tmp_path / 'weights.pth'
+    checkpoint.touch()
+    with pytest.raises(SystemExit, match='Set test_evaluator.ann_file='):
+        load_tool('test').main([
+            str(write_config(COCO, own_coco)),
+            str(checkpoint), '--work-dir',
+            str(tmp_path / 'work'), '--cfg-options', *OWN_CLASSES,
+            f'experiment_name={tmp_path.name}', 'test_evaluator.ann_file='
+            f'{coco / "annotations/instances_val2017.json"}'
+        ])
+
+
+def renumber(content):
+    for image in content['images']:
+        image['id'] += 1000
+
+
+def rename(content):
+    for image in content['images']:
+        image['file_name'] = f'other_{image["file_name"]}'
+
+
+def forget(content):
+    content['images'].pop()
+
+
+@pytest.mark.parametrize('change', [renumber, rename, forget])
+def test_metric_with_other_images_is_refused(change, coco, copy, tmp_path):
+    loader = check(COCO, copy(coco), 'val')
+    path = shutil.copy(loader.dataset.ann_file, tmp_path / 'other.json')
+    metric = dict(type='CocoMetric', ann_file=str(path))
+    data_checks.check_metric(metric, loader, 'val_evaluator')
+    edit(path, change)
+    with pytest.raises(data_checks.DataError, match='images are not the 4'):
+        data_checks.check_metric(metric, loader, 'val_evaluator')
+
+
+def test_link_to_the_file_of_the_data_is_not_read(
+        coco, copy, tmp_path, monkeypatch):
+    loader = check(COCO, copy(coco), 'val')
+    path = tmp_path / 'link.json'
+    path.symlink_to(loader.dataset.ann_file)
+    monkeypatch.delattr(data_checks, 'read_categories')
+    data_checks.check_metric(dict(ann_file=str(path)), loader, 'val_evaluator')
+
+
 @pytest.mark.parametrize('content, expected', [
     ('{"categories": [{"id": 3, "name": "cell"}], "images": []}', {3: 'cell'}),
     ('{"images": [], "categories" :\n[{"name": "Küche", "id": 1}]}',
@@ -307,6 +446,43 @@ def test_classifier_may_have_more_classes_than_the_data(pictures):
         check(IN1K, pictures, sizes={'model.head.num_classes': 1}, exact=False)
 
 
+def test_class_folders_that_are_not_as_many_as_the_classes_are_named(
+        pictures, refusal, tmp_path):
+    message = refusal(IN1K, pictures,
+                      'val_dataloader.dataset.metainfo.classes=[a,b,c]')
+    assert (f"ImageNet ({pictures}/val) has 2 class folders ('a', 'b'), and "
+            'there are 3 classes') in message
+    assert 'train, val and test' in message
+    assert 'model.head.num_classes' in message
+    assert 'Epoch(train)' not in log(tmp_path)
+
+
+@pytest.mark.parametrize('kind, metainfo', [
+    ('ImageNet', dict(classes=['a', 'b'])),
+    ('ImageNet21k', None),  # takes the names of the folders for the classes
+])
+def test_folder_without_class_folders_is_named(kind, metainfo, pictures):
+    """ILSVRC's archive of validation images has none."""
+    folder = pictures / 'train'
+    (folder / 'a/0.jpg').rename(folder / '0.jpg')
+    for name in 'ab':
+        shutil.rmtree(folder / name)
+    with pytest.raises(
+            data_checks.DataError,
+            match=rf'\({folder}\) has no class folders. Sort its images'):
+        check(IN1K, pictures, type=kind, metainfo=metainfo)
+
+
+def test_class_folders_without_images_are_refused(pictures):
+    with pytest.raises(data_checks.DataError, match='has no images. Compare'):
+        check(IN1K, pictures, extensions=['.tiff'])
+
+
+def test_text_in_place_of_the_classes_of_folders_is_refused(pictures):
+    with pytest.raises(data_checks.DataError, match=r'classes="\[dog\]"'):
+        check(IN1K, pictures, metainfo=dict(classes='dog'))
+
+
 def test_suffix_that_no_image_has_is_refused(ade20k, copy):
     with pytest.raises(
             data_checks.DataError, match='img_suffix.*has no images'):
@@ -337,9 +513,9 @@ def test_image_that_an_annotation_file_names_and_that_is_not_there(
         check(COCO, data, part='val')
 
 
-def paint(path, label):
+def paint(path, label, kind='uint8'):
     """Put a label into a corner of a label map."""
-    labels = np.array(Image.open(path))
+    labels = np.array(Image.open(path)).astype(kind)
     labels[:2, :3] = label
     Image.fromarray(labels).save(path)
 
@@ -387,12 +563,87 @@ def test_labels_of_other_data_sets_start_at_zero(ade20k, copy):
         type='BaseSegDataset', metainfo=dict(classes=['a', 'b', 'c']))
     data = copy(ade20k)
     for path in label_maps(data):
-        Image.fromarray(np.full((64, 96), 2, 'uint8')).save(path)
+        labels = np.array(Image.open(path))
+        Image.fromarray(np.full_like(labels, 2)).save(path)
     check(ADE20K, data, **settings)
     paint(label_maps(data)[1], 3)
     with pytest.raises(
             data_checks.DataError, match='label 3 .* 0 to 2, and 255 for'):
         check(ADE20K, data, **settings)
+
+
+def test_label_that_takes_two_bytes_is_named_before_training(
+        ade20k, copy, refusal, tmp_path):
+    """mmseg would train on its last byte."""
+    data = copy(ade20k)
+    path = label_maps(data)[1]
+    paint(path, 300, 'uint16')
+    message = refusal(ADE20K, data)
+    assert f"'{path}' has the label 300 (6 pixels)" in message
+    assert 'labels 1 to 150, and 0 and 255' in message
+    assert 'Iter(train)' not in log(tmp_path)
+
+
+def test_label_that_takes_two_bytes_is_named_when_it_is_read(
+        ade20k, copy, monkeypatch):
+    monkeypatch.setattr(data_checks, 'SAMPLE', 0)
+    data = copy(ade20k)
+    path = label_maps(data)[0]
+    paint(path, 300, 'uint16')
+    data_set = check(ADE20K, data).dataset
+    with pytest.raises(data_checks.DataError, match=f"'{path}' .*label 300 "):
+        data_set[0]
+
+
+@pytest.mark.parametrize('label', [0, 150, 255])
+def test_label_maps_of_two_bytes_are_taken(label, ade20k, copy):
+    data = copy(ade20k)
+    paint(label_maps(data)[0], label, 'uint16')
+    assert check(ADE20K, data).dataset[0] is not None
+
+
+def other_size(data, split, width, height):
+    """Resize a label map; return the message that is expected."""
+    path = label_maps(data, split)[0]
+    with Image.open(path) as image:
+        image.resize((width, height), Image.Resampling.NEAREST).save(path)
+    return (f"the label map '{path}' is {width} wide and {height} high, and "
+            f"its image '{data}/images/{split}/{path.stem}.jpg' 96 wide and "
+            '64 high')
+
+
+@pytest.mark.parametrize('width, height', [
+    (90, 64),
+    (64, 96),  # the header of an image may say that it is to be turned
+])
+@pytest.mark.parametrize('part, split', [('train', 'training'),
+                                         ('val', 'validation')])
+def test_label_map_of_another_size_than_its_image_is_named_when_it_is_read(
+        part, split, width, height, ade20k, copy, monkeypatch):
+    monkeypatch.setattr(data_checks, 'SAMPLE', 0)
+    data = copy(ade20k)
+    message = other_size(data, split, width, height)
+    data_set = check(ADE20K, data, part).dataset
+    with pytest.raises(data_checks.DataError, match=message):
+        data_set[0]
+
+
+def test_label_map_of_another_size_than_its_image_is_named_before_training(
+        ade20k, copy):
+    data = copy(ade20k)
+    message = other_size(data, 'training', 90, 64)
+    with pytest.raises(data_checks.DataError, match=message):
+        check(ADE20K, data)
+
+
+def test_image_that_is_stored_lying_on_its_side_is_taken(ade20k, copy):
+    data = copy(ade20k)
+    path = sorted((data / 'images/training').iterdir())[0]
+    exif = Image.Exif()
+    exif[0x112] = 6  # orientation: to be turned by 90 degrees
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    assert check(ADE20K, data).dataset[0] is not None
 
 
 def test_label_map_of_colours_is_refused(ade20k, copy):

@@ -11,6 +11,7 @@ import os
 import os.path as osp
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,8 @@ def build_runner(cfg: Config) -> Runner:
             several processes.
 
     Returns:
-        Runner: The runner, which checks each data loader that it builds.
+        Runner: The runner, which checks each data loader that it builds, and
+        the metrics of val and test with their data.
 
     Raises:
         SystemExit: If the launcher needs a GPU, and there is none.
@@ -290,7 +292,20 @@ def build_runner(cfg: Config) -> Runner:
             loader, sizes, exact=cfg.get('default_scope') != 'mmpretrain')
         return loader
 
+    def checked(part: str, build_loop: Callable) -> Callable:
+
+        def build_and_compare(loop: Any) -> Any:
+            loop = build_loop(loop)
+            for metric in evaluators(cfg, part):
+                data_checks.check_metric(metric, loop.dataloader,
+                                         f'{part}_evaluator')
+            return loop
+
+        return build_and_compare
+
     # The loops ask the runner for their data.
     runner.build_dataloader = build_and_check
+    runner.build_val_loop = checked('val', runner.build_val_loop)
+    runner.build_test_loop = checked('test', runner.build_test_loop)
     return runner
 
