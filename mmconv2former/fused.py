@@ -18,7 +18,8 @@ sets of kernels with the same names: torch's, in this file, or those of
 """
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import chain
 from subprocess import SubprocessError
@@ -95,6 +96,37 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return dtype
 
 
+class _Alone:
+    """Without autocast, and on the device of a tensor.
+
+    In a microsecond or two where the contexts of torch take seven.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.device = x.device
+
+    def __enter__(self) -> None:
+        kind = self.device.type
+        self.autocast = torch.is_autocast_enabled(kind)
+        torch.set_autocast_enabled(kind, False)
+        self.previous = None
+        if kind == 'cuda' and torch.cuda.current_device() != self.device.index:
+            self.previous = torch.cuda.current_device()
+            torch.cuda.set_device(self.device)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_autocast_enabled(self.device.type, self.autocast)
+        if self.previous is not None:
+            torch.cuda.set_device(self.previous)
+
+
+def _alone(x: Tensor) -> AbstractContextManager:
+    """How the kernels are called: the types of their operands are chosen."""
+    if torch.compiler.is_compiling():
+        return torch.autocast(x.device.type, enabled=False)
+    return _Alone(x)
+
+
 def _has_onednn(device: torch.device) -> bool:
     return (device.type == 'cpu' and not torch.compiler.is_compiling()
             and torch.backends.mkldnn.is_available())
@@ -123,6 +155,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _onednn_fp32(x.device, x.dtype):
         return _onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """(N, H, W, O), (O, I) -> (N, H, W, I), what of a gradient passes."""
+    if x.is_cuda:  # fewer calls
+        return torch.mm(x.flatten(0, 2), weight).view(*x.shape[:3], -1)
+    return linear(x, weight.t())
 
 
 def _join(groups: Iterable[Sequence[Tensor]],
@@ -176,7 +215,7 @@ def _linear_backward(
     if grad_bias is None:
         grad_bias = _bias_grad(grad)
     if not _onednn_fp32(x.device, x.dtype):
-        return linear(rows, columns), grad_bias
+        return torch.mm(rows, columns.t()), grad_bias
     # oneDNN wants the first of the two transposed, which had better be the
     # smaller where there is more to copy than to transpose afterwards.
     if i < min(rows.shape):
@@ -395,7 +434,7 @@ def _norm_parameters(x: Tensor, *parameters: Tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
-               eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+               eps: float, dtype: torch.dtype) -> Tensor:
     """Layer norm over the channels.
 
     Args:
@@ -405,35 +444,43 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
         dtype (torch.dtype): Of the result.
 
     Returns:
-        tuple[Tensor]: The result, (N, H, W, C), and mean and inverse standard
-        deviation of x, (N, H, W, 1).
+        Tensor: (N, H, W, C).
     """
-    normed, mean, rstd = aten.native_layer_norm(
-        x, x.shape[-1:], *_norm_parameters(x, weight, bias), eps)
-    return normed.to(dtype), mean, rstd
+    return F.layer_norm(x, x.shape[-1:], *_norm_parameters(x, weight, bias),
+                        eps).to(dtype)
 
 
-def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-                        weight: Tensor, bias: Tensor,
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+                        eps: float,
                         residual: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of a layer norm over the channels, and of what passes by it.
 
     Args:
         grad (Tensor): Gradient of the output, (N, H, W, C).
         x (Tensor): Input, (N, H, W, C).
-        mean, rstd (Tensor): Statistics of x, (N, H, W, 1).
         weight, bias (Tensor): (C, ).
+        eps (float): Added to the variance.
         residual (Tensor, optional): What else reaches x, (N, H, W, C).
 
     Returns:
-        tuple[Tensor]: Gradients of x, weight and bias.
+        tuple[Tensor]: Gradients of x, weight and bias, and the output once
+        more, of the type of ``grad``.
     """
+    dtype = x.dtype
+    if not x.is_cuda:
+        # Sums of bf16 are wrong by a third on CPUs, over the 50,000 positions
+        # of four images of 448x448.
+        x = _wide(x)
+    parameters = _norm_parameters(x, weight, bias)
+    normed, mean, rstd = aten.native_layer_norm(x, weight.shape, *parameters,
+                                                eps)
+    normed = normed.to(grad.dtype)
     grad_x, grad_weight, grad_bias = aten.native_layer_norm_backward(
-        grad.to(x.dtype), x, weight.shape, mean, rstd,
-        *_norm_parameters(x, weight, bias), (True, True, True))
+        grad.to(x.dtype), x, weight.shape, mean, rstd, *parameters,
+        (True, True, True))
     if residual is not None:
         grad_x = grad_x.to(residual.dtype).add_(residual)
-    return grad_x, _wide(grad_weight), _wide(grad_bias)
+    return grad_x.to(dtype), _wide(grad_weight), _wide(grad_bias), normed
 
 
 def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
@@ -526,9 +573,9 @@ class ResidualBranch(torch.autograd.Function):
         dtype, kernels = product_dtype(x), _kernels(x)
         in_weight, in_bias, dw_weight, dw_bias, weight, bias = _operands(
             parameters, dtype, kernels)
-        with torch.autocast(x.device.type, enabled=False):
+        with _alone(x):
             z = linear(
-                kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype)[0],
+                kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype),
                 in_weight, in_bias)
             if middle == 'gate':
                 y, *stored = kernels.gate_forward(z, dw_weight, dw_bias)
@@ -549,13 +596,13 @@ class ResidualBranch(torch.autograd.Function):
         (x, norm_weight, norm_bias, in_weight, dw_weight, dw_bias, weight,
          out_weight, out_bias, scale, keep, *stored) = ctx.saved_tensors
         kernels, dtype = _kernels(x), weight.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with _alone(x):
             grad = grad.contiguous()
             # Of the branch before its layer scale, which is therefore part of
             # the weights here and gets its gradient from theirs.
             grad_y = (grad if keep is None else grad * keep).to(dtype)
             grad_middle, *sums = kernels.scale_backward(grad_y, scale)
-            grad_middle = linear(grad_middle, weight.t())
+            grad_middle = _product(grad_middle, weight)
             grad_z, grad_dw_weight, grad_dw_bias, middle, *in_sums = getattr(
                 kernels, f'{ctx.middle}_backward')(grad_middle, *stored,
                                                    dw_weight, dw_bias)
@@ -564,19 +611,12 @@ class ResidualBranch(torch.autograd.Function):
             del middle, grad_y
             grad_weight, grad_bias, grad_scale = kernels.layer_scale_backward(
                 *grads, out_weight.flatten(1), out_bias, scale)
-
-            if not x.is_cuda:
-                # Sums of bf16 are wrong by a third on CPUs, over the 50,000
-                # positions of four images of 448x448.
-                x = _wide(x)
-            normed, mean, rstd = kernels.layer_norm(x, norm_weight, norm_bias,
-                                                    ctx.eps, dtype)
+            grad_x, grad_norm_weight, grad_norm_bias, normed = (
+                kernels.layer_norm_backward(
+                    _product(grad_z, in_weight), x, norm_weight, norm_bias,
+                    ctx.eps, grad))
             grad_in_weight, grad_in_bias = _linear_backward(
                 grad_z, normed, *in_sums)
-            grad_normed = linear(grad_z, in_weight.t())
-            grad_x, grad_norm_weight, grad_norm_bias = (
-                kernels.layer_norm_backward(grad_normed, x, mean, rstd,
-                                            norm_weight, norm_bias, grad))
         sizes = [shape[0] for shape in ctx.shapes[:-4:2]]
         pairs = zip(
             _wide(grad_in_weight).split_with_sizes(sizes),
@@ -602,16 +642,20 @@ class LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None,
                 bias: Tensor | None, eps: float) -> Tensor:
-        out, mean, rstd = _kernels(x).layer_norm(x, weight, bias, eps,
-                                                 product_dtype(x))
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
-        return out
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, bias)
+        with _alone(x):
+            return _kernels(x).layer_norm(x, weight, bias, eps,
+                                          product_dtype(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        x, *others = ctx.saved_tensors
-        return *_kernels(x).layer_norm_backward(grad, x, *others, None), None
+        x, *parameters = ctx.saved_tensors
+        with _alone(x):
+            *grads, _ = _kernels(x).layer_norm_backward(
+                grad, x, *parameters, ctx.eps, None)
+        return *grads, None
 
 
 def normalize(x: Tensor, norm: nn.Module) -> Tensor:
@@ -728,8 +772,8 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
             for part, keep_part in zip(x.split(samples), keeps)
         ])
     dtype, kernels = product_dtype(x), _kernels(x)
-    with torch.autocast(x.device.type, enabled=False):
-        y, *_ = kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype)
+    with _alone(x):
+        y = kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype)
         if _onednn_takes_gelu(x.device, dtype):
             middles = dict(gate=_onednn_gate, position=_onednn_position)
             y = middles[middle](y, *weights[:-2])
@@ -777,10 +821,11 @@ def _fp32(x: Tensor, *shape: int) -> Tensor:
 
 # What the kernels return, for tracing without data.
 SHAPES = dict(
-    layer_norm=lambda x, weight, bias, eps, dtype: (x.new_empty(
-        x.shape, dtype=dtype), *(_fp32(x, *x.shape[:3], 1) for _ in range(2))),
-    layer_norm_backward=lambda grad, x, mean, rstd, weight, bias, residual: (
-        x.new_empty(x.shape), *(_fp32(x, len(weight)) for _ in range(2))),
+    layer_norm=lambda x, weight, bias, eps, dtype: x.new_empty(
+        x.shape, dtype=dtype),
+    layer_norm_backward=lambda grad, x, weight, bias, eps, residual:
+    (x.new_empty(x.shape), *(_fp32(x, len(weight)) for _ in range(2)),
+     grad.new_empty(x.shape)),
     gate=lambda zv, weight, bias: zv.new_empty(
         (*zv.shape[:3], len(weight))),
     gate_forward=lambda zv, weight, bias: tuple(
@@ -801,8 +846,8 @@ SHAPES = dict(
 )
 
 
-# The Triton kernels once they are needed. A global, of which torch.compile
-# knows where it comes from.
+# The operators of the Triton kernels once they are needed, and the module of
+# their functions. A global, of which torch.compile knows where it comes from.
 TRITON = SimpleNamespace()
 
 
@@ -813,10 +858,20 @@ def _make_triton_operators() -> str:
     With operators of torch, which torch.compile takes as they are. Not by
     ``custom_op``, which takes 20 microseconds a call where this takes 3.
     """
+
+    def on_its_device(function: Callable) -> Callable:
+
+        def call(x: Tensor, *others: Any) -> Any:
+            with torch.cuda.device_of(x):
+                return function(x, *others)
+
+        return call
+
     try:
         from . import triton_kernels
     except ImportError as error:
         return f'Triton cannot be imported ({error})'
+    TRITON.functions = triton_kernels
     TRITON.filters = triton_kernels.filters
     for name, shapes in SHAPES.items():
         function = getattr(triton_kernels, name)
@@ -824,7 +879,7 @@ def _make_triton_operators() -> str:
         torch.library.define(
             operator, torch.library.infer_schema(function, mutates_args=()),
             tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(operator, 'cuda', function)
+        torch.library.impl(operator, 'cuda', on_its_device(function))
         torch.library.register_fake(operator, shapes)
         setattr(TRITON, name, getattr(torch.ops.mmconv2former, name).default)
     return ''
@@ -862,10 +917,11 @@ def _is_exporting() -> bool:
 
 def _kernels(x: Tensor) -> ModuleType | SimpleNamespace:
     # Triton's compute in fp32.
-    if x.is_cuda and x.dtype != torch.double \
-            and not _triton_obstacle(x.device):
-        return TRITON
-    return sys.modules[__name__]
+    if not x.is_cuda or x.dtype == torch.double or _triton_obstacle(x.device):
+        return sys.modules[__name__]
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return TRITON  # fake tensors, and others that torch looks into
+    return TRITON.functions  # the same without torch's dispatcher
 
 
 def _obstacle(x: Tensor, modules: Iterable[nn.Module]) -> str:
@@ -905,7 +961,7 @@ def available(x: Tensor, modules: Iterable[nn.Module]) -> bool:
             report(f'plain operators, because {obstacle}')
         elif not x.is_cuda:
             report(f'fused operators on the {x.device.type}')
-        elif _kernels(x) is TRITON:
+        elif _kernels(x) is not sys.modules[__name__]:
             report('fused operators with Triton kernels')
         else:
             reason = _triton_obstacle(x.device) or 'the model is in fp64'

@@ -7,7 +7,8 @@ Tensors are (N, H, W, C) with the channels last in memory. Inputs may have any
 strides; what the kernels cannot read in place (anything but a slice of the
 channels) is copied first. Outputs are contiguous. Arithmetic is in fp32,
 each output is rounded once, and sums are taken in a fixed order, so that two
-runs give the same bits. Nothing here builds a graph for autograd.
+runs give the same bits. Nothing here builds a graph for autograd, and the
+device of the tensors has to be the current one.
 
 The depthwise kernels are sliding windows in registers. A lane owns one channel
 of one strip of ``STRIP`` columns; a warp is a program, with one lane or two
@@ -21,11 +22,17 @@ multiplied.
 Sizes of blocks were chosen by timing on an H100, of T at 128 x 224 x 224 in
 bf16.
 """
+from collections.abc import Hashable
+from functools import lru_cache
+from math import prod
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
+from triton.compiler import CompiledKernel
 
 if TorchVersion(triton.__version__) < (3, 3):
     raise ImportError(f'found Triton {triton.__version__}; expected 3.3 or '
@@ -35,6 +42,66 @@ if TorchVersion(triton.__version__) < (3, 3):
 # H100 or H200 hold at a time. A constant, so that results do not depend on
 # the device.
 PROGRAMS = 16 * 132
+
+
+# What is known of a launch by the shapes of its tensors. As many as a training
+# with many sizes of images has.
+_plan = lru_cache(maxsize=4096)
+
+# The kernels that Triton has compiled, by what it chose them for.
+_COMPILED: dict[tuple[Hashable, ...], Any] = {}
+
+
+class _Launch:
+    """A kernel with all of its arguments but the tensors.
+
+    ``kernel[grid](...)`` looks at every argument, anew in each call, to choose
+    among what is compiled: at types, values, and alignment of pointers. That
+    takes ten microseconds. Here are left types and alignment of the tensors.
+
+    Args:
+        kernel (JITFunction): Takes pointers, scalars and constants, in this
+            order.
+        programs (int): Their number.
+        scalars (int | float): The scalars.
+        constants (int): The constants, and options of the compiler.
+    """
+
+    def __init__(self, kernel: Any, programs: int, *scalars: float,
+                 **constants: int) -> None:
+        self.kernel, self.grid = kernel, (programs, 1, 1)
+        self.scalars, self.constants = scalars, constants
+        names = [name for name in kernel.arg_names if name in constants]
+        self.tail = (*scalars, *(constants[name] for name in names))
+        # Triton passes integers in 32 bits where they fit.
+        self.variant = (kernel.__name__, *(isinstance(x, int) and x >> 31
+                                           for x in scalars),
+                        *constants.items())
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch; a tensor may be None where the kernel allows it."""
+        pointers, key, low_bits = [], [self.variant, tensors[0].device], 0
+        for tensor in tensors:
+            if tensor is None:
+                pointers.append(None)
+                key.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                low_bits |= pointer
+                pointers.append(pointer)
+                key.append(tensor.dtype)
+        key = tuple(key)
+        # What is compiled for pointers to multiples of 16 bytes reads so many
+        # at a time.
+        aligned = low_bits % 16 == 0
+        compiled = _COMPILED.get(key) if aligned else None
+        if compiled is not None:
+            compiled[self.grid](*pointers, *self.tail)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.scalars,
+                                          **self.constants)
+        if aligned and isinstance(compiled, CompiledKernel):
+            _COMPILED[key] = compiled
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -69,27 +136,33 @@ def _splits(items: int, programs: int) -> int:
     return _ceil_div(items, max(share, 1))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """View (N, H, W, C) as (N * H * W, C), or copy where that cannot be."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+def _pixels(x: Tensor) -> tuple[Tensor, int]:
+    """(N, H, W, C) in equal steps from pixel to pixel, and the step.
+
+    A copy where that cannot be.
+    """
+    if not x.is_contiguous():
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(1) == 1:
+            return rows, rows.stride(0)
+        x = rows.contiguous()
+    return x, x.shape[-1]
 
 
 def filters(weight: Tensor, bias: Tensor,
             dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :func:`mmconv2former.fused.filters`; in fp32 whatever ``dtype``."""
-    return _taps_first(weight).t().view(weight.shape), bias
+    return _taps_first(weight), bias
 
 
 def _taps_first(weight: Tensor) -> Tensor:
-    """(C, 1, K, K) -> (K * K, C) in fp32, which lanes read coalesced.
-
-    A view of what :func:`filters` returns, else a copy.
-    """
-    taps = weight.detach().flatten(1).t()
-    if taps.is_contiguous() and taps.dtype == torch.float32:
-        return taps
-    return weight.new_empty(taps.shape, dtype=torch.float32).copy_(taps)
+    """(C, 1, K, K) in fp32, as (K * K, C) in memory: lanes read coalesced."""
+    (c, _, k, _), (channel, _, row, column) = weight.shape, weight.stride()
+    if weight.dtype == torch.float32 \
+            and (channel, row, column) == (1, k * c, c):
+        return weight
+    taps = weight.new_empty((k, k, c, 1), dtype=torch.float32)
+    return taps.permute(2, 3, 0, 1).copy_(weight.detach())
 
 
 def _sum_partials(partial: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,18 +342,12 @@ def _gelu_kernel(z_ptr, h_ptr, area, C: tl.constexpr, STRIDE: tl.constexpr,
     tl.store(h_ptr + n * size + at, _gelu(z.to(tl.float32)), at < size)
 
 
-def _gelu_pass(z: Tensor, stride: int) -> Tensor:
-    """GELU(z), contiguous, in the precision of z.
-
-    On its load by the convolution GELU would be computed six to ten times for
-    each value, which costs more than the pass over memory.
-    """
-    n, height, width, c = z.shape
-    h = z.new_empty(z.shape)
+@_plan
+def _gelu_launch(shape: tuple[int, ...], stride: int) -> _Launch:
+    n, height, width, c = shape
     area, block = height * width, 1024
-    _gelu_kernel[(n * _ceil_div(area * c, block), )](
-        z, h, area, C=c, STRIDE=stride, BLOCK=block)
-    return h
+    return _Launch(_gelu_kernel, n * _ceil_div(area * c, block), area, C=c,
+                   STRIDE=stride, BLOCK=block)
 
 
 @triton.jit(do_not_specialize=['height', 'width'])
@@ -415,30 +482,72 @@ def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
              alive & (head <= K // 2) & (K // 2 < head + TAP_ROWS))
 
 
+@_plan
+def _gate_launch(shape: tuple[int, ...], k: int) -> _Launch:
+    n, height, width, c = shape
+    tile, programs = _convolution_tile(height, width, k, c)
+    return _Launch(_gate_kernel, n * programs, height, width, C=c, K=k, **tile)
+
+
+@_plan
+def _gate_backward_launch(shape: tuple[int, ...],
+                          stride: int) -> tuple[_Launch, tuple[int, ...]]:
+    tile, pixels, tiles, programs = _column_tiles(shape)
+    launch = _Launch(_gate_backward_kernel, programs, pixels, tiles,
+                     GRAD_STRIDE=stride, **tile)
+    return launch, (programs, shape[3])
+
+
+@_plan
+def _gate_input_grad_launch(shape: tuple[int, ...],
+                            k: int) -> tuple[_Launch, tuple[int, ...]]:
+    n, height, width, c = shape
+    tile, programs = _convolution_tile(height, width, k, c)
+    rows = n * _ceil_div(height, tile['ROWS'])
+    launch = _Launch(_gate_input_grad_kernel, n * programs, height, width, C=c,
+                     K=k, **tile)
+    return launch, (rows, _ceil_div(width, tile['STRIP']), c)
+
+
+@_plan
+def _weight_grad_launch(shape: tuple[int, ...],
+                        k: int) -> tuple[_Launch, tuple[int, ...]]:
+    n, height, width, c = shape
+    tile, blocks = _tile(width, k, c, strip=14 if width > 7 else 7, lanes=32,
+                         registers=128)
+    # Some 50 sums fit into the registers; groups of equal numbers of rows.
+    groups = _ceil_div(k, max(50 // k, 1))
+    programs = blocks * groups
+    splits = _splits(n * height, programs)
+    launch = _Launch(_weight_grad_kernel, splits * programs, n * height,
+                     splits, height, width, C=c, K=k,
+                     TAP_ROWS=_ceil_div(k, groups), **tile)
+    return launch, (splits, k * k + 1, _ceil_div(width, tile['STRIP']), c)
+
+
 def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See :func:`mmconv2former.fused.gate`."""
-    with torch.cuda.device_of(zv):
-        return _gate(zv, weight, bias, store=False)[0]
+    return _gate(zv, weight, bias, store=False)[0]
 
 
 def gate_forward(zv: Tensor, weight: Tensor,
                  bias: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`mmconv2former.fused.gate_forward`."""
-    with torch.cuda.device_of(zv):
-        return _gate(zv, weight, bias, store=True)
+    return _gate(zv, weight, bias, store=True)
 
 
 def _gate(zv: Tensor, weight: Tensor, bias: Tensor,
           store: bool) -> tuple[Tensor, Tensor | None]:
     zv = zv.contiguous()
-    n, height, width, c = zv.shape
-    c, k = c // 2, weight.shape[-1]
-    h = _gelu_pass(zv[..., :c], 2 * c)
+    *image, twice = zv.shape
+    shape = (*image, twice // 2)
+    # On its load by the convolution GELU would be computed six to ten times
+    # for each value, which costs more than the pass over memory.
+    h = zv.new_empty(shape)
+    _gelu_launch(shape, twice)(zv, h)
     p, a = torch.empty_like(h), torch.empty_like(h) if store else None
-    tile, programs = _convolution_tile(height, width, k, c)
-    _gate_kernel[(n * programs, )](
-        h, zv, _taps_first(weight), bias.contiguous(), p, a, height, width,
-        C=c, K=k, **tile)
+    _gate_launch(shape, weight.shape[-1])(
+        h, zv, _taps_first(weight), bias.contiguous(), p, a)
     return p, a
 
 
@@ -446,55 +555,31 @@ def gate_backward(
         grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
         bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.fused.gate_backward`."""
-    with torch.cuda.device_of(zv):
-        # da = grad * v costs one more tensor, but a second load and a product
-        # for every tap without it.
-        zv, a, grad = zv.contiguous(), a.contiguous(), _rows(grad)
-        h, p, da = (torch.empty_like(a) for _ in range(3))
-        grad_zv = torch.empty_like(zv)
-        tile, pixels, tiles, programs = _column_tiles(h)
-        c = tile['C']
-        partial = a.new_empty((programs, c), dtype=torch.float32)
-        _gate_backward_kernel[(programs, )](
-            grad, zv, a, h, p, da, grad_zv, partial, pixels, tiles,
-            GRAD_STRIDE=grad.stride(0), **tile)
-        return (grad_zv, *_weight_grad(h, da, weight), p,
-                torch.cat([_gate_input_grad(da, weight, zv, grad_zv),
-                           partial.sum(0)]))
+    # da = grad * v costs one more tensor, but a second load and a product for
+    # every tap without it.
+    zv, a = zv.contiguous(), a.contiguous()
+    grad, stride = _pixels(grad)
+    shape, k = a.shape, weight.shape[-1]
+    h, p, da = (torch.empty_like(a) for _ in range(3))
+    grad_zv = torch.empty_like(zv)
+    sums = a.new_empty(2 * shape[3], dtype=torch.float32)
+    z_sums, v_sums = sums.chunk(2)
 
+    launch, partial = _gate_backward_launch(shape, stride)
+    partial = sums.new_empty(partial)
+    launch(grad, zv, a, h, p, da, grad_zv, partial)
+    torch.sum(partial, 0, out=v_sums)
 
-def _gate_input_grad(da: Tensor, weight: Tensor, zv: Tensor,
-                     grad_zv: Tensor) -> Tensor:
-    """Write the gradient of z, return its sum."""
-    n, height, width, c = da.shape
-    k = weight.shape[-1]
-    tile, programs = _convolution_tile(height, width, k, c)
-    rows = n * _ceil_div(height, tile['ROWS'])
-    partial = da.new_empty((rows, _ceil_div(width, tile['STRIP']), c),
-                           dtype=torch.float32)
-    _gate_input_grad_kernel[(n * programs, )](
-        da, _taps_first(weight), zv, grad_zv, partial, height, width, C=c,
-        K=k, **tile)
-    return partial.sum((0, 1))
+    launch, partial = _weight_grad_launch(shape, k)
+    partial = sums.new_empty(partial)
+    launch(h, da, partial)
+    grads = _sum_partials(partial, weight)
 
-
-def _weight_grad(x: Tensor, dy: Tensor,
-                 weight: Tensor) -> tuple[Tensor, Tensor]:
-    n, height, width, c = x.shape
-    k = weight.shape[-1]
-    tile, blocks = _tile(width, k, c, strip=14 if width > 7 else 7, lanes=32,
-                         registers=128)
-    # Some 50 sums fit into the registers; groups of equal numbers of rows.
-    groups = _ceil_div(k, max(50 // k, 1))
-    programs = blocks * groups
-    splits = _splits(n * height, programs)
-    partial = x.new_empty(
-        (splits, k * k + 1, _ceil_div(width, tile['STRIP']), c),
-        dtype=torch.float32)
-    _weight_grad_kernel[(splits * programs, )](
-        x, dy, partial, n * height, splits, height, width, C=c, K=k,
-        TAP_ROWS=_ceil_div(k, groups), **tile)
-    return _sum_partials(partial, weight)
+    launch, partial = _gate_input_grad_launch(shape, k)
+    partial = sums.new_empty(partial)
+    launch(da, _taps_first(weight), zv, grad_zv, partial)
+    torch.sum(partial, (0, 1), out=z_sums)
+    return grad_zv, *grads, p, sums
 
 
 @triton.jit(do_not_specialize=[
@@ -622,10 +707,57 @@ def _position_input_grad_kernel(
              + column // STRIP * C + channel, total, alive)
 
 
+def _position_tile(shape: tuple[int, ...], lanes: int,
+                   registers: int) -> tuple[dict, int, int, int]:
+    """Block sizes, programs for a row, rows of an item, and items."""
+    n, height, width, c = shape
+    tile, blocks = _tile(width, 3, c, strip=7, lanes=lanes,
+                         registers=registers)
+    # Tall items read fewer rows twice; low ones keep small inputs parallel.
+    share = min(max(n * height * blocks // (2 * PROGRAMS), 4), 28)
+    return tile, blocks, share, n * _ceil_div(height, share)
+
+
+@_plan
+def _position_launch(shape: tuple[int, ...], stride: int) -> _Launch:
+    _, height, width, c = shape
+    tile, blocks, share, items = _position_tile(shape, lanes=32, registers=64)
+    return _Launch(_position_kernel, items * blocks, items, items, share,
+                   height, width, C=c, Z_STRIDE=stride, GRAD_STRIDE=0, **tile)
+
+
+@_plan
+def _position_backward_launch(
+        shape: tuple[int, ...], stride: int,
+        grad_stride: int) -> tuple[_Launch, tuple[int, ...]]:
+    _, height, width, c = shape
+    tile, blocks, share, items = _position_tile(shape, lanes=64, registers=128)
+    splits = _splits(items, blocks)
+    launch = _Launch(_position_kernel, splits * blocks, items, splits, share,
+                     height, width, C=c, Z_STRIDE=stride,
+                     GRAD_STRIDE=grad_stride, **tile)
+    return launch, (splits, 10, _ceil_div(width, tile['STRIP']), c)
+
+
+@_plan
+def _position_input_grad_launch(
+        shape: tuple[int, ...], stride: int,
+        grad_stride: int) -> tuple[_Launch, tuple[int, ...]]:
+    _, height, width, c = shape
+    tile, blocks, share, items = _position_tile(shape, lanes=64, registers=96)
+    launch = _Launch(_position_input_grad_kernel, items * blocks, share,
+                     height, width, C=c, Z_STRIDE=stride,
+                     GRAD_STRIDE=grad_stride, **tile)
+    return launch, (items, _ceil_div(width, tile['STRIP']), c)
+
+
 def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See :func:`mmconv2former.fused.position`."""
-    with torch.cuda.device_of(z):
-        return _position(z, _rows(z), weight, bias)[0]
+    out = z.new_empty(z.shape)
+    shape, (z, stride) = z.shape, _pixels(z)
+    _position_launch(shape, stride)(
+        z, _taps_first(weight), bias.contiguous(), None, out, None, None)
+    return out
 
 
 def position_backward(
@@ -638,51 +770,20 @@ def position_backward(
     compute GELU on more columns beside each strip and hold rows of h, of dd
     and of GELU'(z) at once.
     """
-    with torch.cuda.device_of(z):
-        rows, grad = _rows(z), _rows(grad)
-        s, dd, partial = _position(z, rows, weight, bias, grad)
-        grad_z = torch.empty_like(s)
-        n, height, width, c = z.shape
-        tile, blocks, share, items = _position_tile(z, lanes=64, registers=96)
-        sums = partial.new_empty((items, _ceil_div(width, tile['STRIP']), c))
-        _position_input_grad_kernel[(items * blocks, )](
-            dd, _taps_first(weight), rows, grad, grad_z, sums, share, height,
-            width, C=c, Z_STRIDE=rows.stride(0), GRAD_STRIDE=grad.stride(0),
-            **tile)
-        return (grad_z, *_sum_partials(partial, weight), s, sums.sum((0, 1)))
-
-
-def _position_tile(z: Tensor, lanes: int,
-                   registers: int) -> tuple[dict, int, int, int]:
-    """Block sizes, programs for a row, rows of an item, and items."""
-    n, height, width, c = z.shape
-    tile, blocks = _tile(width, 3, c, strip=7, lanes=lanes,
-                         registers=registers)
-    # Tall items read fewer rows twice; low ones keep small inputs parallel.
-    share = min(max(n * height * blocks // (2 * PROGRAMS), 4), 28)
-    return tile, blocks, share, n * _ceil_div(height, share)
-
-
-def _position(z: Tensor, rows: Tensor, weight: Tensor, bias: Tensor,
-              grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """The output; with a gradient also dd and the sums of the weight's."""
-    n, height, width, c = z.shape
     s = z.new_empty(z.shape)
-    if grad is None:
-        tile, blocks, share, items = _position_tile(z, lanes=32, registers=64)
-        splits, dd, partial = items, None, None
-    else:
-        tile, blocks, share, items = _position_tile(z, lanes=64, registers=128)
-        splits = _splits(items, blocks)
-        dd = torch.empty_like(s)
-        partial = z.new_empty(
-            (splits, 10, _ceil_div(width, tile['STRIP']), c),
-            dtype=torch.float32)
-    _position_kernel[(splits * blocks, )](
-        rows, _taps_first(weight), bias.contiguous(), grad, s, dd, partial,
-        items, splits, share, height, width, C=c, Z_STRIDE=rows.stride(0),
-        GRAD_STRIDE=0 if grad is None else grad.stride(0), **tile)
-    return s, dd, partial
+    dd, grad_z = torch.empty_like(s), torch.empty_like(s)
+    shape, taps = z.shape, _taps_first(weight)
+    (z, stride), (grad, grad_stride) = _pixels(z), _pixels(grad)
+
+    launch, partial = _position_backward_launch(shape, stride, grad_stride)
+    partial = s.new_empty(partial, dtype=torch.float32)
+    launch(z, taps, bias.contiguous(), grad, s, dd, partial)
+    grads = _sum_partials(partial, weight)
+
+    launch, partial = _position_input_grad_launch(shape, stride, grad_stride)
+    partial = s.new_empty(partial, dtype=torch.float32)
+    launch(dd, taps, z, grad, grad_z, partial)
+    return grad_z, *grads, s, partial.sum((0, 1))
 
 
 def _norm_tile(channels: int) -> dict:
@@ -691,64 +792,68 @@ def _norm_tile(channels: int) -> dict:
     return dict(C=channels, BLOCK=block, PIXELS=max(2048 // block, 1))
 
 
-def _column_tiles(x: Tensor) -> tuple[dict, int, int, int]:
+def _column_tiles(shape: tuple[int, ...]) -> tuple[dict, int, int, int]:
     """Block sizes, pixels, tiles and programs of sums over the columns."""
-    tile = _norm_tile(x.shape[-1])
-    pixels = x[..., 0].numel()
+    *image, c = shape
+    tile, pixels = _norm_tile(c), prod(image)
     tiles = _ceil_div(pixels, tile['PIXELS'])
     return tile, pixels, tiles, max(min(tiles, PROGRAMS // 4), 1)
 
 
+@triton.jit
+def _normalize(x, used, eps, C: tl.constexpr):
+    """Rows of mean 0 and variance 1, and their inverse standard deviation."""
+    x = x.to(tl.float32)
+    normed = tl.where(used, x - tl.sum(x, 1)[:, None] / C, 0.)
+    rstd = tl.rsqrt(tl.sum(normed * normed, 1)[:, None] / C + eps)
+    return normed * rstd, rstd
+
+
 @triton.jit(do_not_specialize=['pixels'])
-def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr,
-                       rstd_ptr, pixels, eps, C: tl.constexpr,
-                       X_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-                       PIXELS: tl.constexpr):
+def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, eps,
+                       C: tl.constexpr, X_STRIDE: tl.constexpr,
+                       BLOCK: tl.constexpr, PIXELS: tl.constexpr):
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < C
     pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
         + tl.arange(0, PIXELS)[:, None]
     inside = used & (pixel < pixels)
-    x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.).to(tl.float32)
-    mean = tl.sum(x, 1)[:, None] / C
-    normed = tl.where(used, x - mean, 0.)
-    rstd = tl.rsqrt(tl.sum(normed * normed, 1)[:, None] / C + eps)
-    normed *= rstd
+    x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.)
+    normed, _ = _normalize(x, used, eps, C)
     if weight_ptr is not None:
         normed *= tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
         normed += tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
     tl.store(out_ptr + pixel * C + channel, normed, inside)
-    tl.store(mean_ptr + pixel, mean, pixel < pixels)
-    tl.store(rstd_ptr + pixel, rstd, pixel < pixels)
+
+
+@_plan
+def _layer_norm_launch(shape: tuple[int, ...], stride: int,
+                       eps: float) -> _Launch:
+    *image, c = shape
+    tile, pixels = _norm_tile(c), prod(image)
+    return _Launch(_layer_norm_kernel, _ceil_div(pixels, tile['PIXELS']),
+                   pixels, eps, X_STRIDE=stride, **tile)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
-               eps: float,
-               dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+               eps: float, dtype: torch.dtype) -> Tensor:
     """See :func:`mmconv2former.fused.layer_norm`.
 
     That of torch gives each pixel a block of threads, most of which have
     nothing to do where channels are few.
     """
-    with torch.cuda.device_of(x):
-        out = x.new_empty(x.shape, dtype=dtype)
-        mean, rstd = (
-            x.new_empty((*x.shape[:3], 1), dtype=torch.float32)
-            for _ in range(2))
-        x = _rows(x)
-        if weight is not None:
-            weight, bias = weight.contiguous(), bias.contiguous()
-        tile = _norm_tile(x.shape[1])
-        _layer_norm_kernel[(_ceil_div(len(x), tile['PIXELS']), )](
-            x, weight, bias, out, mean, rstd, len(x), eps,
-            X_STRIDE=x.stride(0), **tile)
-        return out, mean, rstd
+    out = x.new_empty(x.shape, dtype=dtype)
+    if weight is not None:
+        weight, bias = weight.contiguous(), bias.contiguous()
+    shape, (x, stride) = x.shape, _pixels(x)
+    _layer_norm_launch(shape, stride, eps)(x, weight, bias, out)
+    return out
 
 
 @triton.jit(do_not_specialize=['pixels', 'tiles'])
 def _layer_norm_backward_kernel(
-        grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, residual_ptr,
-        grad_x_ptr, partial_ptr, pixels, tiles, C: tl.constexpr,
+        grad_ptr, x_ptr, weight_ptr, bias_ptr, residual_ptr, grad_x_ptr,
+        normed_ptr, partial_ptr, pixels, tiles, eps, C: tl.constexpr,
         GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
         RESIDUAL_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
         PIXELS: tl.constexpr):
@@ -756,6 +861,7 @@ def _layer_norm_backward_kernel(
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < C
     weight = tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
     weight_sums = tl.zeros((PIXELS, BLOCK), tl.float32)
     bias_sums = tl.zeros((PIXELS, BLOCK), tl.float32)
     for tile in range(pid, tiles, tl.num_programs(0)):
@@ -767,9 +873,9 @@ def _layer_norm_backward_kernel(
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + pixel * RESIDUAL_STRIDE
                                + channel, inside, 0.)
-        mean = tl.load(mean_ptr + pixel, pixel < pixels, 0.)
-        rstd = tl.load(rstd_ptr + pixel, pixel < pixels, 0.)
-        normed = (x.to(tl.float32) - mean) * rstd
+        normed, rstd = _normalize(x, used, eps, C)
+        tl.store(normed_ptr + pixel * C + channel, normed * weight + bias,
+                 inside)
         grad = grad.to(tl.float32)
         weight_sums += grad * normed
         bias_sums += grad
@@ -785,23 +891,35 @@ def _layer_norm_backward_kernel(
     tl.store(out + C, tl.sum(bias_sums, 0)[None, :], used)
 
 
-def layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-                        weight: Tensor, bias: Tensor, residual: Tensor | None
-                        ) -> tuple[Tensor, Tensor, Tensor]:
+@_plan
+def _layer_norm_backward_launch(
+        shape: tuple[int, ...], grad_stride: int, stride: int,
+        residual_stride: int, eps: float) -> tuple[_Launch, tuple[int, ...]]:
+    tile, pixels, tiles, programs = _column_tiles(shape)
+    launch = _Launch(_layer_norm_backward_kernel, programs, pixels, tiles, eps,
+                     GRAD_STRIDE=grad_stride, X_STRIDE=stride,
+                     RESIDUAL_STRIDE=residual_stride,
+                     maxnreg=128,  # all programs at a time
+                     **tile)
+    return launch, (programs, 2, shape[3])
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+                        eps: float, residual: Tensor | None
+                        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.fused.layer_norm_backward`."""
-    with torch.cuda.device_of(x):
-        grad_x = x.new_empty(x.shape)
-        grad, x = _rows(grad), _rows(x)
-        residual = None if residual is None else _rows(residual)
-        tile, pixels, tiles, programs = _column_tiles(x)
-        partial = x.new_empty((programs, 2, x.shape[1]), dtype=torch.float32)
-        _layer_norm_backward_kernel[(programs, )](
-            grad, x, mean.contiguous(), rstd.contiguous(), weight.contiguous(),
-            residual, grad_x, partial, pixels, tiles,
-            GRAD_STRIDE=grad.stride(0), X_STRIDE=x.stride(0),
-            RESIDUAL_STRIDE=0 if residual is None else residual.stride(0),
-            **tile)
-        return grad_x, *partial.sum(0)
+    grad_x = x.new_empty(x.shape)
+    normed = grad.new_empty(x.shape)
+    shape, step = x.shape, 0
+    (grad, grad_stride), (x, stride) = _pixels(grad), _pixels(x)
+    if residual is not None:
+        residual, step = _pixels(residual)
+    launch, partial = _layer_norm_backward_launch(shape, grad_stride, stride,
+                                                  step, eps)
+    partial = x.new_empty(partial, dtype=torch.float32)
+    launch(grad, x, weight.contiguous(), bias.contiguous(), residual, grad_x,
+           normed, partial)
+    return grad_x, *partial.sum(0).unbind(), normed
 
 
 @triton.jit(do_not_specialize=['area'])
@@ -827,19 +945,25 @@ def _scale_residual_kernel(
     tl.store(out_ptr + n * area * C + pixel * C + channel, out, inside)
 
 
+@_plan
+def _scale_residual_launch(shape: tuple[int, ...], x_stride: int,
+                           y_stride: int) -> _Launch:
+    n, height, width, c = shape
+    area, tile = height * width, _norm_tile(c)
+    return _Launch(_scale_residual_kernel,
+                   n * _ceil_div(area, tile['PIXELS']), area,
+                   X_STRIDE=x_stride, Y_STRIDE=y_stride, **tile)
+
+
 def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
                    keep: Tensor | None) -> Tensor:
     """See :func:`mmconv2former.fused.scale_residual`."""
-    with torch.cuda.device_of(x):
-        out = x.new_empty(x.shape)
-        n, height, width, c = x.shape
-        area, tile = height * width, _norm_tile(c)
-        x, y, scale = _rows(x), _rows(y), scale.contiguous()
-        keep = None if keep is None else keep.contiguous()
-        _scale_residual_kernel[(n * _ceil_div(area, tile['PIXELS']), )](
-            x, y, scale, keep, out, area, X_STRIDE=x.stride(0),
-            Y_STRIDE=y.stride(0), **tile)
-        return out
+    out = x.new_empty(x.shape)
+    shape, (x, x_stride), (y, y_stride) = x.shape, _pixels(x), _pixels(y)
+    keep = None if keep is None else keep.contiguous()
+    _scale_residual_launch(shape, x_stride, y_stride)(
+        x, y, scale.contiguous(), keep, out)
+    return out
 
 
 @triton.jit(do_not_specialize=['pixels', 'tiles'])
@@ -862,17 +986,23 @@ def _scale_backward_kernel(grad_ptr, scale_ptr, out_ptr, partial_ptr, pixels,
              tl.sum(sums, 0)[None, :], used)
 
 
+@_plan
+def _scale_backward_launch(shape: tuple[int, ...],
+                           stride: int) -> tuple[_Launch, tuple[int, ...]]:
+    tile, pixels, tiles, programs = _column_tiles(shape)
+    launch = _Launch(_scale_backward_kernel, programs, pixels, tiles,
+                     STRIDE=stride, **tile)
+    return launch, (programs, shape[3])
+
+
 def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`mmconv2former.fused.scale_backward`."""
-    with torch.cuda.device_of(grad):
-        out = grad.new_empty(grad.shape)
-        grad = _rows(grad)
-        tile, pixels, tiles, programs = _column_tiles(grad)
-        partial = grad.new_empty((programs, len(scale)), dtype=torch.float32)
-        _scale_backward_kernel[(programs, )](
-            grad, scale.contiguous(), out, partial, pixels, tiles,
-            STRIDE=grad.stride(0), **tile)
-        return out, partial.sum(0)
+    out = grad.new_empty(grad.shape)
+    shape, (grad, stride) = grad.shape, _pixels(grad)
+    launch, partial = _scale_backward_launch(shape, stride)
+    partial = grad.new_empty(partial, dtype=torch.float32)
+    launch(grad, scale.contiguous(), out, partial)
+    return out, partial.sum(0)
 
 
 @triton.jit
@@ -896,18 +1026,20 @@ def _layer_scale_backward_kernel(
     tl.store(out_scale_ptr + row, tl.sum(total, 0) + grad * bias)
 
 
+@_plan
+def _layer_scale_backward_launch(rows: int, columns: int) -> _Launch:
+    return _Launch(_layer_scale_backward_kernel, rows, COLUMNS=columns,
+                   BLOCK=min(triton.next_power_of_2(columns), 1024))
+
+
 def layer_scale_backward(grad_weight: Tensor, grad_bias: Tensor,
                          weight: Tensor, bias: Tensor,
                          scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.fused.layer_scale_backward`."""
-    with torch.cuda.device_of(scale):
-        rows, columns = weight.shape
-        outs = tuple(
-            scale.new_empty(shape, dtype=torch.float32)
-            for shape in (weight.shape, scale.shape, scale.shape))
-        _layer_scale_backward_kernel[(rows, )](
-            *(t.contiguous()
-              for t in (grad_weight, grad_bias, weight, bias, scale)), *outs,
-            COLUMNS=columns,
-            BLOCK=min(triton.next_power_of_2(columns), 1024))
-        return outs
+    outs = tuple(
+        scale.new_empty(shape, dtype=torch.float32)
+        for shape in (weight.shape, scale.shape, scale.shape))
+    _layer_scale_backward_launch(*weight.shape)(
+        *(t.contiguous()
+          for t in (grad_weight, grad_bias, weight, bias, scale)), *outs)
+    return outs

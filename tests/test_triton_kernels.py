@@ -112,25 +112,16 @@ def scale_backward(grad, scale):
 
 
 def layer_norm(x, weight, bias):
-    mean, rstd = statistics(x)
-    out = F.layer_norm(x, weight.shape, weight, bias, EPS)
-    return out, mean, rstd
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
 
 
-def layer_norm_backward(grad, x, mean, rstd, weight, bias, residual):
+def layer_norm_backward(grad, x, weight, bias, eps, residual):
     """That of autograd; the one in fused takes other types on the CPU."""
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    out = F.layer_norm(inputs[0], weight.shape, *inputs[1:], EPS)
+    out = F.layer_norm(inputs[0], weight.shape, *inputs[1:], eps)
     grad_x, *others = torch.autograd.grad(out, inputs, grad)
-    return grad_x if residual is None else grad_x + residual, *others
-
-
-def statistics(x):
-    """Mean and inverse standard deviation over the channels."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = x.mean(-1, keepdim=True)
-    variance = (x - mean).square().mean(-1, keepdim=True)
-    return mean, (variance + EPS).rsqrt()
+    return (grad_x if residual is None else grad_x + residual, *others,
+            out.detach())
 
 
 def double(x):
@@ -199,17 +190,18 @@ def test_position_and_its_gradients_are_as_exact(kernels, n, h, w, c, dtype):
 def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
     x, y, grad, weight, bias, scale, keep = draw(
         dtype, *[(n, h, w, c)] * 3, *[(c, )] * 3, (n, 1, 1, 1))
-    normed, mean, rstd = compare(
+    normed = compare(
         lambda *inputs: kernels.layer_norm(*inputs, EPS, dtype), layer_norm,
         x, weight, bias)
     assert normed.dtype == dtype
-    grad_x, grad_weight, grad_bias = compare(
-        kernels.layer_norm_backward, layer_norm_backward, grad, x, mean, rstd,
-        weight, bias, y)
+    grad_x, grad_weight, grad_bias, again = compare(
+        kernels.layer_norm_backward, layer_norm_backward, grad, x, weight,
+        bias, EPS, y)
     assert grad_x.dtype == dtype
     assert grad_weight.dtype == grad_bias.dtype == torch.float32
+    torch.testing.assert_close(again, normed)
     alone, *_ = compare(kernels.layer_norm_backward, layer_norm_backward, grad,
-                        x, mean, rstd, weight, bias, None)
+                        x, weight, bias, EPS, None)
     assert not torch.equal(alone, grad_x)
     for factor in (keep, None):
         out = compare(kernels.scale_residual, fused.scale_residual, x, y,
@@ -246,14 +238,14 @@ def test_precisions_of_stream_and_branch_may_differ(kernels):
     out = kernels.scale_residual(x, y, weight, None)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, x + weight * y)
-    normed, *_ = kernels.layer_norm(x, None, None, EPS, torch.float16)
+    normed = kernels.layer_norm(x, None, None, EPS, torch.float16)
     assert normed.dtype == torch.float16
     torch.testing.assert_close(
         normed, F.layer_norm(x, (8, ), eps=EPS).half())
-    inputs = (x, *statistics(x), weight, bias, x)
-    grad_x, *_ = kernels.layer_norm_backward(y, *inputs)
+    inputs = (x, weight, bias, EPS, x)
+    grad_x, *_, again = kernels.layer_norm_backward(y, *inputs)
     true, *_ = layer_norm_backward(y.float(), *inputs)
-    assert grad_x.dtype == torch.float32
+    assert grad_x.dtype == torch.float32 and again.dtype == torch.float16
     torch.testing.assert_close(grad_x, true)
 
 
@@ -271,15 +263,23 @@ def test_number_of_splits_changes_nothing_but_the_rounding(
                      bias),
             *compare(kernels.scale_backward, scale_backward, grad, bias),
             *compare(kernels.layer_norm_backward, layer_norm_backward, grad, z,
-                     *statistics(z), bias, bias, z),
+                     bias, bias, EPS, z),
             *compare(kernels.position_backward, position_backward, grad, z,
                      weight, bias)]
+
+    def forget_plans():
+        for function in vars(kernels).values():
+            if hasattr(function, 'cache_clear'):
+                function.cache_clear()
 
     assert kernels._splits(6, 1) == 6
     many = results()
     monkeypatch.setattr(kernels, 'PROGRAMS', 1)
+    forget_plans()
     assert kernels._splits(6, 1) == 1
-    for own, other in zip(results(), many, strict=True):
+    one = results()
+    forget_plans()
+    for own, other in zip(one, many, strict=True):
         scale = other.abs().max()
         torch.testing.assert_close(own / scale, other / scale, rtol=0,
                                    atol=1e-6)
@@ -309,8 +309,7 @@ def test_strided_inputs_give_the_same_bits(kernels):
         kernels.position: (z, weight, bias),
         kernels.position_backward: (grad, z, weight, bias),
         kernels.layer_norm: (z, bias, bias, EPS, torch.float32),
-        kernels.layer_norm_backward: (grad, z, *statistics(z), bias, bias,
-                                      zv[..., 8:]),
+        kernels.layer_norm_backward: (grad, z, bias, bias, EPS, zv[..., 8:]),
         kernels.scale_residual: (z, grad, bias, None),
         kernels.scale_backward: (grad, bias),
     }
@@ -406,6 +405,7 @@ def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
         return functools.partial(kernel.warmup, grid=grid)
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(kernels, '_COMPILED', {})
     monkeypatch.setattr(triton.JITFunction, '__getitem__', launch)
     monkeypatch.setattr(
         triton.runtime.jit, 'driver', SimpleNamespace(active=SimpleNamespace(
@@ -420,13 +420,54 @@ def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
     kernels.position(x, weight, vector)
     kernels.position_backward(y, x, weight, vector)
     kernels.layer_norm(x, vector, vector, EPS, x.dtype)
-    kernels.layer_norm_backward(y, x, *statistics(x), vector, vector, y)
+    kernels.layer_norm_backward(y, x, vector, vector, EPS, y)
     kernels.layer_scale_backward(x[0, 0], vector, x[0, 0], vector,
                                  vector)
     kernels.scale_residual(x, y, vector, keep)
     kernels.scale_backward(x, vector)
     assert compiled == {
         name for name in vars(kernels) if name.endswith('_kernel')}
+
+
+@pytest.mark.skipif(INTERPRETED, reason='compiles')
+def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
+        kernels, monkeypatch, tmp_path):
+    """Of which the first goes by Triton's own choice among the compiled."""
+    stub = SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda _: 0,
+        get_current_target=lambda: triton.backends.compiler.GPUTarget(
+            'cuda', 90, 32))
+    calls = []
+    compiled = triton.compiler.CompiledKernel
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(kernels, '_COMPILED', {})
+    for module in (triton.runtime.jit, triton.compiler.compiler):
+        monkeypatch.setattr(module, 'driver', SimpleNamespace(active=stub))
+    monkeypatch.setattr(compiled, '_init_handles', lambda self: None)
+    monkeypatch.setattr(compiled, 'run', property(
+        lambda self: lambda *args: calls.append((self, *args))))
+    x, y, scale, short = (torch.zeros(shape, dtype=torch.bfloat16) for shape in
+                          (*[(2, 2, 3, 8)] * 2, (8, ), (9, )))
+    keep = torch.ones(2)
+
+    def launch(*inputs):
+        kernels.scale_residual(*inputs)
+        kernel, *grid, _, _, _, _, _, _ = calls[-1][:10]
+        addresses = [t.data_ptr() if torch.is_tensor(t) else t
+                     for t in calls[-1][10:]]
+        out = addresses.pop(4)  # is new each time
+        return kernel, grid, addresses, out % 16
+
+    first = launch(x, y, scale, keep)
+    with monkeypatch.context() as patch:
+        patch.delattr(triton.JITFunction, 'run')
+        assert launch(x, y, scale, keep) == first
+    assert len(kernels._COMPILED) == 1
+    # Other types, no drop path, pointers that are not aligned.
+    others = [launch(x.float(), y, scale, keep), launch(x, y, scale, None),
+              launch(x, y, short[1:], keep)]
+    assert len({kernel for kernel, *_ in [first, *others]}) == 4
+    assert len(kernels._COMPILED) == 3
 
 
 def test_signatures_are_those_of_the_plain_functions(kernels):
@@ -449,8 +490,7 @@ def test_two_runs_give_the_same_bits(kernels):
     small = weight[..., :3, :3].contiguous()
     runs = [(*kernels.gate_backward(grad, zv, z, weight, bias),
              *kernels.position_backward(grad, z, small, bias),
-             *kernels.layer_norm_backward(grad, z, *statistics(z), bias, bias,
-                                          grad))
+             *kernels.layer_norm_backward(grad, z, bias, bias, EPS, grad))
             for _ in range(3)]
     for run in runs[1:]:
         assert all(map(torch.equal, runs[0], run))
@@ -474,11 +514,10 @@ def test_more_than_2_to_the_31_elements(kernels):
         assert torch.equal(
             kernels.position_backward(z, z, weight, bias)[i][-1:],
             kernels.position_backward(last, last, weight, bias)[i])
-    mean, rstd = statistics(z)
-    assert torch.equal(
-        kernels.layer_norm_backward(z, z, mean, rstd, bias, bias, z)[0][-1:],
-        kernels.layer_norm_backward(last, last, mean[-1:], rstd[-1:], bias,
-                                    bias, last)[0])
+    for i in (0, 3):
+        assert torch.equal(
+            kernels.layer_norm_backward(z, z, bias, bias, EPS, z)[i][-1:],
+            kernels.layer_norm_backward(last, last, bias, bias, EPS, last)[i])
     assert torch.equal(
         kernels.scale_residual(z, z, bias, None)[-1:],
         kernels.scale_residual(last, last, bias, None))
