@@ -17,11 +17,13 @@ sets of kernels with the same names: torch's, in this file, or those of
 :mod:`mmconv2former.triton_kernels` on GPUs.
 """
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from itertools import chain
+from pathlib import Path
 from subprocess import SubprocessError
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -82,12 +84,18 @@ def is_recorded(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _asked_dtype(x: Tensor) -> torch.dtype:
+    """Of what autocast computes, or of x without autocast."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Of matrix products and convolutions."""
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    if device == 'cpu' and not torch.compiler.is_compiling() \
+    dtype = _asked_dtype(x)
+    if x.device.type == 'cpu' and not torch.compiler.is_compiling() \
             and _is_emulated(dtype):
         # In bf16 a product would take three times as long, and a large
         # depthwise convolution up to 28 times.
@@ -135,6 +143,20 @@ def _has_onednn(device: torch.device) -> bool:
 def _onednn_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether to ask oneDNN for products; in bf16 torch does by itself."""
     return dtype == torch.float32 and _has_onednn(device)
+
+
+@cache
+def _mkl_is_at_home() -> bool:
+    """Whether torch's own fp32 products, by MKL, are fast on this CPU.
+
+    On those of Intel they are as fast as oneDNN's, and take transposed factors
+    as they are. On those of AMD they take twice as long.
+    """
+    try:
+        cpu = Path('/proc/cpuinfo').read_text()
+    except OSError:  # not Linux
+        cpu = platform.processor()
+    return torch.backends.mkl.is_available() and 'GenuineIntel' in cpu
 
 
 def _onednn_bf16(device: torch.device, dtype: torch.dtype) -> bool:
@@ -214,7 +236,7 @@ def _linear_backward(
         return grad_weight.view(o, i), _wide(grad_bias)
     if grad_bias is None:
         grad_bias = _bias_grad(grad)
-    if not _onednn_fp32(x.device, x.dtype):
+    if not _onednn_fp32(x.device, x.dtype) or _mkl_is_at_home():
         return torch.mm(rows, columns.t()), grad_bias
     # oneDNN wants the first of the two transposed, which had better be the
     # smaller where there is more to copy than to transpose afterwards.
@@ -356,17 +378,18 @@ def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
     Args:
         grad (Tensor): Gradient of the result, (N, H, W, C).
         a (Tensor): Output of the convolution, (N, H, W, C).
-        zv, weight, bias (Tensor): As above.
+        zv, weight, bias (Tensor): As above. This and ``a`` may be of another
+            type than the rest.
 
     Returns:
         tuple[Tensor]: Gradients of zv, weight and bias (the latter two in
         fp32) and the result, which the caller has not stored. Triton's
         kernels add the sum of the first over all positions, (2C, ).
     """
-    grad_zv = torch.empty_like(zv)
+    grad_zv = torch.empty_like(zv, dtype=grad.dtype)
     grad_z, grad_v = grad_zv.chunk(2, -1)
     z, v = zv.chunk(2, -1)
-    z = z.contiguous()
+    z, a = z.to(grad.dtype).contiguous(), a.to(grad.dtype)
     torch.mul(grad, a, out=grad_v)
     grad_a = grad * v
     h = F.gelu(z)
@@ -401,18 +424,20 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
     Args:
         grad (Tensor): Gradient of the result, (N, H, W, C), which is
             overwritten.
-        z, weight, bias (Tensor): As above.
+        z, weight, bias (Tensor): As above. z may be of another type than the
+            rest.
 
     Returns:
         tuple[Tensor]: Gradients of z, weight and bias (the latter two in
         fp32) and the result, which the caller has not stored. Triton's
         kernels add the sum of the first over all positions, (C, ).
     """
-    out = torch.empty_like(z)
-    samples = _samples(z, z.shape[-1])
+    out = torch.empty_like(grad)
+    samples = _samples(grad, grad.shape[-1])
     sums = []
     for grad_part, z_part, out_part in zip(
             *(t.split(samples) for t in (grad, z, out))):
+        z_part = z_part.to(grad.dtype)
         h = F.gelu(z_part)
         d = _depthwise(h, weight, bias)
         grad_d = aten.gelu_backward(grad_part, d)
@@ -570,7 +595,7 @@ class ResidualBranch(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
                 scale: Tensor, keep: Tensor | None, eps: float, middle: str,
                 *parameters: Tensor) -> Tensor:
-        dtype, kernels = product_dtype(x), _kernels(x)
+        dtype, kernels, asked = product_dtype(x), _kernels(x), _asked_dtype(x)
         in_weight, in_bias, dw_weight, dw_bias, weight, bias = _operands(
             parameters, dtype, kernels)
         with _alone(x):
@@ -587,7 +612,8 @@ class ResidualBranch(torch.autograd.Function):
         ctx.shapes = [p.shape for p in parameters]
         ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, dw_weight,
                               dw_bias, weight, *parameters[-2:], scale, keep,
-                              z, *stored)
+                              # Where the CPU emulates that type.
+                              *(t.to(asked) for t in (z, *stored)))
         return out
 
     @staticmethod
