@@ -241,6 +241,14 @@ def test_plot_is_written_from_json(tmp_path, capsys):
     assert '1120x1120' in capsys.readouterr().out
 
 
-def test_plot_needs_several_sizes_or_batches(tmp_path):
-    with pytest.raises(SystemExit, match='--size 224 448'):
-        plot_benchmark.plot([make_row()], tmp_path / 'growth.png')
+def test_plot_of_single_cases_has_bars(tmp_path):
+    picture = tmp_path / 'bars.png'
+    rows = [make_row('a'), make_row('b'), make_row('a', mode='forward')]
+    del rows[1]['memory_step']
+    plot_benchmark.plot(rows, picture)
+    assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_plot_needs_a_step_of_a_model(tmp_path):
+    with pytest.raises(SystemExit, match='nothing to plot'):
+        plot_benchmark.plot([make_row(mode='optimizer')], tmp_path / 'no.png')

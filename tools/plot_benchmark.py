@@ -9,7 +9,7 @@ memory traffic of a fused Conv2Former take on that GPU over the time it took.
 
 The plot shows time and memory per pixel against the size of the image, where
 there are several, else against the batch. What grows in proportion to the
-work is a level line.
+work is a level line. Where no case was measured at several, it shows bars.
 """
 import argparse
 import itertools
@@ -120,15 +120,51 @@ def report(results: dict) -> str:
     return '\n\n'.join(parts)
 
 
+def plot_bars(rows: list[dict], path: Path) -> None:
+    """Plot time and memory, a bar for each model.
+
+    Args:
+        rows (list[dict]): Rows of any number of files.
+        path (Path): The picture to write.
+    """
+    cases = {}
+    for row in rows:
+        cases.setdefault(values(row, CASE), []).append(row)
+    fig, axes = plt.subplots(
+        len(cases), 2, squeeze=False, layout='constrained',
+        figsize=(11, 0.8 + sum(0.6 + 0.25 * len(c) for c in cases.values())),
+        height_ratios=[2 + len(case) for case in cases.values()])
+    for (left, right), case in zip(axes, cases.values()):
+        models = [row['model'] for row in case]
+        colours = [f'C{i}' for i in range(len(case))]
+        times = [1e3 * median(row['samples']) for row in case]
+        memory = [row.get('memory_step', 0) / 1e9 for row in case]
+        for axis, numbers, unit in (
+            (left, times, 'time of a step, ms'),
+            (right, memory, 'memory of a step, GB')):
+            bars = axis.barh(models, numbers, color=colours)
+            axis.bar_label(bars, [f'{number:.3g}' if number else 'not measured'
+                                  for number in numbers], padding=3)
+            axis.set_xlabel(unit)
+            axis.margins(x=0.15)
+            axis.invert_yaxis()
+            axis.spines[['top', 'right']].set_visible(False)
+        left.set_title(describe(case[0]), loc='left')
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Plot time and memory per pixel, a line for each model.
+
+    Bars where no case was measured at several sizes or batches.
 
     Args:
         rows (list[dict]): Rows of any number of files.
         path (Path): The picture to write.
 
     Raises:
-        SystemExit: If no case was measured at several sizes or batches.
+        SystemExit: If no step of a model was measured.
     """
     rows = [
         row for row in rows if row['samples'] and row['mode'] != 'optimizer'
@@ -144,10 +180,12 @@ def plot(rows: list[dict], path: Path) -> None:
         group for group in groups.values()
         if len({values(row, swept) for row in group}) > 1
     ]
+    if not rows:
+        raise SystemExit('nothing to plot: the files have no training step '
+                         'and no forward pass')
     if not groups:
-        raise SystemExit(
-            'nothing to plot: no case was measured at several sizes or '
-            'batches. Measure with --size 224 448 896 or --batch 1 2 4 8')
+        plot_bars(rows, path)
+        return
     models = list(dict.fromkeys(row['model'] for row in rows))
     fig, axes = plt.subplots(
         len(groups), 2, figsize=(11, 1 + 3.5 * len(groups)), squeeze=False,
