@@ -6,6 +6,8 @@ replayed. ``torch.cuda.make_graphed_callables`` does the same for one kind; its
 gradients are wrong where several backward passes add up to one update, because
 those of the next pass take the place of what was accumulated.
 """
+import os
+import threading
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -18,27 +20,9 @@ from torch.func import functional_call
 
 from .fused import is_recorded, report
 
-# Batches of a kind that run as ever before it is recorded. Libraries choose
-# their kernels and Triton compiles its own in them, which cannot be recorded.
+# Batches of a kind that run as ever before it is recorded, so that kinds which
+# do not come back take no memory.
 WARM_UP = 2
-
-
-def _scan(module: nn.Module) -> tuple[list[int], list[bool], bool]:
-    """Addresses of all tensors, what else a recording is bound to, and
-    whether there are hooks, which a replay would not call."""
-    addresses, flags, hooks = [], [], False
-    for m in module.modules():
-        flags.append(m.training)
-        for p in m._parameters.values():
-            if p is not None:
-                addresses.append(p.data_ptr())
-                flags.append(p.requires_grad)
-        addresses += [
-            b.data_ptr() for b in m._buffers.values() if b is not None
-        ]
-        hooks = hooks or bool(m._forward_hooks or m._forward_pre_hooks
-                              or m._backward_hooks or m._backward_pre_hooks)
-    return addresses, flags, hooks
 
 
 def _autocast(x: Tensor) -> dict[str, Any]:
@@ -47,14 +31,62 @@ def _autocast(x: Tensor) -> dict[str, Any]:
                 enabled=torch.is_autocast_enabled(device))
 
 
+def _globals() -> tuple[Hashable, ...]:
+    """Settings by which torch and this package choose kernels."""
+    cudnn = torch.backends.cudnn
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.are_deterministic_algorithms_enabled(), cudnn.enabled,
+            cudnn.deterministic, cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+            os.environ.get('MMCONV2FORMER_FUSED'))
+
+
+class _Watched:
+    """What recordings of a module depend on, besides its inputs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modules = list(module.modules())
+        self.children = [(m._modules, tuple(m._modules.values()))
+                         for m in self.modules if m._modules]
+
+    def same_modules(self) -> bool:
+        """Whether none was added, removed or replaced."""
+        return all(tuple(modules.values()) == children
+                   for modules, children in self.children)
+
+    def look(self) -> tuple[list[int], list[Hashable], str]:
+        """Which tensors there are and where, modes and other settings, and
+        why nothing can be recorded, or ''."""
+        tensors, settings, obstacle = [], [], ''
+        for m in self.modules:
+            settings.append(m.training)
+            # Numbers that kernels are given: of batch norm and drop path.
+            settings += [m.__dict__[key] for key in ('momentum', 'eps', 'rate')
+                         if key in m.__dict__]
+            for p in m._parameters.values():
+                if p is not None:
+                    tensors += (id(p), p.data_ptr())
+                    settings.append(p.requires_grad)
+            for b in m._buffers.values():
+                if b is not None:
+                    tensors.append(b.data_ptr())
+            if m._forward_hooks or m._forward_pre_hooks \
+                    or m._backward_hooks or m._backward_pre_hooks:
+                obstacle = 'the backbone has hooks, which would not be called'
+            if type(m).__name__ == 'FullyShardedDataParallel':
+                obstacle = 'the weights of the backbone are sharded'
+        return tensors, settings, obstacle
+
+
 class CUDAGraphs:
     """The graphs of a module, for a limited number of kinds of batches.
 
     A kind is a shape with a memory layout and a precision, and whether and
     for which parameters there are gradients. It is recorded at its third
-    batch. Those beyond the limit, and modules with hooks, run as if there were
-    no graphs. All graphs share their memory, so that what a forward pass has
-    stored for its backward pass is gone once another one began.
+    batch. Those beyond the limit, and modules that cannot be recorded, run as
+    if there were no graphs; the log says why. All graphs share their memory,
+    so that what a forward pass has stored for its backward pass is gone once
+    another one began.
 
     Args:
         limit (int): Greatest number of kinds.
@@ -62,10 +94,13 @@ class CUDAGraphs:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.turn = limit, 0
+        self.lock, self.busy = threading.RLock(), False
+        self.stream: torch.cuda.Stream | None = None
+        self.watched: _Watched | None = None
         self._clear()
 
     def _clear(self) -> None:
-        self.addresses: list[int] = []
+        self.tensors: list[int] = []
         self.seen: Counter[Hashable] = Counter()
         self.recordings: dict[Hashable, _Recording] = {}
         self.memory: _Memory | None = None
@@ -80,9 +115,9 @@ class CUDAGraphs:
     @staticmethod
     def can_record(x: Tensor) -> bool:
         """Whether that is a batch on a GPU, and is not being recorded."""
-        return (x.is_cuda and not x.requires_grad
+        return (x.is_cuda and type(x) is Tensor and not x.requires_grad
                 and not torch.compiler.is_compiling()
-                and not is_recorded(x))
+                and not torch.jit.is_tracing() and not is_recorded(x))
 
     def recording(self, module: nn.Module, x: Tensor) -> '_Recording | None':
         """What stands in for ``module.forward(x)``, if anything does yet.
@@ -93,31 +128,52 @@ class CUDAGraphs:
 
         Returns:
             _Recording: To be called with x. None if the module has to run.
+
+        Raises:
+            RuntimeError: If the module does what cannot be recorded.
         """
-        if not self.can_record(x):
+        # Busy: the module is run to be recorded.
+        if self.busy or not self.can_record(x):
             return None
-        addresses, flags, hooks = _scan(module)
-        if hooks:
-            report('no CUDA graphs, because the backbone has hooks')
-            return None
-        if addresses != self.addresses:  # moved, or replaced
-            self._clear()
-            self.addresses = addresses
-        kind = (x.shape, x.stride(), x.dtype, x.device, *flags,
-                torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-                *_autocast(x).values())
-        if kind not in self.recordings:
-            if len(self.recordings) == self.limit:
-                report(f'no more than {self.limit} CUDA graphs; images of '
-                       'other shapes run without')
+        with self.lock:
+            if self.watched is None or not self.watched.same_modules():
+                self.watched = _Watched(module)
+            tensors, settings, obstacle = self.watched.look()
+            if obstacle:
+                report(f'no CUDA graphs, because {obstacle}')
                 return None
-            self.seen[kind] += 1
-            if self.seen[kind] <= WARM_UP:
-                return None
-            self.memory = self.memory or _Memory(x.device)
-            self.recordings[kind] = _Recording(self, module, x)
-            report(f'CUDA graph for images of shape {tuple(x.shape)}')
-        return self.recordings[kind]
+            if tensors != self.tensors:  # moved, or replaced
+                self._clear()
+                self.tensors = tensors
+            kind = (x.shape, x.stride(), x.dtype, x.device, *settings,
+                    *_autocast(x).values(), *_globals())
+            if kind not in self.recordings:
+                if len(self.recordings) == self.limit:
+                    report(f'no more than {self.limit} CUDA graphs; images of '
+                           'other shapes run without')
+                    return None
+                self.seen[kind] += 1
+                if self.seen[kind] <= WARM_UP:
+                    return None
+                self.memory = self.memory or _Memory(x.device)
+                self.busy = True
+                try:
+                    self.recordings[kind] = _Recording(self, module, x)
+                finally:
+                    self.busy = False
+                report(f'CUDA graph for images of shape {tuple(x.shape)}')
+            return self.recordings[kind]
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """One at a time: all graphs have the same memory."""
+        with self.lock:
+            stream = torch.cuda.current_stream()
+            if self.stream not in (None, stream):
+                stream.wait_stream(self.stream)
+            self.stream = stream
+            self.turn += 1
+            yield
 
 
 class _Memory:
@@ -145,29 +201,73 @@ class _Recording:
         owner (CUDAGraphs): Whose memory it uses.
         module (nn.Module): The module.
         x (Tensor): A batch of that kind.
+
+    Raises:
+        RuntimeError: If the module does what cannot be recorded.
     """
 
     def __init__(self, owner: CUDAGraphs, module: nn.Module,
                  x: Tensor) -> None:
-        self.owner, memory = owner, owner.memory
-        self.x = torch.empty_like(x)
-        self.parameters = {
+        self.owner, self.x = owner, torch.empty_like(x)
+        self._find_parameters(module, x)
+        try:
+            self._record(module, owner.memory)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f'the backbone cannot be recorded into CUDA graphs ({error}): '
+                'build it with cuda_graphs=False') from error
+
+    def _find_parameters(self, module: nn.Module, x: Tensor) -> None:
+        """Those that have gradients, and from which of the outputs.
+
+        By running the module: libraries choose their kernels, and Triton
+        compiles its own, when they are first needed, and that cannot be
+        recorded. Random numbers and buffers are as if it had not run.
+        """
+        buffers = [(b, b.clone()) for b in module.buffers()]
+        parameters = {
             name: p
             for name, p in module.named_parameters()
             if p.requires_grad and torch.is_grad_enabled()
         }
+        with torch.random.fork_rng([x.device] * x.is_cuda), torch.autocast(
+                **_autocast(x), cache_enabled=False):
+            leaves = _leaves(parameters)
+            outs = functional_call(module, leaves, (x, ))
+        # Those of frozen stages have none.
+        self.differentiable = [out.requires_grad for out in outs]
+        reached = [
+            [grad is not None for grad in torch.autograd.grad(
+                out, list(leaves.values()), torch.zeros_like(out),
+                retain_graph=True, allow_unused=True)]
+            for out in outs if out.requires_grad and leaves
+        ]
+        del outs
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        if any(self.differentiable) and not any(map(any, reached)):
+            raise RuntimeError(
+                'the backbone cannot be recorded into CUDA graphs, because '
+                'its weights are not its parameters: build it with '
+                'cuda_graphs=False')
+        used = [any(column) for column in zip(*reached)]
+        self.parameters = {
+            name: p
+            for (name, p), is_used in zip(parameters.items(), used) if is_used
+        }
+        # For each output, which of those parameters it depends on.
+        self.reached = [[r for r, is_used in zip(row, used) if is_used]
+                        for row in reached]
+
+    def _record(self, module: nn.Module, memory: _Memory) -> None:
         # New leaves in the same memory. What autograd, or DDP, has tied to
         # the parameters belongs to other streams than the recording one.
-        leaves = {
-            name: p.detach().requires_grad_()
-            for name, p in self.parameters.items()
-        }
+        leaves = _leaves(self.parameters)
         with memory.record() as self.forward, torch.autocast(
-                **_autocast(x), cache_enabled=False):
+                **_autocast(self.x), cache_enabled=False):
             outs = functional_call(module, leaves, (self.x, ))
         self.outs = [out.detach() for out in outs]
-        # Those of frozen stages are not.
-        self.differentiable = [out.requires_grad for out in outs]
         if leaves:
             outs = [out for out in outs if out.requires_grad]
             self.grad_outs = [torch.empty_like(out) for out in outs]
@@ -192,35 +292,53 @@ class _Recording:
         """
         if self.parameters:
             return _Replay.apply(self, x, *self.parameters.values())
-        return self.replay(x)
+        return self.replay(x)[0]
 
-    def replay(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Replay the forward pass."""
-        self.owner.turn += 1
-        self.x.copy_(x)
-        self.forward.replay()
-        return tuple(out.clone() for out in self.outs)
+    def replay(self, x: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        """Replay the forward pass; also returns its number."""
+        with self.owner.replaying():
+            self.x.copy_(x)
+            self.forward.replay()
+            return tuple(out.clone() for out in self.outs), self.owner.turn
 
-    def replay_backward(self, turn: int, grads: tuple[Tensor, ...]
-                        ) -> list[Tensor]:
+    def replay_backward(self, turn: int, grads: tuple[Tensor | None, ...]
+                        ) -> list[Tensor | None]:
         """Replay the backward pass of the forward pass with that number.
+
+        Args:
+            turn (int): The number.
+            grads (tuple[Tensor | None]): Of the outputs; None for those that
+                nobody used.
+
+        Returns:
+            list[Tensor | None]: Of the parameters.
 
         Raises:
             RuntimeError: If what the forward pass had stored is gone.
         """
-        if turn != self.owner.turn:
-            raise RuntimeError(
-                'the backbone has run another forward or backward pass since '
-                'the forward pass of these gradients, and its CUDA graphs '
-                'keep the activations of one: build it with cuda_graphs=False')
-        self.owner.turn += 1
         grads = [g for g, d in zip(grads, self.differentiable) if d]
-        torch._foreach_copy_(self.grad_outs, grads)
-        self.backward.replay()
-        # Copies, which may become the gradients of the parameters.
-        copies = [torch.empty_like(grad) for grad in self.grads]
-        torch._foreach_copy_(copies, self.grads)
-        return copies
+        with self.owner.lock:
+            if turn != self.owner.turn:
+                raise RuntimeError(
+                    'the backbone has run another forward or backward pass '
+                    'since the forward pass of these gradients, and its CUDA '
+                    'graphs keep the activations of one: build it with '
+                    'cuda_graphs=False')
+            with self.owner.replaying():
+                for target, grad in zip(self.grad_outs, grads):
+                    target.zero_() if grad is None else target.copy_(grad)
+                self.backward.replay()
+                # Copies, which may become the gradients of the parameters.
+                copies = [torch.empty_like(grad) for grad in self.grads]
+                torch._foreach_copy_(copies, self.grads)
+        rows = [row for row, g in zip(self.reached, grads) if g is not None]
+        return [copy if any(column) else None
+                for copy, *column in zip(copies, *rows)]
+
+
+def _leaves(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach().requires_grad_()
+            for name, p in parameters.items()}
 
 
 class _Replay(torch.autograd.Function):
@@ -228,8 +346,9 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, x: Tensor,
                 *parameters: Tensor) -> tuple[Tensor, ...]:
-        outs = recording.replay(x)
-        ctx.recording, ctx.turn = recording, recording.owner.turn
+        outs, ctx.turn = recording.replay(x)
+        ctx.recording = recording
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(
             out for out, differentiable in zip(outs, recording.differentiable)
             if not differentiable))
@@ -237,5 +356,6 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None
+                 ) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.recording.replay_backward(ctx.turn, grads)

@@ -670,9 +670,9 @@ class LayerNorm(torch.autograd.Function):
                 bias: Tensor | None, eps: float) -> Tensor:
         ctx.eps = eps
         ctx.save_for_backward(x, weight, bias)
+        dtype = product_dtype(x)
         with _alone(x):
-            return _kernels(x).layer_norm(x, weight, bias, eps,
-                                          product_dtype(x))
+            return _kernels(x).layer_norm(x, weight, bias, eps, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -80,7 +80,7 @@ class _Launch:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch; a tensor may be None where the kernel allows it."""
-        pointers, key, low_bits = [], [self.variant, tensors[0].device], 0
+        pointers, key, low_bits = [], [self.variant], 0
         for tensor in tensors:
             if tensor is None:
                 pointers.append(None)
@@ -89,7 +89,7 @@ class _Launch:
                 pointer = tensor.data_ptr()
                 low_bits |= pointer
                 pointers.append(pointer)
-                key.append(tensor.dtype)
+                key += (tensor.dtype, tensor.get_device())
         key = tuple(key)
         # What is compiled for pointers to multiples of 16 bytes reads so many
         # at a time.
@@ -846,7 +846,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
     if weight is not None:
         weight, bias = weight.contiguous(), bias.contiguous()
     shape, (x, stride) = x.shape, _pixels(x)
-    _layer_norm_launch(shape, stride, eps)(x, weight, bias, out)
+    _layer_norm_launch(shape, stride, float(eps))(x, weight, bias, out)
     return out
 
 
@@ -915,7 +915,7 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
     if residual is not None:
         residual, step = _pixels(residual)
     launch, partial = _layer_norm_backward_launch(shape, grad_stride, stride,
-                                                  step, eps)
+                                                  step, float(eps))
     partial = x.new_empty(partial, dtype=torch.float32)
     launch(grad, x, weight.contiguous(), bias.contiguous(), residual, grad_x,
            normed, partial)

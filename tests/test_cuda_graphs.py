@@ -6,6 +6,7 @@ tensors, as a GPU does with its kernels.
 import contextlib
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -72,9 +73,12 @@ def device(request, monkeypatch):
         cuda_graphs.CUDAGraphs, 'can_record',
         staticmethod(lambda x: not recording and not x.requires_grad))
     monkeypatch.setattr(fused, 'is_recorded', lambda x: bool(recording))
+    # The bits of MKL's products depend on where in memory the factors are.
+    monkeypatch.setattr(fused, '_mkl_is_at_home', lambda: False)
     for name, value in dict(
             graph=graph, CUDAGraph=Tape, graph_pool_handle=lambda: None,
-            Stream=lambda device: None).items():
+            Stream=lambda device: None,
+            current_stream=lambda: None).items():
         monkeypatch.setattr(torch.cuda, name, value)
     return 'cpu'
 
@@ -237,6 +241,92 @@ def test_activations_that_are_gone_are_not_used(models, device):
     second.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match='cuda_graphs=False'):
         second.backward()
+
+
+def test_outputs_that_nobody_uses_give_no_gradients(models, device):
+    eager, graphed = models()
+    x = images(device)
+    for i in (1, 0, 1, 0, 1, 0):
+        for model in (eager, graphed):
+            model.zero_grad()
+            model(x)[i].pow(2).mean().backward()
+        assert_same(*([p.grad for p in model.parameters()]
+                      for model in (graphed, eager)))
+    assert recorded(graphed) == 1
+    assert graphed.norm1.weight.grad is None
+
+
+def test_parameters_that_nobody_uses_have_no_gradients(models, device):
+    eager, graphed = models()
+    for model in (eager, graphed):
+        model.extra = torch.nn.Parameter(torch.ones(2, device=device))
+    x = images(device)
+    for _ in range(4):
+        assert_same(step(graphed, x), step(eager, x))
+    assert recorded(graphed) == 1 and graphed.extra.grad is None
+
+
+def test_settings_that_kernels_are_given_are_seen(models, device):
+    eager, graphed = models(drop_path_rate=0.9)
+    x = images(device)
+    for _ in range(4):
+        step(eager, x), step(graphed, x)
+    for model in (eager, graphed):
+        for m in model.modules():
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.momentum = 0.
+            if hasattr(m, 'rate'):
+                m.rate = 0.
+    for _ in range(4):
+        assert_same(step(graphed, x)[:-1], step(eager, x)[:-1])
+    assert recorded(graphed) == 2
+
+
+def test_new_parameter_in_the_memory_of_the_old_gets_its_gradient(
+        models, device):
+    _, graphed = models()
+    x = images(device)
+    for _ in range(4):
+        step(graphed, x)
+    norm = graphed.norm0
+    norm.weight = torch.nn.Parameter(norm.weight.data)
+    for _ in range(4):
+        step(graphed, x)
+        assert norm.weight.grad is not None
+
+
+def test_threads_get_their_own_results(models, device):
+    eager, graphed = models()
+    eager.eval(), graphed.eval()
+    batches = [images(device, seed=seed) for seed in range(2)]
+    with torch.no_grad():
+        expected = [eager(x) for x in batches]
+        for _ in range(3):
+            graphed(batches[0])
+    assert recorded(graphed) == 1
+
+    def run(i):
+        with torch.no_grad():
+            return all(torch.equal(own, other) for _ in range(20)
+                       for own, other in zip(graphed(batches[i]), expected[i]))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(run, (0, 1)))
+
+
+def test_weights_that_are_no_parameters_are_refused(models, device):
+    """Such as views of what FSDP has gathered."""
+    _, graphed = models()
+    for m in list(graphed.modules()):
+        for name, p in list(m._parameters.items()):
+            if p is not None:
+                del m._parameters[name]
+                setattr(m, name, p.detach().requires_grad_() * 1)
+    x = images(device)
+    for _ in range(2):
+        graphed(x)
+    with pytest.raises(RuntimeError, match='cuda_graphs=False'):
+        graphed(x)
 
 
 def test_drop_path_is_drawn_for_each_batch(models, device):

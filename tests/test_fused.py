@@ -573,6 +573,19 @@ def test_residual_stays_in_fp32_if_asked():
             assert model(x)[0].dtype == dtype
 
 
+def test_norm_of_the_downsampling_has_the_precision_of_products(monkeypatch):
+    kernels = SimpleNamespace(layer_norm=fused.layer_norm,
+                              layer_norm_backward=fused.layer_norm_backward)
+    monkeypatch.setattr(fused, '_kernels', lambda _: kernels)
+    monkeypatch.setattr(fused, '_is_emulated', lambda _: False)
+    x = torch.randn(2, 8, 3, 3, requires_grad=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = fused.normalize(x, operators.LayerNorm2d(8))
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
 def test_kernels_match_their_plain_operators():
     torch.manual_seed(0)
     zv, weight, bias = random(2, 5, 7, 16), random(8, 1, 5, 5), random(8)
