@@ -2,6 +2,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint as torch_checkpoint
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
@@ -15,8 +16,6 @@ from .operators import (
     DropPath,
     LayerNorm2d,
     Pointwise,
-    add_position,
-    modulate,
 )
 from .registry import MODELS
 
@@ -112,10 +111,7 @@ class ConvModulation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         x = self.norm(x)
-        depthwise = self.att[2]
-        return self.proj(
-            modulate(self.att[0](x), self.v(x), depthwise.weight,
-                     depthwise.bias, self.fusion))
+        return self.proj(FUSIONS[self.fusion](self.att(x), self.v(x)))
 
     def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
         """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
@@ -142,8 +138,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        z = self.fc1(self.norm(x))
-        return self.fc2(add_position(z, self.pos.weight, self.pos.bias))
+        h = F.gelu(self.fc1(self.norm(x)))
+        return self.fc2(h + F.gelu(self.pos(h)))
 
     def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
         """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
@@ -196,11 +192,11 @@ class Block(nn.Module):
         return x
 
     def layers(self) -> list[nn.Module]:
-        """The layers with parameters, which the fused operators replace."""
+        """The layers, which the fused operators replace."""
         attn, mlp = self.attn, self.mlp
         return [
-            attn.norm, attn.att[0], attn.att[2], attn.v, attn.proj, mlp.norm,
-            mlp.fc1, mlp.pos, mlp.fc2
+            attn.norm, *attn.att, attn.v, attn.proj, mlp.norm, mlp.fc1,
+            mlp.pos, mlp.fc2
         ]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -35,13 +35,33 @@ from torch import Tensor, nn
 
 from .operators import LayerNorm2d, Pointwise
 
-# What ResidualBranch computes by itself, from their parameters.
-LAYERS = (LayerNorm2d, Pointwise, nn.Conv2d)
-
 # Bytes that tensors of some samples at a time may have; of one, any number.
 PART = 2**21
 
 aten = torch.ops.aten
+
+
+def is_own(layer: nn.Module) -> bool:
+    """Whether a layer of a block is as the block has made it, without hooks.
+
+    Then the operators can stand in for it with its parameters.
+    """
+    if layer._forward_hooks or layer._forward_pre_hooks \
+            or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    kind = type(layer)
+    if kind is nn.GELU:
+        return layer.approximate == 'none'
+    if kind not in (LayerNorm2d, Pointwise, nn.Conv2d) \
+            or layer.weight is None or layer.bias is None:
+        return False
+    if kind is not nn.Conv2d:
+        return True
+    c, i, k, width = layer.weight.shape
+    return (i == 1 and k == width and layer.groups == c
+            and layer.stride == layer.dilation == (1, 1)
+            and layer.padding == (k // 2, k // 2)
+            and layer.padding_mode == 'zeros')
 
 
 def _nchw(x: Tensor) -> Tensor:
@@ -85,9 +105,12 @@ def is_recorded(x: Tensor) -> bool:
 
 
 def _asked_dtype(x: Tensor) -> torch.dtype:
-    """Of what autocast computes, or of x without autocast."""
+    """Of what autocast computes, or of x without autocast.
+
+    It leaves fp64 alone.
+    """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.double:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -696,7 +719,8 @@ def normalize(x: Tensor, norm: nn.Module) -> Tensor:
     """
     # torch's own gives each pixel 128 threads, most of them idle, and under
     # autocast reads and writes fp32.
-    if _kernels(x) is sys.modules[__name__] or _obstacle(x, [norm]) \
+    if _kernels(x) is sys.modules[__name__] or type(norm) is not LayerNorm2d \
+            or _obstacle(x, () if norm.weight is None else [norm]) \
             or norm.weight is None and x.requires_grad:
         return norm(x)
     return _nchw(
@@ -960,9 +984,7 @@ def _obstacle(x: Tensor, modules: Iterable[nn.Module]) -> str:
         return 'the batch is empty'
     if x.device.type not in ('cpu', 'cuda'):
         return f'device {x.device.type} has no fused operators'
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks
-           or m._backward_pre_hooks or type(m) not in LAYERS
-           for m in modules):
+    if not all(map(is_own, modules)):
         return 'layers of the blocks were replaced, or have hooks'
     if torch.compiler.is_compiling() \
             and _kernels(x) is sys.modules[__name__]:

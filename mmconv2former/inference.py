@@ -67,18 +67,18 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
                          'give a Conv2Former or a model that contains one')
     blocks = [m for m in modules if isinstance(m, Block)]
     for layer in (layer for block in blocks for layer in block.layers()):
-        if type(layer) not in fused.LAYERS:
+        if not fused.is_own(layer):
             raise ValueError(
-                f'a layer of a block was replaced by a {type(layer).__name__},'
-                ' which cannot be folded: put the original layers back, with '
-                'the weights that the others stand for')
+                f'a layer of a block was replaced by a {type(layer).__name__} '
+                'that cannot be folded, or has hooks: put the original layers '
+                'back, with the weights that the others stand for')
     with torch.no_grad():
         for backbone in backbones:
             _fuse_backbone(backbone)
         for m in modules:
             neck = getattr(m, 'neck', None)
             fc = getattr(getattr(m, 'head', None), 'fc', None)
-            if isinstance(neck, Conv2FormerNeck) and isinstance(fc, nn.Linear):
+            if isinstance(neck, Conv2FormerNeck) and type(fc) is nn.Linear:
                 neck.norm = _fold_norm(neck.norm, fc)
     return model.eval()
 
@@ -206,7 +206,7 @@ class FusedBlock(nn.Module):
         super().__init__()
         attn, mlp = block.attn, block.mlp
         self.fusion = attn.fusion
-        self.eps = attn.norm.eps
+        self.eps = attn.norm.eps, mlp.norm.eps
         self.zv = _after_norm(attn.norm, attn.att[0], attn.v)
         self.depthwise = attn.att[2]
         self.proj = _scaled(attn.proj, block.layer_scale_1)
@@ -246,9 +246,9 @@ class FusedBlock(nn.Module):
     @torch.no_grad()
     def _fused(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1).contiguous()
-        for weights, middle in zip(self._prepare(x), ('gate', 'position')):
-            x = fused.infer(x, None, None, None, None, self.eps, middle,
-                            weights)
+        for weights, eps, middle in zip(self._prepare(x), self.eps,
+                                        ('gate', 'position')):
+            x = fused.infer(x, None, None, None, None, eps, middle, weights)
         return x.permute(0, 3, 1, 2)
 
     def _prepare(self, x: Tensor) -> list[list[Tensor]]:
@@ -283,9 +283,10 @@ class FusedBlock(nn.Module):
     def _forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """With products in the given precision, and the sum in that of x."""
         x = x.permute(0, 2, 3, 1)
-        for branch, middle in zip(self._branches(), (_gate, _position)):
+        for branch, eps, middle in zip(self._branches(), self.eps,
+                                       (_gate, _position)):
             weights = [p.to(dtype) for p in branch]
-            y = F.layer_norm(x, x.shape[-1:], eps=self.eps).to(dtype)
+            y = F.layer_norm(x, x.shape[-1:], eps=eps).to(dtype)
             y = middle(linear(y, *weights[:2]), *weights[2:4], self.fusion)
             x = linear(y, *weights[4:]).to(x.dtype).add_(x)
         return x.permute(0, 3, 1, 2)

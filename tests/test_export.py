@@ -120,6 +120,23 @@ def test_fused_backbone_of_a_detector(tool, detector, tmp_path, capsys):
         assert_same([torch.from_numpy(out) for out in outs], expected)
 
 
+@pytest.mark.parametrize('stem', ['patch', '3conv'])
+def test_isotropic_models_in_both_formats(tool, make, stem, tmp_path, capsys):
+    pytest.importorskip('onnxruntime')
+    config, checkpoint, _ = make(f'isotropic_{stem}', f"""
+_base_ = ['{ROOT}/configs/classification/conv2former_mini_digits.py']
+model = dict(
+    backbone=dict(
+        arch=dict(depths=[1], dims=[8], kernel_size=5, stem={stem!r})),
+    neck=dict(in_channels=8, out_channels=24),
+    head=dict(in_channels=24, num_classes=7))
+""")
+    # The tool compares the files with the model at sizes of its own.
+    tool.main([config, checkpoint, '--format', 'onnx', 'torch', '--out',
+               str(tmp_path / 'model')])
+    assert capsys.readouterr().out.count('largest difference') == 2
+
+
 @pytest.mark.parametrize('wrong', [
     lambda out: out + 2e-4 * out.abs().max(),
     lambda out: out * float('nan'),

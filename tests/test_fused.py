@@ -444,8 +444,45 @@ def test_fused_operators_are_taken_unless_something_is_in_the_way(monkeypatch):
     adapted.stages[0][0].attn.v = Adapter(adapted.stages[0][0].attn.v)
     assert not takes_fused(adapted)
 
+    for change in (
+            lambda block: block.attn.att.__setitem__(1, nn.ReLU()),
+            lambda block: setattr(block.mlp, 'fc1', nn.Conv2d(
+                8, 32, 1, bias=False)),
+            lambda block: setattr(block.mlp, 'fc2', nn.Conv2d(
+                32, 8, 3, padding=1)),
+            lambda block: setattr(block.mlp, 'pos', nn.Conv2d(
+                32, 32, 3, padding=2, dilation=2, groups=32)),
+            lambda block: setattr(block.mlp, 'norm', operators.LayerNorm2d(
+                8, affine=False))):
+        other = Conv2Former(TINY)
+        change(other.stages[0][0])
+        assert not takes_fused(other)
+
     monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
     assert not takes_fused(Conv2Former(TINY))
+
+
+def test_plain_path_calls_every_layer():
+    model = Conv2Former(TINY)
+    block = model.stages[0][0]
+    layers = block.layers()
+    called = []
+    for layer in layers:
+        layer.register_forward_hook(lambda m, *_: called.append(m))
+    model(torch.randn(1, 3, 32, 32))
+    assert {id(m) for m in called} == {id(m) for m in layers}
+
+
+def test_double_precision_trains_under_autocast():
+    torch.manual_seed(0)
+    model = block(8, 5)
+    x = random(2, 8, 6, 7)
+    out = model(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        again = model(x)
+    assert again.dtype == torch.double and torch.equal(out, again)
+    again.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_log_says_once_which_path_runs_and_why(monkeypatch):

@@ -276,14 +276,33 @@ def test_model_without_a_conv2former_is_refused():
         fuse_for_inference(nn.Sequential(nn.Conv2d(3, 8, 3)).eval())
 
 
-def test_foreign_layers_are_refused_before_anything_is_changed():
+@pytest.mark.parametrize('layer', [
+    nn.Identity(), nn.Conv2d(24, 96, 1, bias=False), nn.Conv2d(24, 96, 1)])
+def test_foreign_layers_are_refused_before_anything_is_changed(layer):
     model = classifier()
-    model.backbone.stages[1][1].mlp.fc1 = nn.Conv2d(24, 96, 1, bias=False)
-    model.backbone.stages[1][0].mlp.fc1 = nn.Identity()
+    model.backbone.stages[1][1].mlp.fc1 = layer
     names = [*model.eval().state_dict()]
-    with pytest.raises(ValueError, match='replaced by a Identity'):
+    with pytest.raises(ValueError,
+                       match=f'replaced by a {type(layer).__name__}'):
         fuse_for_inference(model)
     assert [*model.state_dict()] == names
+
+
+def test_layers_with_hooks_are_refused():
+    model = classifier()
+    model.backbone.stages[1][1].mlp.fc1.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match='or has hooks'):
+        fuse_for_inference(model)
+
+
+def test_each_norm_keeps_its_own_eps():
+    model = classifier()
+    for block in (m for m in model.modules() if isinstance(m, Block)):
+        block.attn.norm.eps, block.mlp.norm.eps = 1., 0.1
+    image = official.image(65, 50)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(model)(image), model(image),
+                                   rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('strict', [True, False])

@@ -70,7 +70,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='settings that replace those of the config')
     # What read_config wants to know of a run.
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.images < 1:
+        parser.error(f'--images must be at least 1, got {args.images}')
+    return args
 
 
 def batches(cfg: Config, part: str,
