@@ -2,7 +2,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint as torch_checkpoint
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from .operators import (
     DropPath,
     LayerNorm2d,
     Pointwise,
+    add_position,
 )
 from .registry import MODELS
 
@@ -138,8 +138,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        h = F.gelu(self.fc1(self.norm(x)))
-        return self.fc2(h + F.gelu(self.pos(h)))
+        return self.fc2(add_position(self.fc1(self.norm(x)), self.pos))
 
     def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
         """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""

@@ -115,6 +115,8 @@ class CUDAGraphs:
     @staticmethod
     def can_record(x: Tensor) -> bool:
         """Whether that is a batch on a GPU, and is not being recorded."""
+        if not x.is_cuda:
+            report(f'no CUDA graphs on the {x.device.type}')
         return (x.is_cuda and type(x) is Tensor and not x.requires_grad
                 and not torch.compiler.is_compiling()
                 and not torch.jit.is_tracing() and not is_recorded(x))

@@ -1,4 +1,5 @@
 """Fewer operations at inference, with the same result."""
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import fused
 from .backbone import Block, Conv2Former
 from .neck import Conv2FormerNeck
-from .operators import LayerNorm2d, add_position, linear, modulate
+from .operators import (
+    LayerNorm2d,
+    add_position,
+    depthwise_conv2d,
+    linear,
+    modulate,
+)
 
 # A greater padding would leave the range of fp16, and only a batch norm that
 # all but removes its channel asks for one.
@@ -300,5 +307,5 @@ def _gate(zv: Tensor, weight: Tensor, bias: Tensor, fusion: str) -> Tensor:
 
 def _position(z: Tensor, weight: Tensor, bias: Tensor, _: str) -> Tensor:
     """:func:`add_position`, (N, H, W, C) -> (N, H, W, C)."""
-    return add_position(z.permute(0, 3, 1, 2), weight,
-                        bias).permute(0, 2, 3, 1)
+    depthwise = partial(depthwise_conv2d, weight=weight, bias=bias)
+    return add_position(z.permute(0, 3, 1, 2), depthwise).permute(0, 2, 3, 1)

@@ -3,6 +3,8 @@
 They are the reference of the fused ones in :mod:`mmconv2former.fused`, and
 what is exported.
 """
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,21 +78,20 @@ def modulate(z: Tensor, v: Tensor, weight: Tensor, bias: Tensor,
     return FUSIONS[fusion](a, v)
 
 
-def add_position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def add_position(z: Tensor, depthwise: Callable[[Tensor], Tensor]) -> Tensor:
     """The middle of the MLP: ``h + GELU(DW_3(h))`` with ``h = GELU(z)``.
 
     The paper does not mention the 3x3 convolution; the official code has it.
 
     Args:
         z (Tensor): Output of the first linear layer, (N, C, H, W).
-        weight (Tensor): Depthwise kernel, (C, 1, 3, 3).
-        bias (Tensor): Bias of the depthwise convolution, (C, ).
+        depthwise (Callable): DW_3, which keeps the shape.
 
     Returns:
         Tensor: (N, C, H, W).
     """
     h = F.gelu(z)
-    return h + F.gelu(depthwise_conv2d(h, weight, bias))
+    return h + F.gelu(depthwise(h))
 
 
 class LayerNorm2d(nn.LayerNorm):

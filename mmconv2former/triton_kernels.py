@@ -22,17 +22,15 @@ multiplied.
 Sizes of blocks were chosen by timing on an H100, of T at 128 x 224 x 224 in
 bf16.
 """
-from collections.abc import Hashable
-from functools import lru_cache
 from math import prod
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
-from triton.compiler import CompiledKernel
+
+from .triton_launch import Launch, plan
 
 if TorchVersion(triton.__version__) < (3, 3):
     raise ImportError(f'found Triton {triton.__version__}; expected 3.3 or '
@@ -42,66 +40,6 @@ if TorchVersion(triton.__version__) < (3, 3):
 # H100 or H200 hold at a time. A constant, so that results do not depend on
 # the device.
 PROGRAMS = 16 * 132
-
-
-# What is known of a launch by the shapes of its tensors. As many as a training
-# with many sizes of images has.
-_plan = lru_cache(maxsize=4096)
-
-# The kernels that Triton has compiled, by what it chose them for.
-_COMPILED: dict[tuple[Hashable, ...], Any] = {}
-
-
-class _Launch:
-    """A kernel with all of its arguments but the tensors.
-
-    ``kernel[grid](...)`` looks at every argument, anew in each call, to choose
-    among what is compiled: at types, values, and alignment of pointers. That
-    takes ten microseconds. Here are left types and alignment of the tensors.
-
-    Args:
-        kernel (JITFunction): Takes pointers, scalars and constants, in this
-            order.
-        programs (int): Their number.
-        scalars (int | float): The scalars.
-        constants (int): The constants, and options of the compiler.
-    """
-
-    def __init__(self, kernel: Any, programs: int, *scalars: float,
-                 **constants: int) -> None:
-        self.kernel, self.grid = kernel, (programs, 1, 1)
-        self.scalars, self.constants = scalars, constants
-        names = [name for name in kernel.arg_names if name in constants]
-        self.tail = (*scalars, *(constants[name] for name in names))
-        # Triton passes integers in 32 bits where they fit.
-        self.variant = (kernel.__name__, *(isinstance(x, int) and x >> 31
-                                           for x in scalars),
-                        *constants.items())
-
-    def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch; a tensor may be None where the kernel allows it."""
-        pointers, key, low_bits = [], [self.variant], 0
-        for tensor in tensors:
-            if tensor is None:
-                pointers.append(None)
-                key.append(None)
-            else:
-                pointer = tensor.data_ptr()
-                low_bits |= pointer
-                pointers.append(pointer)
-                key += (tensor.dtype, tensor.get_device())
-        key = tuple(key)
-        # What is compiled for pointers to multiples of 16 bytes reads so many
-        # at a time.
-        aligned = low_bits % 16 == 0
-        compiled = _COMPILED.get(key) if aligned else None
-        if compiled is not None:
-            compiled[self.grid](*pointers, *self.tail)
-            return
-        compiled = self.kernel[self.grid](*tensors, *self.scalars,
-                                          **self.constants)
-        if aligned and isinstance(compiled, CompiledKernel):
-            _COMPILED[key] = compiled
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -342,12 +280,12 @@ def _gelu_kernel(z_ptr, h_ptr, area, C: tl.constexpr, STRIDE: tl.constexpr,
     tl.store(h_ptr + n * size + at, _gelu(z.to(tl.float32)), at < size)
 
 
-@_plan
-def _gelu_launch(shape: tuple[int, ...], stride: int) -> _Launch:
+@plan
+def _gelu_launch(shape: tuple[int, ...], stride: int) -> Launch:
     n, height, width, c = shape
     area, block = height * width, 1024
-    return _Launch(_gelu_kernel, n * _ceil_div(area * c, block), area, C=c,
-                   STRIDE=stride, BLOCK=block)
+    return Launch(_gelu_kernel, n * _ceil_div(area * c, block), area, C=c,
+                  STRIDE=stride, BLOCK=block)
 
 
 @triton.jit(do_not_specialize=['height', 'width'])
@@ -482,36 +420,27 @@ def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
              alive & (head <= K // 2) & (K // 2 < head + TAP_ROWS))
 
 
-@_plan
-def _gate_launch(shape: tuple[int, ...], k: int) -> _Launch:
+@plan
+def _gate_launch(shape: tuple[int, ...], k: int) -> Launch:
     n, height, width, c = shape
     tile, programs = _convolution_tile(height, width, k, c)
-    return _Launch(_gate_kernel, n * programs, height, width, C=c, K=k, **tile)
+    return Launch(_gate_kernel, n * programs, height, width, C=c, K=k, **tile)
 
 
-@_plan
-def _gate_backward_launch(shape: tuple[int, ...],
-                          stride: int) -> tuple[_Launch, tuple[int, ...]]:
-    tile, pixels, tiles, programs = _column_tiles(shape)
-    launch = _Launch(_gate_backward_kernel, programs, pixels, tiles,
-                     GRAD_STRIDE=stride, **tile)
-    return launch, (programs, shape[3])
-
-
-@_plan
+@plan
 def _gate_input_grad_launch(shape: tuple[int, ...],
-                            k: int) -> tuple[_Launch, tuple[int, ...]]:
+                            k: int) -> tuple[Launch, tuple[int, ...]]:
     n, height, width, c = shape
     tile, programs = _convolution_tile(height, width, k, c)
     rows = n * _ceil_div(height, tile['ROWS'])
-    launch = _Launch(_gate_input_grad_kernel, n * programs, height, width, C=c,
-                     K=k, **tile)
+    launch = Launch(_gate_input_grad_kernel, n * programs, height, width, C=c,
+                    K=k, **tile)
     return launch, (rows, _ceil_div(width, tile['STRIP']), c)
 
 
-@_plan
+@plan
 def _weight_grad_launch(shape: tuple[int, ...],
-                        k: int) -> tuple[_Launch, tuple[int, ...]]:
+                        k: int) -> tuple[Launch, tuple[int, ...]]:
     n, height, width, c = shape
     tile, blocks = _tile(width, k, c, strip=14 if width > 7 else 7, lanes=32,
                          registers=128)
@@ -519,9 +448,9 @@ def _weight_grad_launch(shape: tuple[int, ...],
     groups = _ceil_div(k, max(50 // k, 1))
     programs = blocks * groups
     splits = _splits(n * height, programs)
-    launch = _Launch(_weight_grad_kernel, splits * programs, n * height,
-                     splits, height, width, C=c, K=k,
-                     TAP_ROWS=_ceil_div(k, groups), **tile)
+    launch = Launch(_weight_grad_kernel, splits * programs, n * height,
+                    splits, height, width, C=c, K=k,
+                    TAP_ROWS=_ceil_div(k, groups), **tile)
     return launch, (splits, k * k + 1, _ceil_div(width, tile['STRIP']), c)
 
 
@@ -565,7 +494,7 @@ def gate_backward(
     sums = a.new_empty(2 * shape[3], dtype=torch.float32)
     z_sums, v_sums = sums.chunk(2)
 
-    launch, partial = _gate_backward_launch(shape, stride)
+    launch, partial = _column_launch(_gate_backward_kernel, shape, stride)
     partial = sums.new_empty(partial)
     launch(grad, zv, a, h, p, da, grad_zv, partial)
     torch.sum(partial, 0, out=v_sums)
@@ -718,36 +647,36 @@ def _position_tile(shape: tuple[int, ...], lanes: int,
     return tile, blocks, share, n * _ceil_div(height, share)
 
 
-@_plan
-def _position_launch(shape: tuple[int, ...], stride: int) -> _Launch:
+@plan
+def _position_launch(shape: tuple[int, ...], stride: int) -> Launch:
     _, height, width, c = shape
     tile, blocks, share, items = _position_tile(shape, lanes=32, registers=64)
-    return _Launch(_position_kernel, items * blocks, items, items, share,
-                   height, width, C=c, Z_STRIDE=stride, GRAD_STRIDE=0, **tile)
+    return Launch(_position_kernel, items * blocks, items, items, share,
+                  height, width, C=c, Z_STRIDE=stride, GRAD_STRIDE=0, **tile)
 
 
-@_plan
+@plan
 def _position_backward_launch(
         shape: tuple[int, ...], stride: int,
-        grad_stride: int) -> tuple[_Launch, tuple[int, ...]]:
+        grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
     _, height, width, c = shape
     tile, blocks, share, items = _position_tile(shape, lanes=64, registers=128)
     splits = _splits(items, blocks)
-    launch = _Launch(_position_kernel, splits * blocks, items, splits, share,
-                     height, width, C=c, Z_STRIDE=stride,
-                     GRAD_STRIDE=grad_stride, **tile)
+    launch = Launch(_position_kernel, splits * blocks, items, splits, share,
+                    height, width, C=c, Z_STRIDE=stride,
+                    GRAD_STRIDE=grad_stride, **tile)
     return launch, (splits, 10, _ceil_div(width, tile['STRIP']), c)
 
 
-@_plan
+@plan
 def _position_input_grad_launch(
         shape: tuple[int, ...], stride: int,
-        grad_stride: int) -> tuple[_Launch, tuple[int, ...]]:
+        grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
     _, height, width, c = shape
     tile, blocks, share, items = _position_tile(shape, lanes=64, registers=96)
-    launch = _Launch(_position_input_grad_kernel, items * blocks, share,
-                     height, width, C=c, Z_STRIDE=stride,
-                     GRAD_STRIDE=grad_stride, **tile)
+    launch = Launch(_position_input_grad_kernel, items * blocks, share,
+                    height, width, C=c, Z_STRIDE=stride,
+                    GRAD_STRIDE=grad_stride, **tile)
     return launch, (items, _ceil_div(width, tile['STRIP']), c)
 
 
@@ -800,6 +729,17 @@ def _column_tiles(shape: tuple[int, ...]) -> tuple[dict, int, int, int]:
     return tile, pixels, tiles, max(min(tiles, PROGRAMS // 4), 1)
 
 
+@plan
+def _column_launch(kernel: triton.JITFunction, shape: tuple[int, ...],
+                   grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
+    """A kernel that goes over all pixels and sums over them, and the shape
+    of its sums."""
+    tile, pixels, tiles, programs = _column_tiles(shape)
+    launch = Launch(kernel, programs, pixels, tiles, GRAD_STRIDE=grad_stride,
+                    **tile)
+    return launch, (programs, shape[3])
+
+
 @triton.jit
 def _normalize(x, used, eps, C: tl.constexpr):
     """Rows of mean 0 and variance 1, and their inverse standard deviation."""
@@ -826,13 +766,13 @@ def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, eps,
     tl.store(out_ptr + pixel * C + channel, normed, inside)
 
 
-@_plan
+@plan
 def _layer_norm_launch(shape: tuple[int, ...], stride: int,
-                       eps: float) -> _Launch:
+                       eps: float) -> Launch:
     *image, c = shape
     tile, pixels = _norm_tile(c), prod(image)
-    return _Launch(_layer_norm_kernel, _ceil_div(pixels, tile['PIXELS']),
-                   pixels, eps, X_STRIDE=stride, **tile)
+    return Launch(_layer_norm_kernel, _ceil_div(pixels, tile['PIXELS']),
+                  pixels, eps, X_STRIDE=stride, **tile)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -891,16 +831,16 @@ def _layer_norm_backward_kernel(
     tl.store(out + C, tl.sum(bias_sums, 0)[None, :], used)
 
 
-@_plan
+@plan
 def _layer_norm_backward_launch(
         shape: tuple[int, ...], grad_stride: int, stride: int,
-        residual_stride: int, eps: float) -> tuple[_Launch, tuple[int, ...]]:
+        residual_stride: int, eps: float) -> tuple[Launch, tuple[int, ...]]:
     tile, pixels, tiles, programs = _column_tiles(shape)
-    launch = _Launch(_layer_norm_backward_kernel, programs, pixels, tiles, eps,
-                     GRAD_STRIDE=grad_stride, X_STRIDE=stride,
-                     RESIDUAL_STRIDE=residual_stride,
-                     maxnreg=128,  # all programs at a time
-                     **tile)
+    launch = Launch(_layer_norm_backward_kernel, programs, pixels, tiles, eps,
+                    GRAD_STRIDE=grad_stride, X_STRIDE=stride,
+                    RESIDUAL_STRIDE=residual_stride,
+                    maxnreg=128,  # all programs at a time
+                    **tile)
     return launch, (programs, 2, shape[3])
 
 
@@ -945,14 +885,14 @@ def _scale_residual_kernel(
     tl.store(out_ptr + n * area * C + pixel * C + channel, out, inside)
 
 
-@_plan
+@plan
 def _scale_residual_launch(shape: tuple[int, ...], x_stride: int,
-                           y_stride: int) -> _Launch:
+                           y_stride: int) -> Launch:
     n, height, width, c = shape
     area, tile = height * width, _norm_tile(c)
-    return _Launch(_scale_residual_kernel,
-                   n * _ceil_div(area, tile['PIXELS']), area,
-                   X_STRIDE=x_stride, Y_STRIDE=y_stride, **tile)
+    return Launch(_scale_residual_kernel,
+                  n * _ceil_div(area, tile['PIXELS']), area,
+                  X_STRIDE=x_stride, Y_STRIDE=y_stride, **tile)
 
 
 def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
@@ -968,7 +908,7 @@ def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
 
 @triton.jit(do_not_specialize=['pixels', 'tiles'])
 def _scale_backward_kernel(grad_ptr, scale_ptr, out_ptr, partial_ptr, pixels,
-                           tiles, C: tl.constexpr, STRIDE: tl.constexpr,
+                           tiles, C: tl.constexpr, GRAD_STRIDE: tl.constexpr,
                            BLOCK: tl.constexpr, PIXELS: tl.constexpr):
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < C
@@ -978,7 +918,7 @@ def _scale_backward_kernel(grad_ptr, scale_ptr, out_ptr, partial_ptr, pixels,
         pixel = tl.cast(tile, tl.int64) * PIXELS \
             + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
-        grad = tl.load(grad_ptr + pixel * STRIDE + channel, inside,
+        grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside,
                        0.).to(tl.float32)
         tl.store(out_ptr + pixel * C + channel, grad * scale, inside)
         sums += grad
@@ -986,20 +926,11 @@ def _scale_backward_kernel(grad_ptr, scale_ptr, out_ptr, partial_ptr, pixels,
              tl.sum(sums, 0)[None, :], used)
 
 
-@_plan
-def _scale_backward_launch(shape: tuple[int, ...],
-                           stride: int) -> tuple[_Launch, tuple[int, ...]]:
-    tile, pixels, tiles, programs = _column_tiles(shape)
-    launch = _Launch(_scale_backward_kernel, programs, pixels, tiles,
-                     STRIDE=stride, **tile)
-    return launch, (programs, shape[3])
-
-
 def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`mmconv2former.fused.scale_backward`."""
     out = grad.new_empty(grad.shape)
     shape, (grad, stride) = grad.shape, _pixels(grad)
-    launch, partial = _scale_backward_launch(shape, stride)
+    launch, partial = _column_launch(_scale_backward_kernel, shape, stride)
     partial = grad.new_empty(partial, dtype=torch.float32)
     launch(grad, scale.contiguous(), out, partial)
     return out, partial.sum(0)
@@ -1026,10 +957,10 @@ def _layer_scale_backward_kernel(
     tl.store(out_scale_ptr + row, tl.sum(total, 0) + grad * bias)
 
 
-@_plan
-def _layer_scale_backward_launch(rows: int, columns: int) -> _Launch:
-    return _Launch(_layer_scale_backward_kernel, rows, COLUMNS=columns,
-                   BLOCK=min(triton.next_power_of_2(columns), 1024))
+@plan
+def _layer_scale_backward_launch(rows: int, columns: int) -> Launch:
+    return Launch(_layer_scale_backward_kernel, rows, COLUMNS=columns,
+                  BLOCK=min(triton.next_power_of_2(columns), 1024))
 
 
 def layer_scale_backward(grad_weight: Tensor, grad_bias: Tensor,

@@ -371,8 +371,11 @@ def test_what_cannot_be_recorded_is_refused(options):
         Conv2Former(TINY, **options)
 
 
-def test_without_a_gpu_nothing_is_recorded():
+def test_without_a_gpu_nothing_is_recorded(monkeypatch):
+    lines = []
+    monkeypatch.setattr(cuda_graphs, 'report', lines.append)
     model = Conv2Former(TINY, cuda_graphs=True).eval()
     for _ in range(4):
         model(torch.randn(1, 3, 32, 32))
     assert recorded(model) == 0
+    assert set(lines) == {'no CUDA graphs on the cpu'}

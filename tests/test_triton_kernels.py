@@ -23,6 +23,7 @@ from mmconv2former import fused
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
+triton_launch = importlib.import_module('mmconv2former.triton_launch')
 
 EPS = 1e-6
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -405,7 +406,7 @@ def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
         return functools.partial(kernel.warmup, grid=grid)
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(kernels, '_COMPILED', {})
+    monkeypatch.setattr(triton_launch, 'COMPILED', {})
     monkeypatch.setattr(triton.JITFunction, '__getitem__', launch)
     monkeypatch.setattr(
         triton.runtime.jit, 'driver', SimpleNamespace(active=SimpleNamespace(
@@ -440,7 +441,7 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
     calls = []
     compiled = triton.compiler.CompiledKernel
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(kernels, '_COMPILED', {})
+    monkeypatch.setattr(triton_launch, 'COMPILED', {})
     for module in (triton.runtime.jit, triton.compiler.compiler):
         monkeypatch.setattr(module, 'driver', SimpleNamespace(active=stub))
     monkeypatch.setattr(compiled, '_init_handles', lambda self: None)
@@ -462,12 +463,12 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
     with monkeypatch.context() as patch:
         patch.delattr(triton.JITFunction, 'run')
         assert launch(x, y, scale, keep) == first
-    assert len(kernels._COMPILED) == 1
+    assert len(triton_launch.COMPILED) == 1
     # Other types, no drop path, pointers that are not aligned.
     others = [launch(x.float(), y, scale, keep), launch(x, y, scale, None),
               launch(x, y, short[1:], keep)]
     assert len({kernel for kernel, *_ in [first, *others]}) == 4
-    assert len(kernels._COMPILED) == 3
+    assert len(triton_launch.COMPILED) == 3
 
 
 def test_signatures_are_those_of_the_plain_functions(kernels):

@@ -1,0 +1,66 @@
+"""Launches of Triton kernels that cost the CPU less than Triton's own."""
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+# What is known of a launch by the shapes of its tensors. As many as a training
+# with many sizes of images has.
+plan = lru_cache(maxsize=4096)
+
+# The kernels that Triton has compiled, by what it chose them for.
+COMPILED: dict[tuple[Hashable, ...], Any] = {}
+
+
+class Launch:
+    """A kernel with all of its arguments but the tensors.
+
+    ``kernel[grid](...)`` looks at every argument, anew in each call, to choose
+    among what is compiled: at types, values, and alignment of pointers. That
+    takes ten microseconds. Here are left types and alignment of the tensors.
+
+    Args:
+        kernel (JITFunction): Takes pointers, scalars and constants, in this
+            order.
+        programs (int): Their number.
+        scalars (int | float): The scalars.
+        constants (int): The constants, and options of the compiler.
+    """
+
+    def __init__(self, kernel: Any, programs: int, *scalars: float,
+                 **constants: int) -> None:
+        self.kernel, self.grid = kernel, (programs, 1, 1)
+        self.scalars, self.constants = scalars, constants
+        names = [name for name in kernel.arg_names if name in constants]
+        self.tail = (*scalars, *(constants[name] for name in names))
+        # Triton passes integers in 32 bits where they fit.
+        self.variant = (kernel.__name__, *(isinstance(x, int) and x >> 31
+                                           for x in scalars),
+                        *constants.items())
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch; a tensor may be None where the kernel allows it."""
+        pointers, key, low_bits = [], [self.variant], 0
+        for tensor in tensors:
+            if tensor is None:
+                pointers.append(None)
+                key.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                low_bits |= pointer
+                pointers.append(pointer)
+                key += (tensor.dtype, tensor.get_device())
+        key = tuple(key)
+        # What is compiled for pointers to multiples of 16 bytes reads so many
+        # at a time.
+        aligned = low_bits % 16 == 0
+        compiled = COMPILED.get(key) if aligned else None
+        if compiled is not None:
+            compiled[self.grid](*pointers, *self.tail)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.scalars,
+                                          **self.constants)
+        if aligned and isinstance(compiled, CompiledKernel):
+            COMPILED[key] = compiled
