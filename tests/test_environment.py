@@ -81,7 +81,8 @@ def test_there_are_files_to_check():
 @pytest.mark.parametrize('path', PACKAGE_FILES, ids=name_of)
 def test_package_imports_torch_and_mmengine_only(path):
     allowed = {'torch', 'mmengine', 'mmconv2former', *sys.stdlib_module_names}
-    if path.name == 'triton_kernels.py':  # imported for GPUs only
+    # Imported for GPUs only, as the next test sees.
+    if path.name in ('triton_kernels.py', 'triton_launch.py'):
         allowed.add('triton')
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -97,7 +98,8 @@ def test_package_imports_torch_and_mmengine_only(path):
 def test_triton_is_not_imported_before_a_gpu_needs_it():
     code = ('import sys, torch, mmconv2former\n'
             'mmconv2former.Conv2Former("n").eval()(torch.rand(1, 3, 32, 32))\n'
-            'print("mmconv2former.triton_kernels" in sys.modules)')
+            'print(any(name.startswith("mmconv2former.triton")'
+            ' for name in sys.modules))')
     done = subprocess.run([sys.executable, '-c', code], check=True,
                           capture_output=True, text=True, timeout=120)
     assert done.stdout.split()[-1] == 'False'
