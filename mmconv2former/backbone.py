@@ -6,10 +6,11 @@ import torch.utils.checkpoint as torch_checkpoint
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
+from . import fused_stem
 from .archs import resolve_arch
 from .checkpoint import PretrainedModule, load_backbone
 from .cuda_graphs import CUDAGraphs
-from .fused import available, normalize, residual_branch
+from .fused import available, downsampling, residual_branch
 from .operators import (
     FUSIONS,
     DropPath,
@@ -20,34 +21,34 @@ from .operators import (
 from .registry import MODELS
 
 
-def _conv_stem(in_channels: int, dim: int) -> nn.Sequential:
+def _conv_stem(in_channels: int, dim: int) -> list[nn.Module]:
     """The official stem. Mind the order: GELU comes before batch norm."""
     mid = dim // 2
-    return nn.Sequential(
+    return [
         nn.Conv2d(in_channels, mid, 3, stride=2, padding=1, bias=False),
         nn.GELU(), nn.BatchNorm2d(mid),
         nn.Conv2d(mid, mid, 3, padding=1, bias=False),
         nn.GELU(), nn.BatchNorm2d(mid),
-        nn.Conv2d(mid, dim, 2, stride=2, bias=False))
+        nn.Conv2d(mid, dim, 2, stride=2, bias=False)]
 
 
-def _patch_stem(in_channels: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_channels, dim, 16, stride=16))
+def _patch_stem(in_channels: int, dim: int) -> list[nn.Module]:
+    return [nn.Conv2d(in_channels, dim, 16, stride=16)]
 
 
-def _3conv_stem(in_channels: int, dim: int) -> nn.Sequential:
+def _3conv_stem(in_channels: int, dim: int) -> list[nn.Module]:
     """Three convolutions down to stride 16, in the manner of the stem above.
 
     The paper names the '3-conv patch embedding' without its layers; these
     are our choice.
     """
     mid = dim // 4
-    return nn.Sequential(
+    return [
         nn.Conv2d(in_channels, mid, 3, stride=2, padding=1, bias=False),
         nn.GELU(), nn.BatchNorm2d(mid),
         nn.Conv2d(mid, mid, 3, stride=2, padding=1, bias=False),
         nn.GELU(), nn.BatchNorm2d(mid),
-        nn.Conv2d(mid, dim, 4, stride=4, bias=False))
+        nn.Conv2d(mid, dim, 4, stride=4, bias=False)]
 
 
 STEMS = {  # name: (stride, builder)
@@ -64,6 +65,27 @@ def init_convs(module: nn.Module) -> None:
             nn.init.trunc_normal_(m.weight, std=.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+class Stem(nn.Sequential):
+    """The layers in front of the first stage.
+
+    Args:
+        layers (nn.Module): The layers.
+        fused (bool): Whether to take the fused operators where possible.
+    """
+
+    def __init__(self, *layers: nn.Module, fused: bool) -> None:
+        super().__init__(*layers)
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W'), in channels-last memory."""
+        if self.fused and fused_stem.available(x, self):
+            return fused_stem.stem(x, self)
+        # The layout of all that follows.
+        return super().forward(
+            x.contiguous(memory_format=torch.channels_last))
 
 
 class Downsampling(nn.Sequential):
@@ -84,8 +106,7 @@ class Downsampling(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H // 2, W // 2)."""
-        norm, conv = self
-        return conv(normalize(x, norm) if self.fused else norm(x))
+        return downsampling(x, *self) if self.fused else super().forward(x)
 
 
 class ConvModulation(nn.Module):
@@ -328,7 +349,8 @@ class Conv2Former(PretrainedModule):
         for i in range(self.out_indices[-1] + 1):
             self.downsample_layers.append(
                 Downsampling(dims[i - 1], dims[i], fused)
-                if i else build_stem(in_channels, dims[0]))
+                if i else Stem(*build_stem(in_channels, dims[0]),
+                               fused=fused))
             first = sum(depths[:i])
             self.stages.append(
                 nn.Sequential(*(
@@ -416,8 +438,6 @@ class Conv2Former(PretrainedModule):
             recording = self.cuda_graphs.recording(self, x)
             if recording is not None:
                 return recording(x)
-        # The layout of all that follows.
-        x = x.contiguous(memory_format=torch.channels_last)
         outs = []
         for i, (downsample, stage) in enumerate(
                 zip(self.downsample_layers, self.stages)):

@@ -40,6 +40,9 @@ PART = 2**21
 
 aten = torch.ops.aten
 
+# Whether torch has products of 16 bits with results in fp32.
+_MM_IN_FP32 = 'dtype' in aten.mm.overloads()
+
 
 def is_own(layer: nn.Module) -> bool:
     """Whether a layer of a block is as the block has made it, without hooks.
@@ -211,11 +214,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _join(groups: Iterable[Sequence[Tensor]],
           dtype: torch.dtype) -> list[Tensor]:
-    """Each group of parameters as one tensor of that type, (O, ...).
-
-    With one kernel on GPUs, where each of so many small ones costs as much as
-    a tensor of megabytes.
-    """
+    """Each group of parameters as one tensor of that type, (O, ...)."""
     joined, sources, targets = [], [], []
     for group in groups:
         out = group[0]
@@ -259,6 +258,9 @@ def _linear_backward(
         return grad_weight.view(o, i), _wide(grad_bias)
     if grad_bias is None:
         grad_bias = _bias_grad(grad)
+    if x.is_cuda and x.dtype.itemsize == 2 and _MM_IN_FP32 \
+            and not torch.compiler.is_compiling():
+        return aten.mm.dtype(rows, columns.t(), torch.float32), grad_bias
     if not _onednn_fp32(x.device, x.dtype) or _mkl_is_at_home():
         return torch.mm(rows, columns.t()), grad_bias
     # oneDNN wants the first of the two transposed, which had better be the
@@ -481,8 +483,27 @@ def _norm_parameters(x: Tensor, *parameters: Tensor
     ]
 
 
+def patches(x: Tensor, size: int) -> Tensor:
+    """(N, H, W, C) -> (N, H // P, W // P, P * P * C), P the size.
+
+    What does not fill a patch is left out.
+    """
+    n, height, width, c = x.shape
+    rows, columns = height // size, width // size
+    return x[:, :rows * size, :columns * size].reshape(
+        n, rows, size, columns, size, c).transpose(2, 3).flatten(3)
+
+
+def unpatched(x: Tensor, size: int, height: int, width: int) -> Tensor:
+    """The inverse of :func:`patches`, with zeros for what was left out."""
+    n, rows, columns, _ = x.shape
+    x = x.reshape(n, rows, columns, size, size, -1).transpose(2, 3).reshape(
+        n, rows * size, columns * size, -1)
+    return F.pad(x, (0, 0, 0, width - columns * size, 0, height - rows * size))
+
+
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
-               eps: float, dtype: torch.dtype) -> Tensor:
+               eps: float, dtype: torch.dtype, patch: int = 1) -> Tensor:
     """Layer norm over the channels.
 
     Args:
@@ -490,31 +511,36 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
         weight, bias (Tensor, optional): (C, ); None for ones and zeros.
         eps (float): Added to the variance.
         dtype (torch.dtype): Of the result.
+        patch (int): Side of the :func:`patches` of the result. Defaults to 1.
 
     Returns:
-        Tensor: (N, H, W, C).
+        Tensor: (N, H, W, C), or its patches.
     """
-    return F.layer_norm(x, x.shape[-1:], *_norm_parameters(x, weight, bias),
-                        eps).to(dtype)
+    out = F.layer_norm(x, x.shape[-1:], *_norm_parameters(x, weight, bias),
+                       eps).to(dtype)
+    return out if patch == 1 else patches(out, patch)
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
-                        eps: float,
-                        residual: Tensor | None) -> tuple[Tensor, ...]:
+                        eps: float, residual: Tensor | None,
+                        patch: int = 1) -> tuple[Tensor, ...]:
     """Gradients of a layer norm over the channels, and of what passes by it.
 
     Args:
-        grad (Tensor): Gradient of the output, (N, H, W, C).
+        grad (Tensor): Gradient of the output, (N, H, W, C), or its patches.
         x (Tensor): Input, (N, H, W, C).
         weight, bias (Tensor): (C, ).
         eps (float): Added to the variance.
         residual (Tensor, optional): What else reaches x, (N, H, W, C).
+        patch (int): Side of the patches. Defaults to 1.
 
     Returns:
         tuple[Tensor]: Gradients of x, weight and bias, and the output once
         more, of the type of ``grad``.
     """
     dtype = x.dtype
+    if patch > 1:
+        grad = unpatched(grad, patch, *x.shape[1:3])
     if not x.is_cuda:
         # Sums of bf16 are wrong by a third on CPUs, over the 50,000 positions
         # of four images of 448x448.
@@ -528,6 +554,8 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
         (True, True, True))
     if residual is not None:
         grad_x = grad_x.to(residual.dtype).add_(residual)
+    if patch > 1:
+        normed = patches(normed, patch)
     return grad_x.to(dtype), _wide(grad_weight), _wide(grad_bias), normed
 
 
@@ -565,6 +593,24 @@ def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         adds the sum of ``grad`` over all positions, (C, ).
     """
     return (grad * _scale_for(grad, scale)).to(grad.dtype),
+
+
+def drop_backward(grad: Tensor, scale: Tensor, keep: Tensor,
+                  dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What of a gradient passes drop path, and then a layer scale.
+
+    Args:
+        grad (Tensor): (N, H, W, C).
+        scale (Tensor): (C, ).
+        keep (Tensor): (N, 1, 1, 1).
+        dtype (torch.dtype): Of the results.
+
+    Returns:
+        tuple[Tensor]: Both gradients. Triton's kernel adds the sum of the
+        first over all positions, (C, ).
+    """
+    grad = (grad * keep).to(dtype)
+    return grad, *scale_backward(grad, scale)
 
 
 def layer_scale_backward(grad_weight: Tensor, grad_bias: Tensor,
@@ -619,8 +665,8 @@ class ResidualBranch(torch.autograd.Function):
                 scale: Tensor, keep: Tensor | None, eps: float, middle: str,
                 *parameters: Tensor) -> Tensor:
         dtype, kernels, asked = product_dtype(x), _kernels(x), _asked_dtype(x)
-        in_weight, in_bias, dw_weight, dw_bias, weight, bias = _operands(
-            parameters, dtype, kernels)
+        in_weight, in_bias, dw_weight, dw_bias, weight, bias = (
+            kernels.operands(parameters, dtype))
         with _alone(x):
             z = linear(
                 kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype),
@@ -649,8 +695,12 @@ class ResidualBranch(torch.autograd.Function):
             grad = grad.contiguous()
             # Of the branch before its layer scale, which is therefore part of
             # the weights here and gets its gradient from theirs.
-            grad_y = (grad if keep is None else grad * keep).to(dtype)
-            grad_middle, *sums = kernels.scale_backward(grad_y, scale)
+            if keep is None:
+                grad_y = grad.to(dtype)
+                grad_middle, *sums = kernels.scale_backward(grad_y, scale)
+            else:
+                grad_y, grad_middle, *sums = kernels.drop_backward(
+                    grad, scale, keep, dtype)
             grad_middle = _product(grad_middle, weight)
             grad_z, grad_dw_weight, grad_dw_bias, middle, *in_sums = getattr(
                 kernels, f'{ctx.middle}_backward')(grad_middle, *stored,
@@ -678,53 +728,80 @@ class ResidualBranch(torch.autograd.Function):
                 None, None, *map(Tensor.view, grads, ctx.shapes))
 
 
-class LayerNorm(torch.autograd.Function):
-    """A layer norm over the channels, by the kernels.
+class Downsampling(torch.autograd.Function):
+    """A layer norm over the channels and a convolution of patches.
+
+    The convolution is a matrix product over the patches, which the kernels of
+    the norm write and whose gradients they read.
 
     Args:
         x (Tensor): (N, H, W, C).
-        weight, bias (Tensor, optional): (C, ); None only where x wants no
-            gradient.
+        norm_weight, norm_bias (Tensor, optional): (C, ); None only where x
+            wants no gradient.
         eps (float): Added to the variance.
+        weight (Tensor): Of the convolution, (O, C, P, P), stride P.
+        bias (Tensor): (O, ).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None,
-                bias: Tensor | None, eps: float) -> Tensor:
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, norm_weight: Tensor | None,
+                norm_bias: Tensor | None, eps: float, weight: Tensor,
+                bias: Tensor) -> Tensor:
         dtype = product_dtype(x)
+        ctx.eps, ctx.shape = eps, weight.shape
         with _alone(x):
-            return _kernels(x).layer_norm(x, weight, bias, eps, dtype)
+            weight = _nhwc(weight).to(dtype).flatten(1)
+            ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+            y = _kernels(x).layer_norm(x, norm_weight, norm_bias, eps, dtype,
+                                       ctx.shape[3])
+            return linear(y, weight, bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        x, *parameters = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        o, c, size, _ = ctx.shape
         with _alone(x):
-            *grads, _ = _kernels(x).layer_norm_backward(
-                grad, x, *parameters, ctx.eps, None)
-        return *grads, None
+            grad = grad.to(weight.dtype).contiguous()
+            grad_x, *norm_grads, normed = _kernels(x).layer_norm_backward(
+                _product(grad, weight), x, norm_weight, norm_bias, ctx.eps,
+                None, size)
+            grad_weight, grad_bias = _linear_backward(grad, normed)
+        grad_weight = _nchw(_wide(grad_weight).view(o, size, size, c))
+        return grad_x, *norm_grads, None, grad_weight, grad_bias
 
 
-def normalize(x: Tensor, norm: nn.Module) -> Tensor:
-    """``norm(x)``, in the precision of products where GPUs have kernels.
+def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
+    """``conv(norm(x))``, by the kernels where GPUs have them.
 
     Args:
         x (Tensor): (N, C, H, W).
         norm (nn.Module): Layer norm over the channels.
+        conv (nn.Module): Convolution of patches.
 
     Returns:
-        Tensor: (N, C, H, W), in channels-last memory.
+        Tensor: (N, C', H', W'), in channels-last memory.
     """
-    # torch's own gives each pixel 128 threads, most of them idle, and under
-    # autocast reads and writes fp32.
-    if _kernels(x) is sys.modules[__name__] or type(norm) is not LayerNorm2d \
-            or _obstacle(x, () if norm.weight is None else [norm]) \
+    # torch's own norm gives each pixel 128 threads, most of them idle, and
+    # under autocast reads and writes fp32.
+    if _kernels(x) is sys.modules[__name__] \
+            or _obstacle(x, () if getattr(norm, 'weight', None) is None
+                         else [norm]) \
+            or not _is_own_downsampling(norm, conv) \
             or norm.weight is None and x.requires_grad:
-        return norm(x)
+        return conv(norm(x))
     return _nchw(
-        LayerNorm.apply(_nhwc(x), norm.weight, norm.bias, norm.eps))
+        Downsampling.apply(_nhwc(x), norm.weight, norm.bias, norm.eps,
+                           conv.weight, conv.bias))
+
+
+def _is_own_downsampling(norm: nn.Module, conv: nn.Module) -> bool:
+    return (type(norm) is LayerNorm2d and type(conv) is nn.Conv2d
+            and not conv._forward_hooks and not conv._forward_pre_hooks
+            and not conv._backward_hooks and not conv._backward_pre_hooks
+            and conv.bias is not None and conv.groups == 1
+            and conv.dilation == (1, 1) and conv.padding == (0, 0)
+            and conv.kernel_size == conv.stride == conv.stride[::-1])
 
 
 def residual_branch(x: Tensor, norm: LayerNorm2d, layers: Iterable[nn.Module],
@@ -749,16 +826,30 @@ def residual_branch(x: Tensor, norm: LayerNorm2d, layers: Iterable[nn.Module],
                  prepare(x, parameters, middle))
 
 
+def operands(parameters: Sequence[Tensor],
+             dtype: torch.dtype) -> list[Tensor]:
+    """Weights and biases of a branch as the products and kernels take them.
+
+    Args:
+        parameters (Sequence[Tensor]): Those of :class:`ResidualBranch`.
+        dtype (torch.dtype): Of the products.
+
+    Returns:
+        list[Tensor]: Weight and bias of the first layers as one, (O, I) and
+        (O, ), those of the convolution, and those of the last layer.
+    """
+    return _operands(parameters, dtype, filters)
+
+
 def _operands(parameters: Sequence[Tensor], dtype: torch.dtype,
-              kernels: ModuleType | SimpleNamespace) -> list[Tensor]:
-    """Weights and biases of both products and of the convolution between."""
+              filters: Callable) -> list[Tensor]:
     *_, dw_weight, dw_bias, out_weight, out_bias = parameters
     in_weight, in_bias, out_weight, out_bias = _join(
         ([p.flatten(1) for p in parameters[:-4:2]], parameters[1:-4:2],
          [out_weight.flatten(1)], [out_bias]), dtype)
     return [
-        in_weight, in_bias, *kernels.filters(dw_weight, dw_bias, dtype),
-        out_weight, out_bias
+        in_weight, in_bias, *filters(dw_weight, dw_bias, dtype), out_weight,
+        out_bias
     ]
 
 
@@ -779,7 +870,7 @@ def prepare(x: Tensor, parameters: Sequence[Tensor], middle: str,
     """
     dtype = product_dtype(x)
     if not _onednn_takes_gelu(x.device, dtype):
-        return _operands(parameters, dtype, _kernels(x))
+        return _kernels(x).operands(parameters, dtype)
     if middle == 'gate' and len(parameters) == 6:
         # Only one of the halves meets a GELU.
         pairs = zip(*(p.chunk(2) for p in parameters[:2]))
@@ -869,13 +960,18 @@ def _fp32(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
+def _patches_shape(x: Tensor, size: int) -> tuple[int, ...]:
+    n, height, width, c = x.shape
+    return n, height // size, width // size, size * size * c
+
+
 # What the kernels return, for tracing without data.
 SHAPES = dict(
-    layer_norm=lambda x, weight, bias, eps, dtype: x.new_empty(
-        x.shape, dtype=dtype),
-    layer_norm_backward=lambda grad, x, weight, bias, eps, residual:
+    layer_norm=lambda x, weight, bias, eps, dtype, patch=1: x.new_empty(
+        _patches_shape(x, patch), dtype=dtype),
+    layer_norm_backward=lambda grad, x, weight, bias, eps, residual, patch=1:
     (x.new_empty(x.shape), *(_fp32(x, len(weight)) for _ in range(2)),
-     grad.new_empty(x.shape)),
+     grad.new_empty(_patches_shape(x, patch))),
     gate=lambda zv, weight, bias: zv.new_empty(
         (*zv.shape[:3], len(weight))),
     gate_forward=lambda zv, weight, bias: tuple(
@@ -889,6 +985,9 @@ SHAPES = dict(
      z.new_empty(z.shape), _fp32(z, len(bias))),
     scale_backward=lambda grad, scale:
     (grad.new_empty(grad.shape), _fp32(grad, len(scale))),
+    drop_backward=lambda grad, scale, keep, dtype: (
+        *(grad.new_empty(grad.shape, dtype=dtype) for _ in range(2)),
+        _fp32(grad, len(scale))),
     scale_residual=lambda x, y, scale, keep: x.new_empty(x.shape),
     layer_scale_backward=lambda grad_weight, grad_bias, weight, bias, scale: (
         _fp32(scale, *weight.shape), *(_fp32(scale, len(scale))
@@ -922,7 +1021,8 @@ def _make_triton_operators() -> str:
     except ImportError as error:
         return f'Triton cannot be imported ({error})'
     TRITON.functions = triton_kernels
-    TRITON.filters = triton_kernels.filters
+    TRITON.operands = lambda parameters, dtype: _operands(
+        parameters, dtype, triton_kernels.filters)
     for name, shapes in SHAPES.items():
         function = getattr(triton_kernels, name)
         operator = f'mmconv2former::{name}'

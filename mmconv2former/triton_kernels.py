@@ -22,6 +22,7 @@ multiplied.
 Sizes of blocks were chosen by timing on an H100, of T at 128 x 224 x 224 in
 bf16.
 """
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -40,6 +41,8 @@ if TorchVersion(triton.__version__) < (3, 3):
 # H100 or H200 hold at a time. A constant, so that results do not depend on
 # the device.
 PROGRAMS = 16 * 132
+# Those whose work is not even are more, so that none is late for long.
+WAVES = 8
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -68,9 +71,9 @@ def _convolution_tile(height: int, width: int, kernel_size: int,
     return dict(tile, ROWS=2), _ceil_div(height, 2) * blocks
 
 
-def _splits(items: int, programs: int) -> int:
+def _splits(items: int, programs: int, waves: int = 1) -> int:
     """Equal parts of a sum, each the work of as many programs."""
-    share = _ceil_div(items, max(PROGRAMS // programs, 1))
+    share = _ceil_div(items, max(waves * PROGRAMS // programs, 1))
     return _ceil_div(items, max(share, 1))
 
 
@@ -93,6 +96,87 @@ def filters(weight: Tensor, bias: Tensor,
     return _taps_first(weight), bias
 
 
+@triton.jit
+def _copy(source_ptr, target_ptr, block, SIZE: tl.constexpr,
+          BLOCK: tl.constexpr):
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target_ptr + at, tl.load(source_ptr + at, at < SIZE), at < SIZE)
+
+
+@triton.jit
+def _operands_kernel(
+        weight0_ptr, weight1_ptr, bias0_ptr, bias1_ptr, dw_ptr, out_weight_ptr,
+        out_bias_ptr, in_weight_to, in_bias_to, taps_to, out_weight_to,
+        out_bias_to, SIZE0: tl.constexpr, SIZE1: tl.constexpr,
+        ROWS0: tl.constexpr, ROWS1: tl.constexpr, C: tl.constexpr,
+        TAPS: tl.constexpr, OUT_SIZE: tl.constexpr, OUT_ROWS: tl.constexpr,
+        BLOCK: tl.constexpr):
+    """Copies of all weights of a branch, a block by each program."""
+    first: tl.constexpr = (SIZE0 + BLOCK - 1) // BLOCK
+    second: tl.constexpr = first + (SIZE1 + BLOCK - 1) // BLOCK
+    third: tl.constexpr = second + (OUT_SIZE + BLOCK - 1) // BLOCK
+    fourth: tl.constexpr = third + (C * TAPS + BLOCK - 1) // BLOCK
+    block = tl.program_id(0)
+    if block < first:
+        _copy(weight0_ptr, in_weight_to, block, SIZE0, BLOCK)
+    elif block < second:
+        if weight1_ptr is not None:
+            _copy(weight1_ptr, in_weight_to + SIZE0, block - first, SIZE1,
+                  BLOCK)
+    elif block < third:
+        _copy(out_weight_ptr, out_weight_to, block - second, OUT_SIZE, BLOCK)
+    elif block < fourth:
+        at = (block - third) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < C * TAPS
+        tap = tl.load(dw_ptr + at % C * TAPS + at // C, inside)
+        tl.store(taps_to + at, tap, inside)
+    else:
+        for i in range((ROWS0 + BLOCK - 1) // BLOCK):
+            _copy(bias0_ptr, in_bias_to, i, ROWS0, BLOCK)
+        if bias1_ptr is not None:
+            for i in range((ROWS1 + BLOCK - 1) // BLOCK):
+                _copy(bias1_ptr, in_bias_to + ROWS0, i, ROWS1, BLOCK)
+        for i in range((OUT_ROWS + BLOCK - 1) // BLOCK):
+            _copy(out_bias_ptr, out_bias_to, i, OUT_ROWS, BLOCK)
+
+
+@plan
+def _operands_launch(rows0: int, rows1: int, columns: int, c: int, k: int,
+                     out_rows: int, out_columns: int) -> Launch:
+    sizes = [rows0 * columns, rows1 * columns, out_rows * out_columns,
+             c * k * k]
+    block = 1024
+    return Launch(
+        _operands_kernel, sum(_ceil_div(size, block) for size in sizes) + 1,
+        SIZE0=sizes[0], SIZE1=sizes[1], ROWS0=rows0, ROWS1=rows1, C=c,
+        TAPS=k * k, OUT_SIZE=sizes[2], OUT_ROWS=out_rows, BLOCK=block)
+
+
+def operands(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """See :func:`mmconv2former.fused.operands`.
+
+    In one launch, where each of so many small copies would cost as much as a
+    pass over megabytes.
+    """
+    *linears, dw_weight, dw_bias, out_weight, out_bias = (
+        p.detach().contiguous() for p in parameters)
+    weight0, bias0, weight1, bias1 = *linears, *(4 - len(linears)) * (None, )
+    rows0, columns = weight0.shape[:2]
+    rows1 = 0 if weight1 is None else len(weight1)
+    c, _, k, _ = dw_weight.shape
+    out_rows, out_columns = out_weight.shape[:2]
+    in_weight = weight0.new_empty((rows0 + rows1, columns), dtype=dtype)
+    in_bias = bias0.new_empty(rows0 + rows1, dtype=dtype)
+    taps = dw_weight.new_empty((k, k, c, 1), dtype=torch.float32)
+    out = out_weight.new_empty((out_rows, out_columns), dtype=dtype)
+    copied_bias = out_bias.new_empty(out_rows, dtype=dtype)
+    _operands_launch(rows0, rows1, columns, c, k, out_rows, out_columns)(
+        weight0, weight1, bias0, bias1, dw_weight, out_weight, out_bias,
+        in_weight, in_bias, taps, out, copied_bias)
+    return [in_weight, in_bias, taps.permute(2, 3, 0, 1), dw_bias, out,
+            copied_bias]
+
+
 def _taps_first(weight: Tensor) -> Tensor:
     """(C, 1, K, K) in fp32, as (K * K, C) in memory: lanes read coalesced."""
     (c, _, k, _), (channel, _, row, column) = weight.shape, weight.stride()
@@ -103,46 +187,134 @@ def _taps_first(weight: Tensor) -> Tensor:
     return taps.permute(2, 3, 0, 1).copy_(weight.detach())
 
 
-def _sum_partials(partial: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(splits, K * K + 1, strips, C) -> gradients of weight and bias."""
-    sums = partial.sum((0, 2))
-    return sums[:-1].t().contiguous().view(weight.shape), sums[-1]
+@triton.jit
+def _sum(out_ptr, ptr, parts, strips, kind, kinds, first, channel,
+         C: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr,
+         ROWS: tl.constexpr):
+    used = channel < C
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, parts * strips, ROWS):
+        row = start + tl.arange(0, ROWS)
+        at = tl.cast(row // strips * kinds + kind - first, tl.int64) * strips \
+            + row % strips
+        sums += tl.load(ptr + at[:, None] * C + channel[None, :],
+                        used[None, :] & (row < parts * strips)[:, None], 0.)
+    at = kind * C + channel
+    if kind < TAPS:
+        at = channel * TAPS + kind
+    tl.store(out_ptr + at, tl.sum(sums, 0), used)
+
+
+@triton.jit(do_not_specialize=[
+    'parts0', 'strips0', 'parts1', 'strips1', 'parts2', 'strips2'])
+def _sum_kernel(out_ptr, ptr0, ptr1, ptr2, parts0, strips0, parts1, strips1,
+                parts2, strips2, C: tl.constexpr, TAPS: tl.constexpr,
+                KINDS0: tl.constexpr, KINDS1: tl.constexpr,
+                KINDS2: tl.constexpr, COLUMNS: tl.constexpr,
+                ROWS: tl.constexpr):
+    """A program sums one kind over parts and strips, for some channels."""
+    blocks: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    kind = tl.program_id(0) // blocks
+    channel = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    if kind < KINDS0:
+        _sum(out_ptr, ptr0, parts0, strips0, kind, KINDS0, 0, channel, C, TAPS,
+             COLUMNS, ROWS)
+    if ptr1 is not None:
+        if (kind >= KINDS0) & (kind < KINDS0 + KINDS1):
+            _sum(out_ptr, ptr1, parts1, strips1, kind, KINDS1, KINDS0, channel,
+                 C, TAPS, COLUMNS, ROWS)
+    if ptr2 is not None:
+        if kind >= KINDS0 + KINDS1:
+            _sum(out_ptr, ptr2, parts2, strips2, kind, KINDS2, KINDS0 + KINDS1,
+                 channel, C, TAPS, COLUMNS, ROWS)
+
+
+@plan
+def _sum_launch(taps: int, *shapes: tuple[int, ...]) -> tuple[Launch, int]:
+    """The launch, and how many kinds of sums."""
+    c = shapes[0][3]
+    kinds = [0, 0, 0]
+    sizes = [0, 1] * 3
+    for i, (parts, kinds[i], strips, _) in enumerate(shapes):
+        sizes[2 * i:2 * i + 2] = parts, strips
+    columns = 32
+    longest = max(parts * strips for parts, _, strips, _ in shapes)
+    launch = Launch(
+        _sum_kernel, sum(kinds) * _ceil_div(c, columns), *sizes, C=c,
+        TAPS=taps, KINDS0=kinds[0], KINDS1=kinds[1], KINDS2=kinds[2],
+        COLUMNS=columns, **(dict(ROWS=64) if longest <= 1024 else
+                            dict(ROWS=512, num_warps=8)))
+    return launch, sum(kinds)
+
+
+def _sums(*partials: Tensor, taps: int = 0) -> Tensor:
+    """Sums of partial sums, in one launch.
+
+    Args:
+        partials (Tensor): One to three, (parts, kinds, strips, C); to be
+            summed over parts and strips.
+        taps (int): How many of the first kinds belong to a filter.
+            Defaults to 0.
+
+    Returns:
+        Tensor: Those of the filter, (C, taps), and after them those of all
+        other kinds, (C, ) each, in one vector.
+    """
+    launch, kinds = _sum_launch(taps, *(p.shape for p in partials))
+    out = partials[0].new_empty(kinds * partials[0].shape[3])
+    launch(out, *partials, *(3 - len(partials)) * (None, ))
+    return out
 
 
 @triton.jit
-def _tail(u):
+def _tail(u, EXACT: tl.constexpr):
     """Normal distribution function at -u, u >= 0, in one exp2.
 
     The exponent is a polynomial fit of log2(erfc(u / sqrt(2)) / 2), -1 at 0.
-    It is wrong by 2e-8 in GELU, less than the rounding of fp32, and takes a
-    third of the instructions of erf; with those, GELU would cost more than
-    the traffic of the passes it is fused into.
+    With ``EXACT`` it is wrong by 2e-8 in GELU, less than the rounding of
+    fp32, and takes a third of the instructions of erf; with those, GELU would
+    cost more than the traffic of the passes it is fused into. Without, for
+    results in 16 bits, it is wrong by 1.4e-4 of the value down to u = 3 and by
+    1e-3 down to 5, where fp16 rounds by up to 5e-4 and bf16 by 4e-3.
     """
-    e = tl.fma(u, -2.35749349e-06, 3.38984428e-05)
-    e = tl.fma(e, u, -1.61420714e-04)
-    e = tl.fma(e, u, -1.93259766e-04)
-    e = tl.fma(e, u, 7.13178283e-03)
-    e = tl.fma(e, u, -5.25392666e-02)
-    e = tl.fma(e, u, -4.59195673e-01)
-    e = tl.fma(e, u, -1.15110636)
+    if EXACT:
+        e = tl.fma(u, -2.35749349e-06, 3.38984428e-05)
+        e = tl.fma(e, u, -1.61420714e-04)
+        e = tl.fma(e, u, -1.93259766e-04)
+        e = tl.fma(e, u, 7.13178283e-03)
+        e = tl.fma(e, u, -5.25392666e-02)
+        e = tl.fma(e, u, -4.59195673e-01)
+        e = tl.fma(e, u, -1.15110636)
+    else:
+        e = tl.fma(u, -3.03835660e-04, 5.68419990e-03)
+        e = tl.fma(e, u, -4.78710736e-02)
+        e = tl.fma(e, u, -4.64317275e-01)
+        e = tl.fma(e, u, -1.14940564)
     return tl.exp2(tl.fma(e, u, -1.))
 
 
 @triton.jit
-def _gelu(x):
-    """The exact GELU (that of erf); infinities give NaN."""
+def _gelu(x, EXACT: tl.constexpr):
+    """GELU (that of erf, not of tanh); infinities give NaN."""
     u = tl.abs(x)
-    return tl.maximum(x, 0.) - u * _tail(u)
+    return tl.maximum(x, 0.) - u * _tail(u, EXACT)
 
 
 @triton.jit
-def _gelu_and_slope(x):
-    """GELU and its derivative."""
+def _slope(x, tail):
+    """Derivative of GELU, with the tail at abs(x)."""
     u = tl.abs(x)
-    tail = _tail(u)
     density = tl.exp2(-0.72134752 * u * u - 1.32574806)
     slope = tail - u * density
-    return tl.maximum(x, 0.) - u * tail, tl.where(x > 0., 1. - slope, slope)
+    return tl.where(x > 0., 1. - slope, slope)
+
+
+@triton.jit
+def _gelu_and_slope(x, EXACT: tl.constexpr):
+    """GELU and its derivative."""
+    u = tl.abs(x)
+    tail = _tail(u, EXACT)
+    return tl.maximum(x, 0.) - u * tail, _slope(x, tail)
 
 
 @triton.jit
@@ -163,9 +335,9 @@ def _pixel(n, y, height, width):
 
 
 @triton.jit
-def _load(ptr, column, width, mask, STRIDE: tl.constexpr, STRIP: tl.constexpr,
-          HALO: tl.constexpr):
-    """A row of each strip with its halo as a tuple of columns in fp32.
+def _load_raw(ptr, column, width, mask, STRIDE: tl.constexpr,
+              STRIP: tl.constexpr, HALO: tl.constexpr):
+    """A row of each strip with its halo as a tuple of columns.
 
     Zero outside the image. Each column can leave it on one side only.
     """
@@ -175,17 +347,31 @@ def _load(ptr, column, width, mask, STRIDE: tl.constexpr, STRIP: tl.constexpr,
             inside = mask & (column >= -t)
         else:
             inside = mask & (column < width - t)
-        row = row + (tl.load(ptr + t * STRIDE, inside, 0.).to(tl.float32), )
+        row = row + (tl.load(ptr + t * STRIDE, inside, 0.), )
     return row
 
 
 @triton.jit
-def _load_gelu(ptr, column, width, mask, STRIDE: tl.constexpr,
-               STRIP: tl.constexpr, HALO: tl.constexpr):
-    row = _load(ptr, column, width, mask, STRIDE, STRIP, HALO)
+def _wide(row, COUNT: tl.constexpr):
     out = ()
-    for t in tl.static_range(STRIP + 2 * HALO):
-        out = out + (_gelu(row[t]), )
+    for t in tl.static_range(COUNT):
+        out = out + (row[t].to(tl.float32), )
+    return out
+
+
+@triton.jit
+def _load(ptr, column, width, mask, STRIDE: tl.constexpr, STRIP: tl.constexpr,
+          HALO: tl.constexpr):
+    """:func:`_load_raw` in fp32."""
+    return _wide(_load_raw(ptr, column, width, mask, STRIDE, STRIP, HALO),
+                 STRIP + 2 * HALO)
+
+
+@triton.jit
+def _gelu_row(row, COUNT: tl.constexpr, EXACT: tl.constexpr):
+    out = ()
+    for t in tl.static_range(COUNT):
+        out = out + (_gelu(row[t].to(tl.float32), EXACT), )
     return out
 
 
@@ -246,11 +432,11 @@ def _convolve(x_ptr, weight_ptr, channel, column, alive, n, top, height, width,
     sums = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (_zeros(STRIP, LANES), )
-    first = column * C + channel
+    first = x_ptr + column * C + channel
     for y in range(tl.maximum(top - K // 2, 0),
                    tl.minimum(top + ROWS + K // 2, height)):
-        x = _load(x_ptr + _pixel(n, y, height, width) * C + first, column,
-                  width, alive, C, STRIP, HALO)
+        x = _load(first + _pixel(n, y, height, width) * C, column, width,
+                  alive, C, STRIP, HALO)
         new = ()
         for o in tl.static_range(ROWS):
             row = sums[o]
@@ -277,7 +463,8 @@ def _gelu_kernel(z_ptr, h_ptr, area, C: tl.constexpr, STRIDE: tl.constexpr,
     n = tl.cast(pid // blocks, tl.int64)
     z = tl.load(z_ptr + n * area * STRIDE + at // C * STRIDE + at % C,
                 at < size, 0.)
-    tl.store(h_ptr + n * size + at, _gelu(z.to(tl.float32)), at < size)
+    exact: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
+    tl.store(h_ptr + n * size + at, _gelu(z.to(tl.float32), exact), at < size)
 
 
 @plan
@@ -322,6 +509,7 @@ def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
                           BLOCK: tl.constexpr, PIXELS: tl.constexpr):
     """What needs no neighbours: h = GELU(z), p = a * v and the gradients of a
     and v, with the sums of the latter."""
+    exact: tl.constexpr = zv_ptr.dtype.element_ty == tl.float32
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < C
     sums = tl.zeros((PIXELS, BLOCK), tl.float32)
@@ -335,7 +523,7 @@ def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
         z = tl.load(zv_ptr + two, inside, 0.).to(tl.float32)
         v = tl.load(zv_ptr + two + C, inside, 0.).to(tl.float32)
         a = tl.load(a_ptr + one, inside, 0.).to(tl.float32)
-        tl.store(h_ptr + one, _gelu(z), inside)
+        tl.store(h_ptr + one, _gelu(z, exact), inside)
         tl.store(p_ptr + one, a * v, inside)
         tl.store(da_ptr + one, grad * v, inside)
         tl.store(grad_zv_ptr + two + C, grad * a, inside)
@@ -344,31 +532,34 @@ def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
              tl.sum(sums, 0)[None, :], used)
 
 
-@triton.jit(do_not_specialize=['height', 'width'])
+@triton.jit(do_not_specialize=['items', 'splits', 'height', 'width'])
 def _gate_input_grad_kernel(da_ptr, weight_ptr, zv_ptr, grad_zv_ptr,
-                            partial_ptr, height, width, C: tl.constexpr,
+                            partial_ptr, items, splits, height, width,
+                            C: tl.constexpr,
                             K: tl.constexpr, ROWS: tl.constexpr,
                             STRIP: tl.constexpr, HALO: tl.constexpr,
                             LANES: tl.constexpr):
     """The gradient of z = DW_flipped(da) * GELU'(z), and sums of each lane."""
-    channel, column, alive, item = _place(width, C, STRIP, LANES)
+    exact: tl.constexpr = zv_ptr.dtype.element_ty == tl.float32
+    channel, column, alive, split = _place(width, C, STRIP, LANES)
     total = tl.zeros((LANES, ), tl.float32)
-    n = item // tl.cdiv(height, ROWS)
-    top = item % tl.cdiv(height, ROWS) * ROWS
-    sums = _convolve(da_ptr, weight_ptr, channel, column, alive, n, top,
-                     height, width, C, K, ROWS, STRIP, HALO, LANES, True)
-    for y in range(top, top + ROWS):
-        at = (_pixel(n, y, height, width) + column) * (2 * C) + channel
-        mask = alive & (y < height)
-        z = _load(zv_ptr + at, column, width, mask, 2 * C, STRIP, 0)
-        for t in tl.static_range(STRIP):
-            _, slope = _gelu_and_slope(z[t])
-            inside = mask & (column < width - t)
-            grad = sums[0][t] * slope
-            tl.store(grad_zv_ptr + at + t * (2 * C), grad, inside)
-            total += tl.where(inside, grad, 0.)
-        sums = sums[1:] + sums[:1]
-    tl.store(partial_ptr + tl.cast(item, tl.int64) * tl.cdiv(width, STRIP) * C
+    for item in range(split, items, splits):
+        n = item // tl.cdiv(height, ROWS)
+        top = item % tl.cdiv(height, ROWS) * ROWS
+        sums = _convolve(da_ptr, weight_ptr, channel, column, alive, n, top,
+                         height, width, C, K, ROWS, STRIP, HALO, LANES, True)
+        for y in range(top, top + ROWS):
+            at = (_pixel(n, y, height, width) + column) * (2 * C) + channel
+            mask = alive & (y < height)
+            z = _load(zv_ptr + at, column, width, mask, 2 * C, STRIP, 0)
+            for t in tl.static_range(STRIP):
+                slope = _slope(z[t], _tail(tl.abs(z[t]), exact))
+                inside = mask & (column < width - t)
+                grad = sums[0][t] * slope
+                tl.store(grad_zv_ptr + at + t * (2 * C), grad, inside)
+                total += tl.where(inside, grad, 0.)
+            sums = sums[1:] + sums[:1]
+    tl.store(partial_ptr + tl.cast(split, tl.int64) * tl.cdiv(width, STRIP) * C
              + column // STRIP * C + channel, total, alive)
 
 
@@ -421,6 +612,15 @@ def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
 
 
 @plan
+def _gate_backward_launch(shape: tuple[int, ...], grad_stride: int
+                          ) -> tuple[Launch, tuple[int, ...]]:
+    tile, pixels, tiles, programs = _row_tiles(shape)
+    launch = Launch(_gate_backward_kernel, programs, pixels, tiles,
+                    GRAD_STRIDE=grad_stride, **tile)
+    return launch, (programs, 1, 1, shape[3])
+
+
+@plan
 def _gate_launch(shape: tuple[int, ...], k: int) -> Launch:
     n, height, width, c = shape
     tile, programs = _convolution_tile(height, width, k, c)
@@ -432,10 +632,12 @@ def _gate_input_grad_launch(shape: tuple[int, ...],
                             k: int) -> tuple[Launch, tuple[int, ...]]:
     n, height, width, c = shape
     tile, programs = _convolution_tile(height, width, k, c)
-    rows = n * _ceil_div(height, tile['ROWS'])
-    launch = Launch(_gate_input_grad_kernel, n * programs, height, width, C=c,
-                    K=k, **tile)
-    return launch, (rows, _ceil_div(width, tile['STRIP']), c)
+    rows = _ceil_div(height, tile['ROWS'])
+    blocks, items = programs // rows, n * rows
+    splits = _splits(items, blocks, WAVES)
+    launch = Launch(_gate_input_grad_kernel, splits * blocks, items, splits,
+                    height, width, C=c, K=k, **tile)
+    return launch, (splits, 1, _ceil_div(width, tile['STRIP']), c)
 
 
 @plan
@@ -491,24 +693,43 @@ def gate_backward(
     shape, k = a.shape, weight.shape[-1]
     h, p, da = (torch.empty_like(a) for _ in range(3))
     grad_zv = torch.empty_like(zv)
-    sums = a.new_empty(2 * shape[3], dtype=torch.float32)
-    z_sums, v_sums = sums.chunk(2)
+    taps, c = k * k, shape[3]
 
-    launch, partial = _column_launch(_gate_backward_kernel, shape, stride)
-    partial = sums.new_empty(partial)
-    launch(grad, zv, a, h, p, da, grad_zv, partial)
-    torch.sum(partial, 0, out=v_sums)
+    def empty(shape: tuple[int, ...]) -> Tensor:
+        return a.new_empty(shape, dtype=torch.float32)
 
+    launch, partial = _gate_backward_launch(shape, stride)
+    launch(grad, zv, a, h, p, da, grad_zv, v_partial := empty(partial))
     launch, partial = _weight_grad_launch(shape, k)
-    partial = sums.new_empty(partial)
-    launch(h, da, partial)
-    grads = _sum_partials(partial, weight)
-
+    launch(h, da, taps_partial := empty(partial))
     launch, partial = _gate_input_grad_launch(shape, k)
-    partial = sums.new_empty(partial)
-    launch(da, _taps_first(weight), zv, grad_zv, partial)
-    torch.sum(partial, (0, 1), out=z_sums)
-    return grad_zv, *grads, p, sums
+    launch(da, _taps_first(weight), zv, grad_zv, z_partial := empty(partial))
+    grad_weight, grad_bias, sums = _sums(
+        taps_partial, z_partial, v_partial, taps=taps).split_with_sizes(
+            (taps * c, c, 2 * c))
+    return grad_zv, grad_weight.view(weight.shape), grad_bias, p, sums
+
+
+@triton.jit
+def _read_down(ptr, column, width, alive, n, y, height, low, high,
+               STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr):
+    """Row y of an image, zero if not low <= y < high."""
+    return _load_raw(ptr + _pixel(n, y, height, width) * STRIDE, column, width,
+                     alive & (y >= low) & (y < high), STRIDE, STRIP, HALO)
+
+
+@triton.jit
+def _convolve_rows(bias, above, row, below, weight_ptr, C: tl.constexpr,
+                   STRIP: tl.constexpr, HALO: tl.constexpr):
+    """3x3 convolution of three rows. The filter goes backwards if C does."""
+    sums = bias
+    # Loaded anew for each row: registers cost more.
+    taps = _load_taps(weight_ptr, 3, C)
+    sums = _correlate(sums, above, taps, 3, STRIP, HALO)
+    taps = _load_taps(weight_ptr + 3 * C, 3, C)
+    sums = _correlate(sums, row, taps, 3, STRIP, HALO)
+    taps = _load_taps(weight_ptr + 6 * C, 3, C)
+    return _correlate(sums, below, taps, 3, STRIP, HALO)
 
 
 @triton.jit(do_not_specialize=[
@@ -523,47 +744,47 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
     With a gradient also dd, that of d, and the sums for those of the filter
     and the bias. An item is ``share`` rows of an image; the program walks
     down them with three rows of h in registers, so that each value of z is
-    read, and its GELU computed, hardly more than once.
+    read, and its GELU computed, hardly more than once. The next row is asked
+    for before this one is worked on.
     """
+    exact: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
+    columns: tl.constexpr = STRIP + 2 * HALO
     channel, column, alive, split = _place(width, C, STRIP, LANES)
-    lanes = tl.cdiv(width, STRIP) * C
     bias = tl.load(bias_ptr + channel).to(tl.float32)
     top_sums = _zeros(3, LANES)
     mid_sums = _zeros(3, LANES)
     low_sums = _zeros(3, LANES)
     total = tl.zeros((LANES, ), tl.float32)
+    first = z_ptr + column * Z_STRIDE + channel
     for item in range(split, items, splits):
         n = item // tl.cdiv(height, share)
         start = item % tl.cdiv(height, share) * share
-        above = _zeros(STRIP + 2 * HALO, LANES)
-        row = _zeros(STRIP + 2 * HALO, LANES)
-        for below_y in range(start - 1,
-                             tl.minimum(start + share, height) + 1):
-            below = _load_gelu(
-                z_ptr + (_pixel(n, below_y, height, width) + column) * Z_STRIDE
-                + channel, column, width,
-                alive & (below_y >= 0) & (below_y < height), Z_STRIDE, STRIP,
-                HALO)
+        end = tl.minimum(start + share, height)
+        above = _zeros(columns, LANES)
+        row = _zeros(columns, LANES)
+        raw = _read_down(first, column, width, alive, n, start - 1, height, 0,
+                         height, Z_STRIDE, STRIP, HALO)
+        for below_y in range(start - 1, end + 1):
+            below = _gelu_row(raw, columns, exact)
+            raw = _read_down(first, column, width, alive, n, below_y + 1,
+                             height, 0, tl.minimum(end + 1, height), Z_STRIDE,
+                             STRIP, HALO)
             if below_y > start:
                 pixel = _pixel(n, below_y - 1, height, width) + column
-                d = ()
-                for _ in tl.static_range(STRIP):
-                    d = d + (bias, )
-                # Loaded anew for each row: registers cost more.
-                taps = _load_taps(weight_ptr + channel, 3, C)
-                d = _correlate(d, above, taps, 3, STRIP, HALO)
-                taps = _load_taps(weight_ptr + 3 * C + channel, 3, C)
-                d = _correlate(d, row, taps, 3, STRIP, HALO)
-                taps = _load_taps(weight_ptr + 6 * C + channel, 3, C)
-                d = _correlate(d, below, taps, 3, STRIP, HALO)
-                out = pixel * C + channel
                 if grad_ptr is not None:
                     grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel,
                                  column, width, alive, GRAD_STRIDE, STRIP, 0)
+                d = ()
+                for _ in tl.static_range(STRIP):
+                    d = d + (bias, )
+                d = _convolve_rows(d, above, row, below, weight_ptr + channel,
+                                   C, STRIP, HALO)
+                out = pixel * C + channel
+                if grad_ptr is not None:
                     dd = ()
                     for t in tl.static_range(STRIP):
                         inside = alive & (column < width - t)
-                        e, slope = _gelu_and_slope(d[t])
+                        e, slope = _gelu_and_slope(d[t], exact)
                         dd = dd + (grad[t] * slope, )
                         tl.store(s_ptr + out + t * C, row[t + HALO] + e,
                                  inside)
@@ -578,11 +799,12 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
                 else:
                     for t in tl.static_range(STRIP):
                         tl.store(s_ptr + out + t * C,
-                                 row[t + HALO] + _gelu(d[t]),
+                                 row[t + HALO] + _gelu(d[t], exact),
                                  alive & (column < width - t))
             above = row
             row = below
     if grad_ptr is not None:
+        lanes = tl.cdiv(width, STRIP) * C
         partial = partial_ptr + column // STRIP * C + channel \
             + tl.cast(split, tl.int64) * 10 * lanes
         sums = top_sums + mid_sums + low_sums + (total, )
@@ -590,58 +812,61 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
             tl.store(partial + i * lanes, sums[i], alive)
 
 
-@triton.jit(do_not_specialize=['share', 'height', 'width'])
+@triton.jit(do_not_specialize=[
+    'items', 'splits', 'share', 'height', 'width'])
 def _position_input_grad_kernel(
-        dd_ptr, weight_ptr, z_ptr, grad_ptr, out_ptr, partial_ptr, share,
-        height, width, C: tl.constexpr, Z_STRIDE: tl.constexpr,
+        dd_ptr, weight_ptr, z_ptr, grad_ptr, out_ptr, partial_ptr, items,
+        splits, share, height, width, C: tl.constexpr, Z_STRIDE: tl.constexpr,
         GRAD_STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr,
         LANES: tl.constexpr):
     """(DW_flipped(dd) + grad) * GELU'(z), and sums of each lane.
 
-    A program walks down an item as that of :func:`_position_kernel`.
+    A program walks down its items as that of :func:`_position_kernel`.
     """
-    channel, column, alive, item = _place(width, C, STRIP, LANES)
+    exact: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
+    columns: tl.constexpr = STRIP + 2 * HALO
+    channel, column, alive, split = _place(width, C, STRIP, LANES)
     total = tl.zeros((LANES, ), tl.float32)
-    n = item // tl.cdiv(height, share)
-    start = item % tl.cdiv(height, share) * share
-    above = _zeros(STRIP + 2 * HALO, LANES)
-    row = _zeros(STRIP + 2 * HALO, LANES)
-    for below_y in range(start - 1, tl.minimum(start + share, height) + 1):
-        below = _load(
-            dd_ptr + (_pixel(n, below_y, height, width) + column) * C
-            + channel, column, width,
-            alive & (below_y >= 0) & (below_y < height), C, STRIP, HALO)
-        if below_y > start:
-            pixel = _pixel(n, below_y - 1, height, width) + column
-            dh = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
-                       width, alive, GRAD_STRIDE, STRIP, 0)
-            # Loaded anew for each row: registers cost more.
-            taps = _load_taps(weight_ptr + 8 * C + channel, 3, -C)
-            dh = _correlate(dh, above, taps, 3, STRIP, HALO)
-            taps = _load_taps(weight_ptr + 5 * C + channel, 3, -C)
-            dh = _correlate(dh, row, taps, 3, STRIP, HALO)
-            taps = _load_taps(weight_ptr + 2 * C + channel, 3, -C)
-            dh = _correlate(dh, below, taps, 3, STRIP, HALO)
-            z = _load(z_ptr + pixel * Z_STRIDE + channel, column, width,
-                      alive, Z_STRIDE, STRIP, 0)
-            out = out_ptr + pixel * C + channel
-            for t in tl.static_range(STRIP):
-                inside = alive & (column < width - t)
-                _, slope = _gelu_and_slope(z[t])
-                tl.store(out + t * C, dh[t] * slope, inside)
-                total += tl.where(inside, dh[t] * slope, 0.)
-        above = row
-        row = below
-    tl.store(partial_ptr + tl.cast(item, tl.int64) * tl.cdiv(width, STRIP) * C
+    first = dd_ptr + column * C + channel
+    for item in range(split, items, splits):
+        n = item // tl.cdiv(height, share)
+        start = item % tl.cdiv(height, share) * share
+        end = tl.minimum(start + share, height)
+        above = _zeros(columns, LANES)
+        row = _zeros(columns, LANES)
+        raw = _read_down(first, column, width, alive, n, start - 1, height, 0,
+                         height, C, STRIP, HALO)
+        for below_y in range(start - 1, end + 1):
+            below = _wide(raw, columns)
+            raw = _read_down(first, column, width, alive, n, below_y + 1,
+                             height, 0, tl.minimum(end + 1, height), C, STRIP,
+                             HALO)
+            if below_y > start:
+                pixel = _pixel(n, below_y - 1, height, width) + column
+                dh = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
+                           width, alive, GRAD_STRIDE, STRIP, 0)
+                z = _load(z_ptr + pixel * Z_STRIDE + channel, column, width,
+                          alive, Z_STRIDE, STRIP, 0)
+                dh = _convolve_rows(dh, above, row, below,
+                                    weight_ptr + 8 * C + channel, -C, STRIP,
+                                    HALO)
+                out = out_ptr + pixel * C + channel
+                for t in tl.static_range(STRIP):
+                    inside = alive & (column < width - t)
+                    slope = _slope(z[t], _tail(tl.abs(z[t]), exact))
+                    tl.store(out + t * C, dh[t] * slope, inside)
+                    total += tl.where(inside, dh[t] * slope, 0.)
+            above = row
+            row = below
+    tl.store(partial_ptr + tl.cast(split, tl.int64) * tl.cdiv(width, STRIP) * C
              + column // STRIP * C + channel, total, alive)
 
 
-def _position_tile(shape: tuple[int, ...], lanes: int,
+def _position_tile(shape: tuple[int, ...], strip: int, lanes: int,
                    registers: int) -> tuple[dict, int, int, int]:
     """Block sizes, programs for a row, rows of an item, and items."""
     n, height, width, c = shape
-    tile, blocks = _tile(width, 3, c, strip=7, lanes=lanes,
-                         registers=registers)
+    tile, blocks = _tile(width, 3, c, strip, lanes, registers)
     # Tall items read fewer rows twice; low ones keep small inputs parallel.
     share = min(max(n * height * blocks // (2 * PROGRAMS), 4), 28)
     return tile, blocks, share, n * _ceil_div(height, share)
@@ -650,7 +875,8 @@ def _position_tile(shape: tuple[int, ...], lanes: int,
 @plan
 def _position_launch(shape: tuple[int, ...], stride: int) -> Launch:
     _, height, width, c = shape
-    tile, blocks, share, items = _position_tile(shape, lanes=32, registers=64)
+    tile, blocks, share, items = _position_tile(
+        shape, strip=14 if width > 7 else 7, lanes=64, registers=168)
     return Launch(_position_kernel, items * blocks, items, items, share,
                   height, width, C=c, Z_STRIDE=stride, GRAD_STRIDE=0, **tile)
 
@@ -660,8 +886,9 @@ def _position_backward_launch(
         shape: tuple[int, ...], stride: int,
         grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
     _, height, width, c = shape
-    tile, blocks, share, items = _position_tile(shape, lanes=64, registers=128)
-    splits = _splits(items, blocks)
+    tile, blocks, share, items = _position_tile(shape, strip=7, lanes=64,
+                                                registers=168)
+    splits = _splits(items, blocks, WAVES)
     launch = Launch(_position_kernel, splits * blocks, items, splits, share,
                     height, width, C=c, Z_STRIDE=stride,
                     GRAD_STRIDE=grad_stride, **tile)
@@ -673,11 +900,13 @@ def _position_input_grad_launch(
         shape: tuple[int, ...], stride: int,
         grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
     _, height, width, c = shape
-    tile, blocks, share, items = _position_tile(shape, lanes=64, registers=96)
-    launch = Launch(_position_input_grad_kernel, items * blocks, share,
-                    height, width, C=c, Z_STRIDE=stride,
+    tile, blocks, share, items = _position_tile(shape, strip=7, lanes=32,
+                                                registers=64)
+    splits = _splits(items, blocks, WAVES)
+    launch = Launch(_position_input_grad_kernel, splits * blocks, items,
+                    splits, share, height, width, C=c, Z_STRIDE=stride,
                     GRAD_STRIDE=grad_stride, **tile)
-    return launch, (items, _ceil_div(width, tile['STRIP']), c)
+    return launch, (splits, 1, _ceil_div(width, tile['STRIP']), c)
 
 
 def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -701,18 +930,18 @@ def position_backward(
     """
     s = z.new_empty(z.shape)
     dd, grad_z = torch.empty_like(s), torch.empty_like(s)
-    shape, taps = z.shape, _taps_first(weight)
+    shape, taps, c = z.shape, _taps_first(weight), z.shape[3]
     (z, stride), (grad, grad_stride) = _pixels(z), _pixels(grad)
 
     launch, partial = _position_backward_launch(shape, stride, grad_stride)
-    partial = s.new_empty(partial, dtype=torch.float32)
-    launch(z, taps, bias.contiguous(), grad, s, dd, partial)
-    grads = _sum_partials(partial, weight)
-
+    d_partial = s.new_empty(partial, dtype=torch.float32)
+    launch(z, taps, bias.contiguous(), grad, s, dd, d_partial)
     launch, partial = _position_input_grad_launch(shape, stride, grad_stride)
-    partial = s.new_empty(partial, dtype=torch.float32)
-    launch(dd, taps, z, grad, grad_z, partial)
-    return grad_z, *grads, s, partial.sum((0, 1))
+    z_partial = s.new_empty(partial, dtype=torch.float32)
+    launch(dd, taps, z, grad, grad_z, z_partial)
+    grad_weight, grad_bias, total = _sums(
+        d_partial, z_partial, taps=9).split_with_sizes((9 * c, c, c))
+    return grad_z, grad_weight.view(weight.shape), grad_bias, s, total
 
 
 def _norm_tile(channels: int) -> dict:
@@ -721,23 +950,38 @@ def _norm_tile(channels: int) -> dict:
     return dict(C=channels, BLOCK=block, PIXELS=max(2048 // block, 1))
 
 
-def _column_tiles(shape: tuple[int, ...]) -> tuple[dict, int, int, int]:
-    """Block sizes, pixels, tiles and programs of sums over the columns."""
+def _row_tiles(shape: tuple[int, ...]) -> tuple[dict, int, int, int]:
+    """Block sizes, pixels, tiles and programs of sums over the pixels, where
+    a program takes all channels."""
     *image, c = shape
     tile, pixels = _norm_tile(c), prod(image)
     tiles = _ceil_div(pixels, tile['PIXELS'])
     return tile, pixels, tiles, max(min(tiles, PROGRAMS // 4), 1)
 
 
-@plan
-def _column_launch(kernel: triton.JITFunction, shape: tuple[int, ...],
-                   grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
-    """A kernel that goes over all pixels and sums over them, and the shape
-    of its sums."""
-    tile, pixels, tiles, programs = _column_tiles(shape)
-    launch = Launch(kernel, programs, pixels, tiles, GRAD_STRIDE=grad_stride,
-                    **tile)
-    return launch, (programs, shape[3])
+def _column_tiles(shape: tuple[int, ...],
+                  block: int) -> tuple[dict, int, int, int]:
+    """The same where a program takes a block of channels, and how many parts
+    the sums have.
+
+    Few lanes are idle so, where those of whole rows are up to half of them;
+    but what is written in less than 64 bytes at a time is written slowly.
+    """
+    *image, c = shape
+    block = min(triton.next_power_of_2(c), block)
+    tile, pixels = dict(C=c, BLOCK=block, PIXELS=2048 // block), prod(image)
+    tiles, blocks = _ceil_div(pixels, 2048 // block), _ceil_div(c, block)
+    return tile, pixels, tiles, max(min(tiles, PROGRAMS // 2 // blocks), 1)
+
+
+@triton.jit
+def _column_place(C: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels of a program of :func:`_column_tiles`, which part of the sums
+    it has, and how many there are."""
+    blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    return (pid % blocks * BLOCK + tl.arange(0, BLOCK)[None, :],
+            pid // blocks, tl.num_programs(0) // blocks)
 
 
 @triton.jit
@@ -749,10 +993,22 @@ def _normalize(x, used, eps, C: tl.constexpr):
     return normed * rstd, rstd
 
 
-@triton.jit(do_not_specialize=['pixels'])
-def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, eps,
-                       C: tl.constexpr, X_STRIDE: tl.constexpr,
-                       BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+@triton.jit
+def _patch(pixel, height, width, PATCH: tl.constexpr):
+    """Index of a pixel among those in patches, and whether it is in one."""
+    y, x = pixel // width % height, pixel % width
+    n = pixel // width // height
+    rows, columns = height // PATCH, width // PATCH
+    patch = (n * rows + y // PATCH) * columns + x // PATCH
+    return (patch * (PATCH * PATCH) + y % PATCH * PATCH + x % PATCH,
+            (y < rows * PATCH) & (x < columns * PATCH))
+
+
+@triton.jit(do_not_specialize=['pixels', 'height', 'width'])
+def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, height,
+                       width, eps, C: tl.constexpr, X_STRIDE: tl.constexpr,
+                       PATCH: tl.constexpr, BLOCK: tl.constexpr,
+                       PIXELS: tl.constexpr):
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < C
     pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
@@ -763,40 +1019,52 @@ def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, eps,
     if weight_ptr is not None:
         normed *= tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
         normed += tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
+    if PATCH > 1:
+        pixel, is_used = _patch(pixel, height, width, PATCH)
+        inside &= is_used
     tl.store(out_ptr + pixel * C + channel, normed, inside)
 
 
 @plan
-def _layer_norm_launch(shape: tuple[int, ...], stride: int,
-                       eps: float) -> Launch:
-    *image, c = shape
-    tile, pixels = _norm_tile(c), prod(image)
+def _layer_norm_launch(shape: tuple[int, ...], stride: int, eps: float,
+                       patch: int) -> Launch:
+    n, height, width, c = shape
+    tile, pixels = _norm_tile(c), n * height * width
     return Launch(_layer_norm_kernel, _ceil_div(pixels, tile['PIXELS']),
-                  pixels, eps, X_STRIDE=stride, **tile)
+                  pixels, height, width, eps, X_STRIDE=stride, PATCH=patch,
+                  **tile)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
-               eps: float, dtype: torch.dtype) -> Tensor:
+               eps: float, dtype: torch.dtype, patch: int = 1) -> Tensor:
     """See :func:`mmconv2former.fused.layer_norm`.
 
     That of torch gives each pixel a block of threads, most of which have
     nothing to do where channels are few.
     """
-    out = x.new_empty(x.shape, dtype=dtype)
+    out = _patches_like(x, patch, dtype)
     if weight is not None:
         weight, bias = weight.contiguous(), bias.contiguous()
     shape, (x, stride) = x.shape, _pixels(x)
-    _layer_norm_launch(shape, stride, float(eps))(x, weight, bias, out)
+    _layer_norm_launch(shape, stride, float(eps), patch)(x, weight, bias, out)
     return out
 
 
-@triton.jit(do_not_specialize=['pixels', 'tiles'])
+def _patches_like(x: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+    if patch == 1:
+        return x.new_empty(x.shape, dtype=dtype)
+    n, height, width, c = x.shape
+    return x.new_empty((n, height // patch, width // patch, patch * patch * c),
+                       dtype=dtype)
+
+
+@triton.jit(do_not_specialize=['pixels', 'tiles', 'height', 'width'])
 def _layer_norm_backward_kernel(
         grad_ptr, x_ptr, weight_ptr, bias_ptr, residual_ptr, grad_x_ptr,
-        normed_ptr, partial_ptr, pixels, tiles, eps, C: tl.constexpr,
-        GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
-        RESIDUAL_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-        PIXELS: tl.constexpr):
+        normed_ptr, partial_ptr, pixels, tiles, height, width, eps,
+        C: tl.constexpr, GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+        RESIDUAL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
+        BLOCK: tl.constexpr, PIXELS: tl.constexpr):
     pid = tl.program_id(0)
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < C
@@ -809,13 +1077,17 @@ def _layer_norm_backward_kernel(
             + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
         x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.)
-        grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside, 0.)
+        place, has_grad = pixel, inside
+        if PATCH > 1:
+            place, is_used = _patch(pixel, height, width, PATCH)
+            has_grad = inside & is_used
+        grad = tl.load(grad_ptr + place * GRAD_STRIDE + channel, has_grad, 0.)
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + pixel * RESIDUAL_STRIDE
                                + channel, inside, 0.)
         normed, rstd = _normalize(x, used, eps, C)
-        tl.store(normed_ptr + pixel * C + channel, normed * weight + bias,
-                 inside)
+        tl.store(normed_ptr + place * C + channel, normed * weight + bias,
+                 has_grad)
         grad = grad.to(tl.float32)
         weight_sums += grad * normed
         bias_sums += grad
@@ -834,32 +1106,38 @@ def _layer_norm_backward_kernel(
 @plan
 def _layer_norm_backward_launch(
         shape: tuple[int, ...], grad_stride: int, stride: int,
-        residual_stride: int, eps: float) -> tuple[Launch, tuple[int, ...]]:
-    tile, pixels, tiles, programs = _column_tiles(shape)
-    launch = Launch(_layer_norm_backward_kernel, programs, pixels, tiles, eps,
-                    GRAD_STRIDE=grad_stride, X_STRIDE=stride,
-                    RESIDUAL_STRIDE=residual_stride,
-                    maxnreg=128,  # all programs at a time
+        residual_stride: int, eps: float,
+        patch: int) -> tuple[Launch, tuple[int, ...]]:
+    _, height, width, c = shape
+    tile, pixels, tiles, programs = _row_tiles(shape)
+    launch = Launch(_layer_norm_backward_kernel, programs, pixels, tiles,
+                    height, width, eps, GRAD_STRIDE=grad_stride,
+                    X_STRIDE=stride, RESIDUAL_STRIDE=residual_stride,
+                    PATCH=patch, maxnreg=128,  # all programs at a time
                     **tile)
-    return launch, (programs, 2, shape[3])
+    return launch, (programs, 2, 1, c)
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
-                        eps: float, residual: Tensor | None
+                        eps: float, residual: Tensor | None, patch: int = 1
                         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.fused.layer_norm_backward`."""
     grad_x = x.new_empty(x.shape)
-    normed = grad.new_empty(x.shape)
+    normed = _patches_like(x, patch, grad.dtype)
     shape, step = x.shape, 0
-    (grad, grad_stride), (x, stride) = _pixels(grad), _pixels(x)
+    if patch == 1:
+        grad, grad_stride = _pixels(grad)
+    else:
+        grad, grad_stride = grad.contiguous(), shape[3]
+    x, stride = _pixels(x)
     if residual is not None:
         residual, step = _pixels(residual)
-    launch, partial = _layer_norm_backward_launch(shape, grad_stride, stride,
-                                                  step, float(eps))
+    launch, partial = _layer_norm_backward_launch(
+        shape, grad_stride, stride, step, float(eps), patch)
     partial = x.new_empty(partial, dtype=torch.float32)
     launch(grad, x, weight.contiguous(), bias.contiguous(), residual, grad_x,
            normed, partial)
-    return grad_x, *partial.sum(0).unbind(), normed
+    return grad_x, *_sums(partial).chunk(2), normed
 
 
 @triton.jit(do_not_specialize=['area'])
@@ -906,34 +1184,69 @@ def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
     return out
 
 
-@triton.jit(do_not_specialize=['pixels', 'tiles'])
-def _scale_backward_kernel(grad_ptr, scale_ptr, out_ptr, partial_ptr, pixels,
-                           tiles, C: tl.constexpr, GRAD_STRIDE: tl.constexpr,
-                           BLOCK: tl.constexpr, PIXELS: tl.constexpr):
-    channel = tl.arange(0, BLOCK)[None, :]
+@triton.jit(do_not_specialize=['pixels', 'tiles', 'area'])
+def _scale_backward_kernel(grad_ptr, scale_ptr, keep_ptr, y_ptr, out_ptr,
+                           partial_ptr, pixels, tiles, area, C: tl.constexpr,
+                           GRAD_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+                           PIXELS: tl.constexpr):
+    channel, part, parts = _column_place(C, BLOCK)
     used = channel < C
     scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
     sums = tl.zeros((PIXELS, BLOCK), tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in range(part, tiles, parts):
         pixel = tl.cast(tile, tl.int64) * PIXELS \
             + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
+        at = pixel * C + channel
         grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside,
                        0.).to(tl.float32)
-        tl.store(out_ptr + pixel * C + channel, grad * scale, inside)
+        if keep_ptr is not None:
+            grad *= tl.load(keep_ptr + pixel // area, pixel < pixels,
+                            0.).to(tl.float32)
+            # Rounded as the gradient of the weight will find it.
+            grad = grad.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + at, grad, inside)
+            grad = grad.to(tl.float32)
+        tl.store(out_ptr + at, grad * scale, inside)
         sums += grad
-    tl.store(partial_ptr + tl.program_id(0) * C + channel,
+    tl.store(partial_ptr + part * C + channel,
              tl.sum(sums, 0)[None, :], used)
+
+
+@plan
+def _scale_backward_launch(shape: tuple[int, ...], grad_stride: int
+                           ) -> tuple[Launch, tuple[int, ...]]:
+    c = shape[3]
+    tile, pixels, tiles, parts = _column_tiles(shape, 32 if c > 128 else 128)
+    launch = Launch(
+        _scale_backward_kernel, parts * _ceil_div(c, tile['BLOCK']), pixels,
+        tiles, shape[1] * shape[2], GRAD_STRIDE=grad_stride, **tile)
+    return launch, (parts, 1, 1, c)
 
 
 def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`mmconv2former.fused.scale_backward`."""
-    out = grad.new_empty(grad.shape)
+    _, out, total = _scale_backward(grad, scale, None, grad.dtype)
+    return out, total
+
+
+def drop_backward(grad: Tensor, scale: Tensor, keep: Tensor,
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.fused.drop_backward`."""
+    return _scale_backward(grad, scale, keep, dtype)
+
+
+def _scale_backward(
+        grad: Tensor, scale: Tensor, keep: Tensor | None,
+        dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+    out = grad.new_empty(grad.shape, dtype=dtype)
+    y = None if keep is None else torch.empty_like(out)
+    keep = None if keep is None else keep.contiguous()
     shape, (grad, stride) = grad.shape, _pixels(grad)
-    launch, partial = _column_launch(_scale_backward_kernel, shape, stride)
+    launch, partial = _scale_backward_launch(shape, stride)
     partial = grad.new_empty(partial, dtype=torch.float32)
-    launch(grad, scale.contiguous(), out, partial)
-    return out, partial.sum(0)
+    launch(grad, scale.contiguous(), keep, y, out, partial)
+    return y, out, _sums(partial)
 
 
 @triton.jit

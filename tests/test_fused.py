@@ -539,7 +539,7 @@ def triton_on_cpu(monkeypatch):
         inputs = [t.clone() if torch.is_tensor(t) else t for t in inputs]
         total = inputs[0].sum((0, 1, 2)) if name == 'scale_backward' else None
         outs = getattr(fused, name)(*inputs)
-        if name in ('gate_backward', 'position_backward'):
+        if name in ('gate_backward', 'position_backward', 'drop_backward'):
             total = outs[0].sum((0, 1, 2))
         return outs if total is None else (*outs, total)
 
@@ -574,9 +574,14 @@ def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu):
         grads.append([p.grad for p in model.parameters()])
     for own, other in zip(*grads, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
-    assert found == set(fused.SHAPES) - {'gate'}
+    assert found == set(fused.SHAPES) - {'gate', 'drop_backward'}
     with torch.no_grad():
         compiled(x)
+    assert found == set(fused.SHAPES) - {'drop_backward'}
+    dropping = Conv2Former(TINY, compile=options)
+    for block in dropping.stages[0]:
+        block.drop_path.rate = 0.5
+    dropping(x)[0].sum().backward()
     assert found == set(fused.SHAPES)
 
 
@@ -615,12 +620,55 @@ def test_norm_of_the_downsampling_has_the_precision_of_products(monkeypatch):
                               layer_norm_backward=fused.layer_norm_backward)
     monkeypatch.setattr(fused, '_kernels', lambda _: kernels)
     monkeypatch.setattr(fused, '_is_emulated', lambda _: False)
-    x = torch.randn(2, 8, 3, 3, requires_grad=True)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    layers = operators.LayerNorm2d(8), torch.nn.Conv2d(8, 12, 2, stride=2)
     with torch.autocast('cpu', torch.bfloat16):
-        out = fused.normalize(x, operators.LayerNorm2d(8))
+        out = fused.downsampling(x, *layers)
+    assert type(out.grad_fn.next_functions[0][0]).__name__ == \
+        'DownsamplingBackward'
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize('size', [(4, 6), (5, 7), (9, 4)])
+@pytest.mark.parametrize('patch', [2, 4])
+def test_downsampling_is_a_product_over_patches(monkeypatch, size, patch):
+    kernels = SimpleNamespace(layer_norm=fused.layer_norm,
+                              layer_norm_backward=fused.layer_norm_backward)
+    layers = [operators.LayerNorm2d(8),
+              torch.nn.Conv2d(8, 12, patch, stride=patch)]
+    for p in (p for layer in layers for p in layer.double().parameters()):
+        torch.nn.init.normal_(p)
+    x = random(2, 8, *size).requires_grad_()
+    inputs = x, *(p for layer in layers for p in layer.parameters())
+    grad = random(2, 12, *(s // patch for s in size))
+    true = fused.downsampling(x, *layers)
+    expected = true, *torch.autograd.grad(true, inputs, grad)
+    monkeypatch.setattr(fused, '_kernels', lambda _: kernels)
+    own = fused.downsampling(x, *layers)
+    assert type(own.grad_fn) is not type(true.grad_fn)
+    for o, t in zip((own, *torch.autograd.grad(own, inputs, grad)), expected,
+                    strict=True):
+        torch.testing.assert_close(o, t)
+
+
+@pytest.mark.parametrize('change', [
+    lambda layers: layers[1].register_forward_hook(print),
+    lambda layers: layers.__setitem__(0, torch.nn.Identity()),
+    lambda layers: layers.__setitem__(0, torch.nn.BatchNorm2d(8)),
+    lambda layers: layers.__setitem__(1, torch.nn.Conv2d(8, 12, 3, 2)),
+    lambda layers: layers.__setitem__(
+        1, torch.nn.Conv2d(8, 12, 2, 2, bias=False))])
+def test_other_layers_of_a_downsampling_run_as_they_are(monkeypatch, change):
+    kernels = SimpleNamespace(layer_norm=fused.layer_norm)
+    monkeypatch.setattr(fused, '_kernels', lambda _: kernels)
+    layers = [operators.LayerNorm2d(8), torch.nn.Conv2d(8, 12, 2, 2)]
+    assert fused._is_own_downsampling(*layers)
+    change(layers)
+    assert not fused._is_own_downsampling(*layers)
+    out = fused.downsampling(torch.randn(1, 8, 6, 6), *layers)
+    assert out.shape[:2] == (1, 12)
 
 
 def test_kernels_match_their_plain_operators():
@@ -673,12 +721,14 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
         layer_norm_backward=(x, x, weight, bias, 1e-6, x),
         scale_residual=(x, x, weight.float(), keep),
         scale_backward=(x, weight),
+        drop_backward=(x, weight, keep, torch.half),
         layer_scale_backward=(torch.rand(c, 5).half(), torch.rand(c),
                               torch.rand(c, 5), torch.rand(c),
                               torch.rand(c)))
     assert set(calls) == set(fused.SHAPES) == \
-        set(vars(kernels)) - {'filters', 'functions'}
-    sums = dict(gate_backward=2 * c, position_backward=c, scale_backward=c)
+        set(vars(kernels)) - {'operands', 'functions'}
+    sums = dict(gate_backward=2 * c, position_backward=c, scale_backward=c,
+                drop_backward=c)
     with FakeTensorMode() as mode:
         for name, inputs in calls.items():
             out = getattr(kernels, name)(

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
-from mmconv2former import fused
+from mmconv2former import fused, fused_stem
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
@@ -110,6 +110,12 @@ position_backward = with_sum(fused.position_backward)
 def scale_backward(grad, scale):
     return *fused.scale_backward(grad, scale), grad.sum(
         (0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
+
+
+def drop_backward(grad, scale, keep):
+    outs = fused.drop_backward(grad, scale, keep, grad.dtype)
+    return *outs, outs[0].sum((0, 1, 2), dtype=torch.promote_types(
+        grad.dtype, torch.float32))
 
 
 def layer_norm(x, weight, bias):
@@ -210,6 +216,78 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
         assert out.dtype == dtype
     out, total = compare(kernels.scale_backward, scale_backward, grad, scale)
     assert out.dtype == dtype and total.dtype == torch.float32
+    dropped, out, total = compare(
+        lambda *inputs: kernels.drop_backward(*inputs, dtype), drop_backward,
+        grad, scale, keep)
+    assert dropped.dtype == out.dtype == dtype
+    assert total.dtype == torch.float32
+
+
+@pytest.fixture
+def stem_kernels(kernels):
+    from mmconv2former import triton_stem
+    return triton_stem
+
+
+@device_test
+@pytest.mark.parametrize('n, h, w, c, dtype', SHAPES)
+@pytest.mark.parametrize('patch', [1, 2])
+def test_gelu_and_batch_norm_of_the_stem_are_as_exact(
+        stem_kernels, n, h, w, c, dtype, patch):
+    used, patch = c - 3, min(patch, h, w)
+    c = -(-c // 8) * 8  # as the stem pads them
+    wider = c + 16
+    x, weight, bias, mean, var = draw(dtype, (n, h, w, c),
+                                      *[(used, )] * 4)
+    results, running = {}, {}
+    for name, module, inputs in (
+            ('own', stem_kernels, (x, mean, var)),
+            ('plain', fused_stem, (x, mean, var)),
+            ('true', fused_stem, (x.double(), mean.double(), var.double()))):
+        x_, *running[name] = (t.clone() for t in inputs)
+        results[name] = *module.gelu_moments(x_, *running[name], EPS, 0.1), \
+            *running[name]
+    for own, plain, true in zip(*results.values(), strict=True):
+        noise = max(torch.finfo(own.dtype).eps, 1e-6) * true.abs().max()
+        assert (own - true).abs().max() <= \
+            2 * (plain - true).abs().max() + noise
+    mean, rstd, *_ = results['own']
+    out = compare(
+        *(functools.partial(module.gelu_norm, patch=patch, channels=wider)
+          for module in (stem_kernels, fused_stem)),
+        x, mean, rstd, weight, bias)
+    assert out.dtype == dtype
+    grad, = draw(dtype, out.shape)
+    for training in (True, False):
+        grad_x, *grads = compare(
+            *(functools.partial(module.gelu_norm_backward, training=training,
+                                patch=patch, channels=wider)
+              for module in (stem_kernels, fused_stem)),
+            grad, x, mean, rstd, weight)
+        assert grad_x.dtype == dtype
+        assert {t.dtype for t in grads} == {torch.float32}
+
+
+@device_test
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_images_get_their_channels_last(stem_kernels, channels_last):
+    x, = draw(torch.float32, (2, 3, 5, 9))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    own, plain = (module.pixels_first(x, 8, torch.float16)
+                  for module in (stem_kernels, fused_stem))
+    assert own.is_contiguous() and torch.equal(own, plain)
+
+
+@device_test
+def test_moments_of_large_numbers_are_exact(stem_kernels):
+    x, = draw(torch.float32, (2, 16, 16, 8))
+    x += 1000
+    running = [torch.zeros(8, device=DEVICE) for _ in range(2)]
+    mean, rstd = stem_kernels.gelu_moments(x, *running, EPS, 1.)
+    var, true = torch.var_mean(x.double(), (0, 1, 2))
+    torch.testing.assert_close(mean, true.float())
+    torch.testing.assert_close(running[1], var.float(), rtol=1e-4, atol=0)
 
 
 @device_test
@@ -221,6 +299,21 @@ def test_gradient_of_the_layer_scale_is_as_exact(kernels, o, i, dtype):
     outs = compare(kernels.layer_scale_backward, fused.layer_scale_backward,
                    grad_weight, grad_bias, weight, bias, scale)
     assert {t.dtype for t in outs} == {torch.float32}
+
+
+@device_test
+@pytest.mark.parametrize('outs, k', [((8, 8), 5), ((20, ), 3), ((1300, ), 3)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_weights_are_joined_and_cast(kernels, outs, k, dtype):
+    c = outs[0]
+    shapes = [shape for o in outs for shape in ((o, 8, 1, 1), (o, ))]
+    parameters = draw(torch.float32, *shapes, (c, 1, k, k), (c, ),
+                      (8, c, 1, 1), (8, ))
+    own = kernels.operands(parameters, dtype)
+    true = fused._operands(parameters, dtype, kernels.filters)
+    for o, t in zip(own, true, strict=True):
+        assert o.shape == t.shape and o.dtype == t.dtype
+        assert o.stride() == t.stride() and torch.equal(o, t)
 
 
 @device_test
@@ -350,14 +443,15 @@ def test_norm_of_the_downsampling_computes_the_same(kernels, monkeypatch):
     torch.manual_seed(0)
     layer = Downsampling(8, 20, fused=True).to(DEVICE)
     torch.nn.init.normal_(layer[0].weight)
-    x, grad = draw(torch.float32, (2, 8, 4, 6), (2, 20, 2, 3))
+    x, grad = draw(torch.float32, (2, 8, 5, 6), (2, 20, 2, 3))
 
     def run(module):
         monkeypatch.setattr(fused, '_kernels', lambda _: module)
         inputs = [x.requires_grad_(), *layer.parameters()]
         out = layer(x)
-        nodes = out.grad_fn.next_functions[0][0].next_functions[0][0].name()
-        assert ('LayerNormBackward' == nodes) == (module is kernels), nodes
+        is_ours = 'DownsamplingBackward' == \
+            out.grad_fn.next_functions[0][0].name()
+        assert is_ours == (module is kernels)
         return out, *torch.autograd.grad(out, inputs, grad)
 
     for own, other in zip(run(kernels), run(fused), strict=True):
@@ -396,14 +490,19 @@ def test_kernels_in_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(),
                     reason='the other tests compile the kernels')
-def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
+def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
+                                       tmp_path):
     """The interpreter takes Python that the compiler refuses."""
     target = triton.backends.compiler.GPUTarget('cuda', 90, 32)
     compiled = set()
 
     def launch(kernel, grid):
         compiled.add(kernel.__name__)
-        return functools.partial(kernel.warmup, grid=grid)
+
+        def compile_only(*args, **options):  # and return nothing to be kept
+            kernel.warmup(*args, grid=grid, **options)
+
+        return compile_only
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
     monkeypatch.setattr(triton_launch, 'COMPILED', {})
@@ -426,8 +525,15 @@ def test_kernels_compile_without_a_gpu(kernels, monkeypatch, tmp_path):
                                  vector)
     kernels.scale_residual(x, y, vector, keep)
     kernels.scale_backward(x, vector)
+    kernels.operands([x[0, 0], vector, weight, vector, x[0, 0], vector],
+                     x.dtype)
+    stem_kernels.pixels_first(x, 8, x.dtype)
+    stem_kernels.gelu_moments(x, vector, vector, EPS, 0.1)
+    stem_kernels.gelu_norm(x, vector, vector, vector, vector, 2, 16)
+    stem_kernels.gelu_norm_backward(x, x, vector, vector, vector, True, 1, 16)
     assert compiled == {
-        name for name in vars(kernels) if name.endswith('_kernel')}
+        name for name in (*vars(kernels), *vars(stem_kernels))
+        if name.endswith('_kernel')}
 
 
 @pytest.mark.skipif(INTERPRETED, reason='compiles')
@@ -472,7 +578,7 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
 
 
 def test_signatures_are_those_of_the_plain_functions(kernels):
-    for name in ('filters', *fused.SHAPES):
+    for name in ('operands', *fused.SHAPES):
         assert list(inspect.signature(getattr(kernels, name)).parameters) \
             == list(inspect.signature(getattr(fused, name)).parameters), name
 

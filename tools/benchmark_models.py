@@ -61,7 +61,8 @@ def official_forward(model: nn.Module, x: Tensor) -> Tensor | tuple:
     outs = []
     for i, (down, stage) in enumerate(
             zip(backbone.downsample_layers, backbone.stages)):
-        x = down[1](official_norm(down[0], x)) if i else down(x)
+        x = (down[1](official_norm(down[0], x)) if i else
+             nn.Sequential.forward(down, x))
         for block in stage:
             x = official_block(block, x)
         if i in backbone.out_indices:

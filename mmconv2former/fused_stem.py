@@ -1,0 +1,306 @@
+"""The convolutional stem with hand-written gradients, for GPUs in 16 bits.
+
+Convolution, GELU, batch norm, twice, and a convolution of patches. cuDNN is
+slow with 3 and with 36 channels, which it pads in a pass of its own for each
+call, and torch's batch norm is ten times slower than memory at few channels.
+Here images and feature maps have a multiple of 8 channels from the start,
+GELU is part of the passes of the batch norm, and the last convolution is a
+matrix product over the patches that the pass before it writes.
+
+Tensors are (N, H, W, C). The functions below are the reference of those of
+the same names in :mod:`mmconv2former.triton_stem`.
+"""
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .fused import (
+    TRITON,
+    _alone,
+    _kernels,
+    _nchw,
+    _nhwc,
+    _obstacle,
+    _refuse_second_derivatives,
+    patches,
+    product_dtype,
+    unpatched,
+)
+
+aten = torch.ops.aten
+
+
+def pixels_first(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Images with their channels last, and zeros in further ones.
+
+    Args:
+        x (Tensor): (N, C, H, W).
+        channels (int): Number of channels of the result, a power of two.
+        dtype (torch.dtype): Of the result.
+
+    Returns:
+        Tensor: (N, H, W, channels).
+    """
+    return F.pad(_nhwc(x.to(dtype)), (0, channels - x.shape[1]))
+
+
+def gelu_moments(x: Tensor, running_mean: Tensor, running_var: Tensor,
+                 eps: float, momentum: float) -> tuple[Tensor, Tensor]:
+    """Moments of GELU(x) for a batch norm, whose running ones are updated.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        running_mean, running_var (Tensor): Of the first channels, which are
+            those that count, (D, ).
+        eps (float): Added to the variance.
+        momentum (float): Of the running moments.
+
+    Returns:
+        tuple[Tensor]: Mean and inverse standard deviation, (C, ), in fp32.
+    """
+    h = F.gelu(x).to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(h, (0, 1, 2), correction=0)
+    count, used = h[..., 0].numel(), len(running_mean)
+    running_mean.lerp_(mean[:used].to(running_mean), momentum)
+    running_var.lerp_((var[:used] * (count / max(count - 1, 1))).to(
+        running_var), momentum)
+    return mean, torch.rsqrt(var + eps)
+
+
+def _padded(x: Tensor, channels: int) -> Tensor:
+    return F.pad(x, (0, channels - x.shape[-1]))
+
+
+def gelu_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
+              bias: Tensor, patch: int, channels: int) -> Tensor:
+    """``(GELU(x) - mean) * rstd * weight + bias``, as patches.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        mean, rstd (Tensor): (C, ).
+        weight, bias (Tensor): Of the first channels, (D, ), and 0 for others.
+        patch (int): Side of the patches P. What does not fill a patch is left
+            out.
+        channels (int): Of the result, E; zeros from C on.
+
+    Returns:
+        Tensor: The patches, (N, H // P, W // P, P * P * E).
+    """
+    c = x.shape[3]
+    h = F.gelu(x).to(torch.promote_types(x.dtype, torch.float32))
+    out = (h - mean) * (rstd * _padded(weight, c)) + _padded(bias, c)
+    return patches(_padded(out.to(x.dtype), channels), patch)
+
+
+def gelu_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+                       weight: Tensor, training: bool, patch: int,
+                       channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gelu_norm`.
+
+    Args:
+        grad (Tensor): Of the result, (N, H // P, W // P, P * P * E).
+        training (bool): Whether mean and rstd are those of GELU(x), and
+            gradients pass through them.
+        channels (int): Of the gradient of x; zeros from C on.
+        x, mean, rstd, weight, patch: As above.
+
+    Returns:
+        tuple[Tensor]: Gradients of x, and of weight and bias in fp32.
+    """
+    n, height, width, c = x.shape
+    grad = unpatched(grad.to(mean.dtype), patch, height, width)[..., :c]
+    z = x.to(mean.dtype)
+    normed = (F.gelu(x).to(z) - mean) * rstd
+    grad_bias = grad.sum((0, 1, 2))
+    grad_weight = (grad * normed).sum((0, 1, 2))
+    if training:
+        grad = grad - (grad_bias + normed * grad_weight) / (n * height * width)
+    grad = aten.gelu_backward(grad * (rstd * _padded(weight, c)), z)
+    used = len(weight)
+    return (_padded(grad.to(x.dtype), channels), grad_weight[:used],
+            grad_bias[:used])
+
+
+def _multiple_of_8(channels: int) -> int:
+    return -(-channels // 8) * 8
+
+
+def _of_convolution(channels: int) -> int:
+    """As many channels as cuDNN is fast with, 3x3 at 112 x 112: gradients of
+    40 and of 48 take twice as long as those of 64."""
+    return _multiple_of_8(channels) if channels <= 32 else -(
+        -channels // 64) * 64
+
+
+def _padded_filter(weight: Tensor, outs: int, ins: int,
+                   dtype: torch.dtype) -> Tensor:
+    """(O, I, K, K), channels last in memory, as (outs, ins, K, K)."""
+    o, i, *size = weight.shape
+    out = weight.new_zeros((outs, *size, ins), dtype=dtype)
+    out[:o, ..., :i] = _nhwc(weight)
+    return _nchw(out)
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor,
+                          conv: nn.Conv2d, input_grad: bool
+                          ) -> tuple[Tensor | None, Tensor]:
+    grad_x, grad_weight, _ = aten.convolution_backward(
+        _nchw(grad), _nchw(x), weight, None, conv.stride, conv.padding, (1, 1),
+        False, (0, 0), 1, (input_grad, True, False))
+    o, i, *_ = conv.weight.shape
+    return (_nhwc(grad_x) if input_grad else None,
+            grad_weight[:o, :i].to(conv.weight.dtype))
+
+
+class Stem(torch.autograd.Function):
+    """A stem of two convolutions with GELU and batch norm, and a third one.
+
+    Args:
+        x (Tensor): Images without gradients, (N, C, H, W).
+        kernels (module): Functions such as those of this module.
+        layers (Sequence[nn.Module]): Convolution, batch norm, convolution,
+            batch norm, convolution.
+        parameters (Tensor): The weights of the first convolution, weight and
+            bias of the first norm, and so on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: Any,
+                layers: Sequence[nn.Module], *parameters: Tensor) -> Tensor:
+        dtype = product_dtype(x)
+        conv1, norm1, conv2, norm2, conv3 = layers
+        mid1, mid2 = (_multiple_of_8(c.out_channels) for c in (conv1, conv2))
+        wide1, wide2 = _of_convolution(mid1), _of_convolution(mid2)
+        patch = conv3.stride[0]
+        with _alone(x):
+            image = kernels.pixels_first(x, _multiple_of_8(x.shape[1]), dtype)
+            weight1 = _padded_filter(conv1.weight, mid1, image.shape[3], dtype)
+            z1 = _convolution(image, weight1, conv1)
+            moments1 = _moments(z1, norm1, kernels)
+            x = kernels.gelu_norm(z1, *moments1, norm1.weight, norm1.bias, 1,
+                                  wide1)
+            weight2 = _padded_filter(conv2.weight, wide2, wide1, dtype)
+            z2 = _convolution(x, weight2[:mid2], conv2)
+            moments2 = _moments(z2, norm2, kernels)
+            x = kernels.gelu_norm(z2, *moments2, norm2.weight, norm2.bias,
+                                  patch, mid2)
+            weight3 = _nhwc(_padded_filter(
+                conv3.weight, len(conv3.weight), mid2, dtype)).flatten(1)
+            out = _nchw(F.linear(x, weight3))
+        ctx.kernels, ctx.layers = kernels, layers
+        ctx.training = norm1.training, norm2.training
+        ctx.save_for_backward(image, z1, *moments1, weight2, z2, *moments2,
+                              weight3, *parameters)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        (image, z1, mean1, rstd1, weight2, z2, mean2, rstd2, weight3, _,
+         scale1, bias1, _, scale2, bias2, _) = ctx.saved_tensors
+        kernels, (conv1, _, conv2, _, conv3) = ctx.kernels, ctx.layers
+        mid1, mid2 = z1.shape[3], z2.shape[3]
+        wide2, wide1, *_ = weight2.shape
+        with _alone(image):
+            grad = _nhwc(grad).to(image.dtype).flatten(0, 2)
+            patch = conv3.stride[0]
+            x = kernels.gelu_norm(z2, mean2, rstd2, scale2, bias2, patch, mid2)
+            grad_weight3 = torch.mm(grad.t(), x.flatten(0, 2))
+            o, i, k, _ = conv3.weight.shape
+            grad_weight3 = _nchw(grad_weight3.view(o, k, k, -1)[..., :i])
+            grad = torch.mm(grad, weight3).view(x.shape)
+            del x
+            grad, grad_scale2, grad_bias2 = kernels.gelu_norm_backward(
+                grad, z2, mean2, rstd2, scale2, ctx.training[1], patch, wide2)
+            x = kernels.gelu_norm(z1, mean1, rstd1, scale1, bias1, 1, wide1)
+            grad, grad_weight2 = _convolution_backward(
+                grad, x, weight2, conv2, True)
+            del x
+            grad, grad_scale1, grad_bias1 = kernels.gelu_norm_backward(
+                grad, z1, mean1, rstd1, scale1, ctx.training[0], 1, mid1)
+            # Its values are not read, for images want no gradient.
+            weight1 = image.new_empty(
+                (mid1, image.shape[3], *conv1.kernel_size)).to(
+                    memory_format=torch.channels_last)
+            _, grad_weight1 = _convolution_backward(
+                grad, image, weight1, conv1, False)
+        return (None, None, None, grad_weight1, grad_scale1, grad_bias1,
+                grad_weight2, grad_scale2, grad_bias2,
+                grad_weight3.to(conv3.weight.dtype))
+
+
+def _convolution(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> Tensor:
+    return _nhwc(F.conv2d(_nchw(x), weight, None, conv.stride,
+                          conv.padding)).contiguous()
+
+
+def _moments(z: Tensor, norm: nn.BatchNorm2d,
+             kernels: Any) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation by which GELU(z) is normalized."""
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+        return kernels.gelu_moments(z, norm.running_mean, norm.running_var,
+                                    norm.eps, norm.momentum)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    return tuple(
+        _padded(t.to(dtype), z.shape[3])
+        for t in (norm.running_mean,
+                  torch.rsqrt(norm.running_var + norm.eps)))
+
+
+def _obstacle_in(layers: Sequence[nn.Module]) -> bool:
+    """Whether these are other layers than those of the stem, or have hooks."""
+    kinds = [nn.Conv2d, nn.GELU, nn.BatchNorm2d] * 2 + [nn.Conv2d]
+    if [type(layer) for layer in layers] != kinds or any(
+            layer._forward_hooks or layer._forward_pre_hooks
+            or layer._backward_hooks or layer._backward_pre_hooks
+            for layer in layers):
+        return True
+    convs, norms = layers[::3], layers[2::3]
+    last = convs[-1]
+    return (any(gelu.approximate != 'none' for gelu in layers[1::3])
+            or any(norm.weight is None or norm.running_mean is None
+                   or norm.momentum is None for norm in norms)
+            or any(conv.bias is not None or conv.groups > 1
+                   or conv.dilation != (1, 1) or conv.padding_mode != 'zeros'
+                   or isinstance(conv.padding, str) for conv in convs)
+            or last.padding != (0, 0)
+            or not last.stride == last.kernel_size == last.stride[::-1])
+
+
+def available(x: Tensor, layers: nn.Sequential) -> bool:
+    """Whether :func:`stem` can stand in for ``layers(x)``.
+
+    Args:
+        x (Tensor): Images, (N, C, H, W).
+        layers (nn.Sequential): The stem.
+
+    Returns:
+        bool: On GPUs with Triton, in 16 bits, for the stem as it was built.
+    """
+    return (x.is_cuda and not x.requires_grad
+            and not torch.compiler.is_compiling()
+            and product_dtype(x).itemsize == 2 and x.shape[1] <= 16
+            and _kernels(x) is getattr(TRITON, 'functions', None)
+            and not _obstacle(x, ()) and not _obstacle_in(list(layers)))
+
+
+def stem(x: Tensor, layers: nn.Sequential) -> Tensor:
+    """``layers(x)`` by the kernels.
+
+    Args:
+        x (Tensor): Images, (N, C, H, W).
+        layers (nn.Sequential): The stem.
+
+    Returns:
+        Tensor: (N, C', H', W'), in channels-last memory.
+    """
+    from . import triton_stem
+
+    conv1, _, norm1, conv2, _, norm2, conv3 = layers
+    return Stem.apply(x, triton_stem, (conv1, norm1, conv2, norm2, conv3),
+                      conv1.weight, norm1.weight, norm1.bias, conv2.weight,
+                      norm2.weight, norm2.bias, conv3.weight)

@@ -1,0 +1,126 @@
+"""The stem with hand-written gradients against autograd's."""
+import pytest
+import torch
+from torch import nn
+
+from mmconv2former import fused_stem
+from mmconv2former.backbone import STEMS, Stem
+
+
+def make_stem(name='conv', dim=24, **options):
+    torch.manual_seed(0)
+    stem = Stem(*STEMS[name][1](3, dim), fused=True).double()
+    for p in stem.parameters():
+        nn.init.normal_(p, std=1. if p.ndim == 1 else p[0].numel()**-0.5)
+    for norm in stem[2], stem[5]:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.)
+    return stem
+
+
+def run(function, stem, x, training):
+    stem.train(training)
+    buffers = {name: b.clone() for name, b in stem.named_buffers()}
+    out = function(x, stem)
+    torch.manual_seed(1)
+    grads = torch.autograd.grad(out, list(stem.parameters()),
+                                torch.randn(out.shape).to(out))
+    after = {name: b.clone() for name, b in stem.named_buffers()}
+    stem.load_state_dict(buffers, strict=False)
+    return out, *grads, *after.values()
+
+
+def by_function(x, stem, kernels=fused_stem):
+    conv1, _, norm1, conv2, _, norm2, conv3 = stem
+    return fused_stem.Stem.apply(
+        x, kernels, (conv1, norm1, conv2, norm2, conv3), conv1.weight,
+        norm1.weight, norm1.bias, conv2.weight, norm2.weight, norm2.bias,
+        conv3.weight)
+
+
+def by_layers(x, stem):
+    return nn.Sequential.forward(stem, x)
+
+
+@pytest.mark.parametrize('name, dim, size', [
+    ('conv', 24, (32, 40)), ('conv', 16, (37, 43)), ('3conv', 40, (70, 65))])
+@pytest.mark.parametrize('training', [True, False])
+def test_stem_and_its_gradients_are_those_of_autograd(name, dim, size,
+                                                      training):
+    stem = make_stem(name, dim)
+    x = torch.randn(2, 3, *size, dtype=torch.double)
+    own = run(by_function, stem, x, training)
+    true = run(by_layers, stem, x, training)
+    for o, t in zip(own, true, strict=True):
+        torch.testing.assert_close(o, t)
+
+
+def test_stem_has_no_second_derivatives():
+    stem = make_stem()
+    x = torch.randn(1, 3, 32, 32, dtype=torch.double)
+    grad, = torch.autograd.grad(by_function(x, stem).sum(), [stem[6].weight],
+                                create_graph=False)
+    assert grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match='no second derivatives'):
+        torch.autograd.grad(by_function(x, stem).sum(), [stem[6].weight],
+                            create_graph=True)
+
+
+@pytest.mark.parametrize('change', [
+    lambda stem: stem[0].register_forward_hook(print),
+    lambda stem: stem.__setitem__(2, nn.SyncBatchNorm(12)),
+    lambda stem: stem.__setitem__(5, nn.Identity()),
+    lambda stem: stem.__setitem__(1, nn.GELU('tanh')),
+    lambda stem: stem.__setitem__(
+        6, nn.Conv2d(12, 24, 3, stride=2, bias=False)),
+    lambda stem: stem.__setitem__(
+        3, nn.Conv2d(12, 12, 3, padding='same', bias=False)),
+    lambda stem: stem.__setitem__(3, nn.Conv2d(12, 12, 3, padding=1)),
+    lambda stem: setattr(stem[2], 'momentum', None)])
+def test_layers_that_are_not_its_own_run_as_they_are(change):
+    stem = make_stem()
+    assert not fused_stem._obstacle_in(list(stem))
+    change(stem)
+    assert fused_stem._obstacle_in(list(stem))
+
+
+def test_cpus_run_the_layers():
+    stem = make_stem().float()
+    x = torch.randn(2, 3, 32, 32)
+    assert not fused_stem.available(x, stem)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not fused_stem.available(x, stem)
+    torch.testing.assert_close(stem(x), by_layers(x, stem), rtol=1e-3,
+                               atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name, dim, size', [
+    ('conv', 72, (64, 96)), ('conv', 24, (37, 43)), ('3conv', 72, (97, 70))])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('training', [True, False])
+def test_stem_is_as_exact_as_its_layers_on_a_gpu(name, dim, size, dtype,
+                                                 training):
+    stem = make_stem(name, dim).cuda()
+    x = torch.randn(4, 3, *size, device='cuda')
+    true = run(by_layers, stem, x.double(), training)
+    stem = stem.float()
+
+    def ours(x, stem):
+        with torch.autocast('cuda', dtype):
+            assert fused_stem.available(x, stem)
+            return stem(x)
+
+    def plain(x, stem):
+        with torch.autocast('cuda', dtype):
+            return by_layers(
+                x.contiguous(memory_format=torch.channels_last), stem)
+
+    own, other = run(ours, stem, x, training), run(plain, stem, x, training)
+    again = run(ours, stem, x, training)
+    for o, p, t, a in zip(own, other, true, again, strict=True):
+        assert o.shape == t.shape and o.dtype == p.dtype
+        assert torch.equal(o, a)
+        if o.is_floating_point():
+            assert (o - t).norm() <= 2 * (p - t).norm() + 1e-6 * t.norm()
