@@ -144,15 +144,15 @@ def _padded_filter(weight: Tensor, outs: int, ins: int,
     return _nchw(out)
 
 
-def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor,
-                          conv: nn.Conv2d, input_grad: bool
+def _convolution_backward(grad: Tensor, x: Tensor, padded: Tensor,
+                          weight: Tensor, conv: nn.Conv2d, input_grad: bool
                           ) -> tuple[Tensor | None, Tensor]:
     grad_x, grad_weight, _ = aten.convolution_backward(
-        _nchw(grad), _nchw(x), weight, None, conv.stride, conv.padding, (1, 1),
+        _nchw(grad), _nchw(x), padded, None, conv.stride, conv.padding, (1, 1),
         False, (0, 0), 1, (input_grad, True, False))
-    o, i, *_ = conv.weight.shape
+    o, i, *_ = weight.shape
     return (_nhwc(grad_x) if input_grad else None,
-            grad_weight[:o, :i].to(conv.weight.dtype))
+            grad_weight[:o, :i].to(weight.dtype))
 
 
 class Stem(torch.autograd.Function):
@@ -177,59 +177,59 @@ class Stem(torch.autograd.Function):
         patch = conv3.stride[0]
         with _alone(x):
             image = kernels.pixels_first(x, _multiple_of_8(x.shape[1]), dtype)
-            weight1 = _padded_filter(conv1.weight, mid1, image.shape[3], dtype)
-            z1 = _convolution(image, weight1, conv1)
+            padded1 = _padded_filter(conv1.weight, mid1, image.shape[3], dtype)
+            z1 = _convolution(image, padded1, conv1)
             moments1 = _moments(z1, norm1, kernels)
             x = kernels.gelu_norm(z1, *moments1, norm1.weight, norm1.bias, 1,
                                   wide1)
-            weight2 = _padded_filter(conv2.weight, wide2, wide1, dtype)
-            z2 = _convolution(x, weight2[:mid2], conv2)
+            padded2 = _padded_filter(conv2.weight, wide2, wide1, dtype)
+            z2 = _convolution(x, padded2[:mid2], conv2)
             moments2 = _moments(z2, norm2, kernels)
             x = kernels.gelu_norm(z2, *moments2, norm2.weight, norm2.bias,
                                   patch, mid2)
-            weight3 = _nhwc(_padded_filter(
+            matrix = _nhwc(_padded_filter(
                 conv3.weight, len(conv3.weight), mid2, dtype)).flatten(1)
-            out = _nchw(F.linear(x, weight3))
+            out = _nchw(F.linear(x, matrix))
         ctx.kernels, ctx.layers = kernels, layers
         ctx.training = norm1.training, norm2.training
-        ctx.save_for_backward(image, z1, *moments1, weight2, z2, *moments2,
-                              weight3, *parameters)
+        ctx.save_for_backward(image, z1, *moments1, padded2, z2, *moments2,
+                              matrix, *parameters)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivatives()
-        (image, z1, mean1, rstd1, weight2, z2, mean2, rstd2, weight3, _,
-         scale1, bias1, _, scale2, bias2, _) = ctx.saved_tensors
+        (image, z1, mean1, rstd1, padded2, z2, mean2, rstd2, matrix, weight1,
+         scale1, bias1, weight2, scale2, bias2, weight3) = ctx.saved_tensors
         kernels, (conv1, _, conv2, _, conv3) = ctx.kernels, ctx.layers
         mid1, mid2 = z1.shape[3], z2.shape[3]
-        wide2, wide1, *_ = weight2.shape
+        wide2, wide1, *_ = padded2.shape
         with _alone(image):
             grad = _nhwc(grad).to(image.dtype).flatten(0, 2)
             patch = conv3.stride[0]
             x = kernels.gelu_norm(z2, mean2, rstd2, scale2, bias2, patch, mid2)
-            grad_weight3 = torch.mm(grad.t(), x.flatten(0, 2))
-            o, i, k, _ = conv3.weight.shape
-            grad_weight3 = _nchw(grad_weight3.view(o, k, k, -1)[..., :i])
-            grad = torch.mm(grad, weight3).view(x.shape)
+            o, i, k, _ = weight3.shape
+            grad_weight3 = torch.mm(grad.t(), x.flatten(0, 2)).view(
+                o, k, k, -1)[..., :i]
+            grad = torch.mm(grad, matrix).view(x.shape)
             del x
             grad, grad_scale2, grad_bias2 = kernels.gelu_norm_backward(
                 grad, z2, mean2, rstd2, scale2, ctx.training[1], patch, wide2)
             x = kernels.gelu_norm(z1, mean1, rstd1, scale1, bias1, 1, wide1)
             grad, grad_weight2 = _convolution_backward(
-                grad, x, weight2, conv2, True)
+                grad, x, padded2, weight2, conv2, True)
             del x
             grad, grad_scale1, grad_bias1 = kernels.gelu_norm_backward(
                 grad, z1, mean1, rstd1, scale1, ctx.training[0], 1, mid1)
             # Its values are not read, for images want no gradient.
-            weight1 = image.new_empty(
-                (mid1, image.shape[3], *conv1.kernel_size)).to(
+            padded1 = image.new_empty(
+                (mid1, image.shape[3], *weight1.shape[2:])).to(
                     memory_format=torch.channels_last)
             _, grad_weight1 = _convolution_backward(
-                grad, image, weight1, conv1, False)
+                grad, image, padded1, weight1, conv1, False)
         return (None, None, None, grad_weight1, grad_scale1, grad_bias1,
                 grad_weight2, grad_scale2, grad_bias2,
-                grad_weight3.to(conv3.weight.dtype))
+                _nchw(grad_weight3).to(weight3.dtype))
 
 
 def _convolution(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -1,6 +1,7 @@
 """The part of the official classification head before the linear layer."""
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,5 +51,7 @@ class Conv2FormerNeck(PretrainedModule):
         Returns:
             Tuple[Tensor]: One tensor, (N, out_channels).
         """
-        x = self.norm(F.gelu(self.conv(feats[-1])))
+        # The layout in which the norm reads.
+        x = feats[-1].contiguous(memory_format=torch.channels_last)
+        x = self.norm(F.gelu(self.conv(x)))
         return (x.mean((2, 3)), )

@@ -41,7 +41,8 @@ if TorchVersion(triton.__version__) < (3, 3):
 # H100 or H200 hold at a time. A constant, so that results do not depend on
 # the device.
 PROGRAMS = 16 * 132
-# Those whose work is not even are more, so that none is late for long.
+# Where programs do not end together there are so many times more, for others
+# to begin when the first have ended.
 WAVES = 8
 
 
@@ -924,9 +925,9 @@ def position_backward(
     """See :func:`mmconv2former.fused.position_backward`.
 
     In two passes, the second from dd, the gradient of d = DW_3(h) + bias, in
-    the precision of ``z``. One pass would move 4 tensors instead of 8, but
-    compute GELU on more columns beside each strip and hold rows of h, of dd
-    and of GELU'(z) at once.
+    the precision of ``z``. One pass moves 4 tensors instead of 8, but computes
+    GELU and its derivative on more columns beside each strip, and holds three
+    rows of h and three of dd; it took as long.
     """
     s = z.new_empty(z.shape)
     dd, grad_z = torch.empty_like(s), torch.empty_like(s)
@@ -996,11 +997,13 @@ def _normalize(x, used, eps, C: tl.constexpr):
 @triton.jit
 def _patch(pixel, height, width, PATCH: tl.constexpr):
     """Index of a pixel among those in patches, and whether it is in one."""
-    y, x = pixel // width % height, pixel % width
-    n = pixel // width // height
+    pixel = pixel.to(tl.int32)  # in which divisions are several times faster
+    row, x = pixel // width, pixel % width
+    n, y = row // height, row % height
     rows, columns = height // PATCH, width // PATCH
     patch = (n * rows + y // PATCH) * columns + x // PATCH
-    return (patch * (PATCH * PATCH) + y % PATCH * PATCH + x % PATCH,
+    return (tl.cast(patch, tl.int64) * (PATCH * PATCH)
+            + (y % PATCH * PATCH + x % PATCH),
             (y < rows * PATCH) & (x < columns * PATCH))
 
 
@@ -1201,8 +1204,8 @@ def _scale_backward_kernel(grad_ptr, scale_ptr, keep_ptr, y_ptr, out_ptr,
         grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside,
                        0.).to(tl.float32)
         if keep_ptr is not None:
-            grad *= tl.load(keep_ptr + pixel // area, pixel < pixels,
-                            0.).to(tl.float32)
+            grad *= tl.load(keep_ptr + pixel.to(tl.int32) // area,
+                            pixel < pixels, 0.).to(tl.float32)
             # Rounded as the gradient of the weight will find it.
             grad = grad.to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + at, grad, inside)

@@ -41,8 +41,11 @@ class Launch:
                         *constants.items())
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch; a tensor may be None where the kernel allows it."""
-        pointers, key, low_bits = [], [self.variant], 0
+        """Launch; tensors after the first may be None where the kernel allows
+        it."""
+        pointers, low_bits = [], 0
+        # All are on one device, the current one.
+        key = [self.variant, tensors[0].get_device()]
         for tensor in tensors:
             if tensor is None:
                 pointers.append(None)
@@ -51,7 +54,7 @@ class Launch:
                 pointer = tensor.data_ptr()
                 low_bits |= pointer
                 pointers.append(pointer)
-                key += (tensor.dtype, tensor.get_device())
+                key.append(tensor.dtype)
         key = tuple(key)
         # What is compiled for pointers to multiples of 16 bytes reads so many
         # at a time.

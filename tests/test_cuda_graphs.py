@@ -147,6 +147,20 @@ def test_training_in_graphs_gives_the_same_bits(models, device, autocast):
         assert recorded(graphed) == (seed >= cuda_graphs.WARM_UP)
 
 
+def test_gradients_of_all_types_and_layouts_are_copied():
+    shapes = (3, 2, 1, 1), (5, ), (4, 3, 3, 3)
+    dtypes = torch.float32, torch.bfloat16, torch.float32
+    grads = [torch.randn(s).to(d) for s, d in zip(shapes, dtypes)]
+    grads[2] = grads[2].to(memory_format=torch.channels_last)
+    flat = cuda_graphs._Flat([torch.empty_like(g) for g in grads])
+    flat.fill(grads)
+    copies = flat.copies()
+    flat.fill([torch.zeros_like(g) for g in grads])
+    for own, grad in zip(copies, grads, strict=True):
+        assert own.dtype == grad.dtype and own.is_contiguous()
+        assert torch.equal(own, grad)
+
+
 def test_gradients_of_several_batches_add_up(models, device):
     eager, graphed = models()
     for model in (eager, graphed):

@@ -43,7 +43,7 @@ def by_layers(x, stem):
 
 
 @pytest.mark.parametrize('name, dim, size', [
-    ('conv', 24, (32, 40)), ('conv', 16, (37, 43)), ('3conv', 40, (70, 65))])
+    ('conv', 24, (32, 40)), ('conv', 72, (37, 43)), ('3conv', 40, (70, 65))])
 @pytest.mark.parametrize('training', [True, False])
 def test_stem_and_its_gradients_are_those_of_autograd(name, dim, size,
                                                       training):
