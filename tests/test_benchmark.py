@@ -10,7 +10,7 @@ import torch
 import benchmark
 import benchmark_models
 import plot_benchmark
-from benchmark import Candidate, Case, difference
+from benchmark import Candidate, Case, differences, rounding, worst
 
 OFFICIAL = 'conv2former-n@official'
 CASE = Case('classifier', 'train', 'fp32', 2, 64, 48, 'cpu')
@@ -42,16 +42,16 @@ def test_official_order_gives_what_the_package_gives(case, path):
     outputs = 4 if case.task == 'backbone' else 1
     gradients = len(parameters) if case.mode == 'train' else 0
     assert len(results) == outputs + gradients
-    found, where = difference(results, official.results())
-    assert found < 1e-5, where
+    found = differences(results, official.results())
+    assert max(found.values()) < 1e-5, found
 
 
 def test_isotropic_models_have_the_official_order_too():
     case = CASE._replace(mode='forward', batch=1)
-    found, where = difference(
+    found = differences(
         Candidate('conv2former-is', case).results(),
         Candidate('conv2former-is@official', case).results())
-    assert found < 1e-5, where
+    assert max(found.values()) < 1e-5, found
 
 
 def test_official_path_stays_channels_first(monkeypatch):
@@ -74,13 +74,43 @@ def test_step_leaves_no_gradients():
     assert all(p.grad is None for p in candidate.model.parameters())
 
 
-def test_difference_is_relative_and_names_the_tensor():
+def test_difference_is_relative_to_each_tensor():
     reference = {'a': torch.full((4, ), 2.), 'b': torch.ones(4)}
     changed = {'a': torch.full((4, ), 2.), 'b': torch.full((4, ), 1.5)}
-    assert difference(changed, reference) == (0.5, 'b')
+    assert differences(changed, reference) == {'a': 0., 'b': 0.5}
     changed['a'] = torch.full((4, ), float('nan'))
-    assert difference(changed, reference) == (float('inf'), 'a')
-    assert difference({'b': reference['b']}, reference) == (float('inf'), 'a')
+    assert differences(changed, reference) == {'a': float('inf'), 'b': 0.5}
+    assert differences({'b': reference['b']}, reference) == {
+        'a': float('inf'), 'b': 0.}
+
+
+def test_worst_difference_is_the_one_beside_what_is_allowed():
+    allowed = dict(a=0.1, b=1.)
+    assert worst(dict(a=0.2, b=0.5), allowed) == (0.2, 0.1, 'a')
+    assert worst(dict(a=0.02, b=0.5), allowed) == (0.5, 1., 'b')
+    assert worst(dict(a=float('inf'), b=2.), allowed)[2] == 'a'
+
+
+def test_rounding_is_the_distance_from_fp32():
+    case, known = CASE._replace(dtype='bf16'), {}
+    results = Candidate(OFFICIAL, case).results()
+    found = rounding(OFFICIAL, case, results, known)
+    assert found.keys() == results.keys() and known == {OFFICIAL: found}
+    assert 0.01 < max(found.values()) < 0.2
+    exact = Candidate(OFFICIAL, CASE).results()
+    assert set(rounding(OFFICIAL, case, exact, {}).values()) == {0.}
+
+
+def test_what_is_rounding_is_no_difference(monkeypatch):
+    """Two paths in bf16 that are further apart than is allowed."""
+    names, case = [OFFICIAL, 'conv2former-n'], CASE._replace(dtype='bf16')
+    monkeypatch.setitem(benchmark.TOLERANCES, 'bf16', 0.005)
+    _, facts = benchmark.prepare(names, case, memory=False)
+    ours = facts['conv2former-n']
+    assert 0.005 < ours['difference'] <= ours['tolerance']
+    monkeypatch.setattr(benchmark, 'rounding', lambda *_: {})
+    with pytest.raises(SystemExit, match='where 0.005 is allowed'):
+        benchmark.prepare(names, case, memory=False)
 
 
 def test_switch_is_set_for_a_path_and_put_back(monkeypatch):

@@ -79,7 +79,7 @@ def cells(row: dict, first: dict) -> dict[str, str]:
             f'{row["memory_step"] / first["memory_step"]:.2f}'
     if 'difference' in row:
         line['difference (allowed)'] = \
-            f'{row["difference"]:.1g} ({row["tolerance"]:g})'
+            f'{row["difference"]:.1g} ({row["tolerance"]:.2g})'
     if row.get('roofline'):
         line['roofline'] = f'{row["roofline"] / median(times):.0%}'
     return line
