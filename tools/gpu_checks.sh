@@ -134,11 +134,8 @@ speed() {
     local arch
     benchmark tiny --batch 128 --mode train forward --dtype bf16 --repeats 15 \
         --seconds 15 --profile 40 \
-        --models conv2former-t@official conv2former-t ConvNeXt:tiny \
-        SwinTransformer:tiny
-    benchmark graphs --batch 128 --mode train forward --dtype bf16 \
-        --repeats 15 --seconds 15 \
-        --models conv2former-t@official conv2former-t@graphs ConvNeXt:tiny
+        --models conv2former-t@official conv2former-t conv2former-t@graphs \
+        ConvNeXt:tiny SwinTransformer:tiny
     benchmark detection --task backbone --batch 2 --size 800x1344 \
         --mode train --dtype bf16 --repeats 10 --seconds 10 \
         --models conv2former-t@official conv2former-t conv2former-t@graphs \
@@ -148,7 +145,8 @@ speed() {
     for arch in n s b l; do
         benchmark "$arch" --batch 64 --mode train forward --dtype bf16 \
             --repeats 7 --seconds 6 \
-            --models "conv2former-$arch@official" "conv2former-$arch"
+            --models "conv2former-$arch@official" "conv2former-$arch" \
+            "conv2former-$arch@graphs"
     done
     benchmark compiled --batch 128 --mode train --dtype bf16 --repeats 15 \
         --seconds 10 --models conv2former-t@official conv2former-t@compiled
