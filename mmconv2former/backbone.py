@@ -84,8 +84,13 @@ class Stem(nn.Sequential):
         if self.fused and fused_stem.available(x, self):
             return fused_stem.stem(x, self)
         # The layout of all that follows.
-        return super().forward(
-            x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not self.fused:
+            return super().forward(x)
+        for layer in self:
+            x = fused_stem.batch_norm(x, layer) \
+                if isinstance(layer, nn.BatchNorm2d) else layer(x)
+        return x
 
 
 class Downsampling(nn.Sequential):

@@ -1,4 +1,6 @@
-"""The convolutional stem with hand-written gradients, for GPUs in 16 bits.
+"""The convolutional stem with hand-written gradients.
+
+On GPUs in 16 bits as a whole:
 
 Convolution, GELU, batch norm, twice, and a convolution of patches. cuDNN is
 slow with 3 and with 36 channels, which it pads in a pass of its own for each
@@ -9,6 +11,9 @@ matrix product over the patches that the pass before it writes.
 
 Tensors are (N, H, W, C). The functions below are the reference of those of
 the same names in :mod:`mmconv2former.triton_stem`.
+
+On CPUs its batch norms, of which torch's take five to ten times as long where
+channels are last.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -254,10 +259,8 @@ def _moments(z: Tensor, norm: nn.BatchNorm2d,
 def _obstacle_in(layers: Sequence[nn.Module]) -> bool:
     """Whether these are other layers than those of the stem, or have hooks."""
     kinds = [nn.Conv2d, nn.GELU, nn.BatchNorm2d] * 2 + [nn.Conv2d]
-    if [type(layer) for layer in layers] != kinds or any(
-            layer._forward_hooks or layer._forward_pre_hooks
-            or layer._backward_hooks or layer._backward_pre_hooks
-            for layer in layers):
+    if [type(layer) for layer in layers] != kinds \
+            or any(map(_has_hooks, layers)):
         return True
     convs, norms = layers[::3], layers[2::3]
     last = convs[-1]
@@ -269,6 +272,90 @@ def _obstacle_in(layers: Sequence[nn.Module]) -> bool:
                    or isinstance(conv.padding, str) for conv in convs)
             or last.padding != (0, 0)
             or not last.stride == last.kernel_size == last.stride[::-1])
+
+
+class BatchNorm(torch.autograd.Function):
+    """Batch norm of feature maps whose channels are last in memory.
+
+    Args:
+        x (Tensor): (N, C, H, W).
+        norm (nn.BatchNorm2d): Whose running moments are used or updated.
+        weight, bias (Tensor): Its parameters, (C, ).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: nn.BatchNorm2d, weight: Tensor,
+                bias: Tensor) -> Tensor:
+        wide = _wide_nhwc(x)
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+            count = x[:, 0].numel()
+            mean = _sum_pixels(wide) / count
+            square = _sum_pixels((wide - mean).square_())
+            var = square / count
+            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+            norm.running_var.lerp_(
+                (square / (count - 1)).to(norm.running_var), norm.momentum)
+        else:
+            mean, var = (t.to(wide)
+                         for t in (norm.running_mean, norm.running_var))
+        rstd = torch.rsqrt(var + norm.eps)
+        ctx.training = norm.training
+        ctx.save_for_backward(x, mean, rstd, weight)
+        scale = rstd * weight
+        out = torch.addcmul(bias - mean * scale, wide, scale)
+        return _nchw(out.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        x, mean, rstd, weight = ctx.saved_tensors
+        grad = _wide_nhwc(grad).contiguous()
+        centred = _wide_nhwc(x) - mean
+        grad_bias = _sum_pixels(grad)
+        grad_weight = _sum_pixels(grad * centred) * rstd
+        scale = rstd * weight
+        if ctx.training:  # through the moments
+            share = scale / -x[:, 0].numel()
+            out = torch.addcmul(grad_bias * share, grad, scale)
+            out.addcmul_(centred, grad_weight * rstd * share)
+        else:
+            out = grad * scale
+        return _nchw(out.to(x.dtype)), None, grad_weight, grad_bias
+
+
+def _wide_nhwc(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H, W, C), at least in fp32."""
+    return _nhwc(x).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _sum_pixels(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (C, ). Long rows first, which are summed faster."""
+    return x.sum((0, 1)).sum(0)
+
+
+def batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """``norm(x)``, of which CPUs compute the gradients faster.
+
+    Args:
+        x (Tensor): (N, C, H, W).
+        norm (nn.Module): Any layer.
+
+    Returns:
+        Tensor: Its output.
+    """
+    if type(norm) is not nn.BatchNorm2d or x.device.type != 'cpu' \
+            or not torch.is_grad_enabled() or _has_hooks(norm) \
+            or norm.weight is None or norm.running_mean is None \
+            or norm.momentum is None or x.numel() == x.shape[1] \
+            or torch.compiler.is_compiling() or _obstacle(x, ()):
+        return norm(x)
+    return BatchNorm.apply(x, norm, norm.weight, norm.bias)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks
+                or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def available(x: Tensor, layers: nn.Sequential) -> bool:

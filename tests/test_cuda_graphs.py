@@ -36,6 +36,8 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.native_batch_norm.default:
             self.overwritten += [(t, t.clone()) for t in args[3:5]]
+        elif func is torch.ops.aten.lerp_.Scalar:  # running moments
+            self.overwritten.append((args[0], args[0].clone()))
         elif func is torch.ops.aten.add_.Tensor \
                 and args[0].dtype == torch.long:  # of batches
             self.overwritten.append((args[0], args[0].clone()))

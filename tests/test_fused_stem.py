@@ -1,4 +1,6 @@
 """The stem with hand-written gradients against autograd's."""
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,58 @@ def test_stem_and_its_gradients_are_those_of_autograd(name, dim, size,
     true = run(by_layers, stem, x, training)
     for o, t in zip(own, true, strict=True):
         torch.testing.assert_close(o, t)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', [torch.double, torch.float])
+def test_batch_norm_of_cpus_is_that_of_torch(training, dtype):
+    torch.manual_seed(0)
+    x = (3 + torch.randn(3, 5, 4, 7)).to(dtype).to(
+        memory_format=torch.channels_last).requires_grad_()
+    norm = nn.BatchNorm2d(5).to(dtype).train(training)
+    for t in norm.weight, norm.bias, norm.running_mean:
+        nn.init.normal_(t)
+    norms, results = (norm, copy.deepcopy(norm)), []
+    for function, norm in zip((fused_stem.batch_norm, lambda x, norm: norm(x)),
+                              norms, strict=True):
+        out = function(x, norm)
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(
+            out, [x, *norm.parameters()],
+            torch.randn(out.shape, dtype=torch.double).to(out))
+        results.append((out, *grads, *norm.buffers()))
+        is_ours = type(out.grad_fn).__name__ == 'BatchNormBackward'
+        assert is_ours == (function is fused_stem.batch_norm)
+    for own, true in zip(*results, strict=True):
+        assert own.stride() == true.stride()
+        torch.testing.assert_close(own, true)
+
+
+def test_batch_norm_of_cpus_sums_bf16_in_fp32():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    x = (2 + torch.randn(2, 8, 64, 64)).to(
+        memory_format=torch.channels_last)
+    rounded = x.bfloat16().requires_grad_()
+    out = fused_stem.batch_norm(rounded, norm)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        norm.running_mean, 0.1 * rounded.detach().float().mean((0, 2, 3)))
+    grad, = torch.autograd.grad(out.float().pow(2).sum(), [norm.bias])
+    assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize('change', [
+    lambda norm: norm.register_forward_hook(lambda *_: None),
+    lambda norm: setattr(norm, 'momentum', None)])
+def test_other_batch_norms_run_as_they_are(change):
+    norm = nn.BatchNorm2d(5)
+    x = torch.randn(3, 5, 4, 7)
+    change(norm)
+    assert type(fused_stem.batch_norm(x, norm).grad_fn).__name__ != \
+        'BatchNormBackward'
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        fused_stem.batch_norm(x[:1, :, :1, :1], nn.BatchNorm2d(5))
 
 
 def test_stem_has_no_second_derivatives():
