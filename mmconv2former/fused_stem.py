@@ -12,8 +12,8 @@ matrix product over the patches that the pass before it writes.
 Tensors are (N, H, W, C). The functions below are the reference of those of
 the same names in :mod:`mmconv2former.triton_stem`.
 
-On CPUs its batch norms, of which torch's take five to ten times as long where
-channels are last.
+On CPUs its batch norms, of which torch's take more than twice as long where
+channels are last in memory.
 """
 from collections.abc import Sequence
 from typing import Any
