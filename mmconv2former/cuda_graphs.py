@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from .fused import is_recorded, report
+from .fused import has_hooks, is_recorded, report
 
 # Batches of a kind that run as ever before it is recorded, so that kinds which
 # do not come back take no memory.
@@ -70,8 +70,7 @@ class _Watched:
             for b in m._buffers.values():
                 if b is not None:
                     tensors.append(b.data_ptr())
-            if m._forward_hooks or m._forward_pre_hooks \
-                    or m._backward_hooks or m._backward_pre_hooks:
+            if has_hooks(m):
                 obstacle = 'the backbone has hooks, which would not be called'
             if type(m).__name__ == 'FullyShardedDataParallel':
                 obstacle = 'the weights of the backbone are sharded'
@@ -178,7 +177,7 @@ class CUDAGraphs:
             yield
 
 
-class _Flat:
+class _Gradients:
     """Room for gradients, those of a type side by side.
 
     As one tensor they are copied by one kernel in place of some hundreds.
@@ -219,7 +218,7 @@ class _Memory:
     def __init__(self, device: torch.device) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
-        self.grads: dict[tuple[str, ...], _Flat] = {}
+        self.grads: dict[tuple[str, ...], _Gradients] = {}
 
     @contextmanager
     def record(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -310,7 +309,8 @@ class _Recording:
             self.grad_outs = [torch.empty_like(out) for out in outs]
             names = tuple(leaves)
             if names not in memory.grads:
-                memory.grads[names] = _Flat(list(leaves.values()))
+                memory.grads[names] = _Gradients(
+                    list(leaves.values()))
             self.grads = memory.grads[names]
             with memory.record() as self.backward:
                 self.grads.fill(torch.autograd.grad(

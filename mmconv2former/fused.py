@@ -44,13 +44,18 @@ aten = torch.ops.aten
 _MM_IN_FP32 = 'dtype' in aten.mm.overloads()
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of that module calls others, too."""
+    return bool(module._forward_hooks or module._forward_pre_hooks
+                or module._backward_hooks or module._backward_pre_hooks)
+
+
 def is_own(layer: nn.Module) -> bool:
     """Whether a layer of a block is as the block has made it, without hooks.
 
     Then the operators can stand in for it with its parameters.
     """
-    if layer._forward_hooks or layer._forward_pre_hooks \
-            or layer._backward_hooks or layer._backward_pre_hooks:
+    if has_hooks(layer):
         return False
     kind = type(layer)
     if kind is nn.GELU:
@@ -785,9 +790,7 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
     # torch's own norm gives each pixel 128 threads, most of them idle, and
     # under autocast reads and writes fp32.
     if _kernels(x) is sys.modules[__name__] \
-            or _obstacle(x, () if getattr(norm, 'weight', None) is None
-                         else [norm]) \
-            or not _is_own_downsampling(norm, conv) \
+            or _obstacle(x, ()) or not _is_own_downsampling(norm, conv) \
             or norm.weight is None and x.requires_grad:
         return conv(norm(x))
     return _nchw(
@@ -797,8 +800,7 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
 
 def _is_own_downsampling(norm: nn.Module, conv: nn.Module) -> bool:
     return (type(norm) is LayerNorm2d and type(conv) is nn.Conv2d
-            and not conv._forward_hooks and not conv._forward_pre_hooks
-            and not conv._backward_hooks and not conv._backward_pre_hooks
+            and not has_hooks(norm) and not has_hooks(conv)
             and conv.bias is not None and conv.groups == 1
             and conv.dilation == (1, 1) and conv.padding == (0, 0)
             and conv.kernel_size == conv.stride == conv.stride[::-1])

@@ -30,6 +30,7 @@ from .fused import (
     _nhwc,
     _obstacle,
     _refuse_second_derivatives,
+    has_hooks,
     patches,
     product_dtype,
     unpatched,
@@ -133,7 +134,7 @@ def _multiple_of_8(channels: int) -> int:
     return -(-channels // 8) * 8
 
 
-def _of_convolution(channels: int) -> int:
+def _convolution_channels(channels: int) -> int:
     """As many channels as cuDNN is fast with, 3x3 at 112 x 112: gradients of
     40 and of 48 take twice as long as those of 64."""
     return _multiple_of_8(channels) if channels <= 32 else -(
@@ -178,7 +179,7 @@ class Stem(torch.autograd.Function):
         dtype = product_dtype(x)
         conv1, norm1, conv2, norm2, conv3 = layers
         mid1, mid2 = (_multiple_of_8(c.out_channels) for c in (conv1, conv2))
-        wide1, wide2 = _of_convolution(mid1), _of_convolution(mid2)
+        wide1, wide2 = _convolution_channels(mid1), _convolution_channels(mid2)
         patch = conv3.stride[0]
         with _alone(x):
             image = kernels.pixels_first(x, _multiple_of_8(x.shape[1]), dtype)
@@ -256,22 +257,27 @@ def _moments(z: Tensor, norm: nn.BatchNorm2d,
                   torch.rsqrt(norm.running_var + norm.eps)))
 
 
-def _obstacle_in(layers: Sequence[nn.Module]) -> bool:
-    """Whether these are other layers than those of the stem, or have hooks."""
+def _is_own_stem(layers: Sequence[nn.Module]) -> bool:
+    """Whether these are layers of a stem as it was built, without hooks."""
     kinds = [nn.Conv2d, nn.GELU, nn.BatchNorm2d] * 2 + [nn.Conv2d]
     if [type(layer) for layer in layers] != kinds \
-            or any(map(_has_hooks, layers)):
-        return True
+            or any(map(has_hooks, layers)):
+        return False
     convs, norms = layers[::3], layers[2::3]
     last = convs[-1]
-    return (any(gelu.approximate != 'none' for gelu in layers[1::3])
-            or any(norm.weight is None or norm.running_mean is None
-                   or norm.momentum is None for norm in norms)
-            or any(conv.bias is not None or conv.groups > 1
-                   or conv.dilation != (1, 1) or conv.padding_mode != 'zeros'
-                   or isinstance(conv.padding, str) for conv in convs)
-            or last.padding != (0, 0)
-            or not last.stride == last.kernel_size == last.stride[::-1])
+    return (all(gelu.approximate == 'none' for gelu in layers[1::3])
+            and all(map(_has_usual_moments, norms))
+            and all(conv.bias is None and conv.groups == 1
+                    and conv.dilation == (1, 1)
+                    and conv.padding_mode == 'zeros'
+                    and not isinstance(conv.padding, str) for conv in convs)
+            and last.padding == (0, 0)
+            and last.stride == last.kernel_size == last.stride[::-1])
+
+
+def _has_usual_moments(norm: nn.BatchNorm2d) -> bool:
+    return (norm.weight is not None and norm.running_mean is not None
+            and norm.momentum is not None)
 
 
 class BatchNorm(torch.autograd.Function):
@@ -345,17 +351,11 @@ def batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
         Tensor: Its output.
     """
     if type(norm) is not nn.BatchNorm2d or x.device.type != 'cpu' \
-            or not torch.is_grad_enabled() or _has_hooks(norm) \
-            or norm.weight is None or norm.running_mean is None \
-            or norm.momentum is None or x.numel() == x.shape[1] \
+            or not torch.is_grad_enabled() or has_hooks(norm) \
+            or not _has_usual_moments(norm) or x.numel() == x.shape[1] \
             or torch.compiler.is_compiling() or _obstacle(x, ()):
         return norm(x)
     return BatchNorm.apply(x, norm, norm.weight, norm.bias)
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks
-                or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def available(x: Tensor, layers: nn.Sequential) -> bool:
@@ -372,7 +372,7 @@ def available(x: Tensor, layers: nn.Sequential) -> bool:
             and not torch.compiler.is_compiling()
             and product_dtype(x).itemsize == 2 and x.shape[1] <= 16
             and _kernels(x) is getattr(TRITON, 'functions', None)
-            and not _obstacle(x, ()) and not _obstacle_in(list(layers)))
+            and not _obstacle(x, ()) and _is_own_stem(list(layers)))
 
 
 def stem(x: Tensor, layers: nn.Sequential) -> Tensor:

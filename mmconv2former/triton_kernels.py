@@ -712,18 +712,28 @@ def gate_backward(
 
 
 @triton.jit
-def _read_down(ptr, column, width, alive, n, y, height, low, high,
-               STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr):
-    """Row y of an image, zero if not low <= y < high."""
-    return _load_raw(ptr + _pixel(n, y, height, width) * STRIDE, column, width,
-                     alive & (y >= low) & (y < high), STRIDE, STRIP, HALO)
+def _item_rows(item, share, height):
+    """Image of an item, its first row, and the one after its last."""
+    items = tl.cdiv(height, share)
+    start = item % items * share
+    return item // items, start, tl.minimum(start + share, height)
 
 
 @triton.jit
-def _convolve_rows(bias, above, row, below, weight_ptr, C: tl.constexpr,
+def _read_row(ptr, column, width, alive, n, y, height, end,
+              STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr):
+    """Row y of an image, zero above it and from ``end`` on."""
+    return _load_raw(ptr + _pixel(n, y, height, width) * STRIDE, column, width,
+                     alive & (y >= 0) & (y < end), STRIDE, STRIP, HALO)
+
+
+@triton.jit
+def _convolve_rows(sums, above, row, below, weight_ptr, C: tl.constexpr,
                    STRIP: tl.constexpr, HALO: tl.constexpr):
-    """3x3 convolution of three rows. The filter goes backwards if C does."""
-    sums = bias
+    """Add a 3x3 convolution of three rows to the STRIP sums.
+
+    The filter goes backwards if C is negative.
+    """
     # Loaded anew for each row: registers cost more.
     taps = _load_taps(weight_ptr, 3, C)
     sums = _correlate(sums, above, taps, 3, STRIP, HALO)
@@ -758,18 +768,16 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
     total = tl.zeros((LANES, ), tl.float32)
     first = z_ptr + column * Z_STRIDE + channel
     for item in range(split, items, splits):
-        n = item // tl.cdiv(height, share)
-        start = item % tl.cdiv(height, share) * share
-        end = tl.minimum(start + share, height)
+        n, start, end = _item_rows(item, share, height)
         above = _zeros(columns, LANES)
         row = _zeros(columns, LANES)
-        raw = _read_down(first, column, width, alive, n, start - 1, height, 0,
-                         height, Z_STRIDE, STRIP, HALO)
+        raw = _read_row(first, column, width, alive, n, start - 1, height,
+                        height, Z_STRIDE, STRIP, HALO)
         for below_y in range(start - 1, end + 1):
             below = _gelu_row(raw, columns, exact)
-            raw = _read_down(first, column, width, alive, n, below_y + 1,
-                             height, 0, tl.minimum(end + 1, height), Z_STRIDE,
-                             STRIP, HALO)
+            raw = _read_row(first, column, width, alive, n, below_y + 1,
+                            height, tl.minimum(end + 1, height), Z_STRIDE,
+                            STRIP, HALO)
             if below_y > start:
                 pixel = _pixel(n, below_y - 1, height, width) + column
                 if grad_ptr is not None:
@@ -830,18 +838,16 @@ def _position_input_grad_kernel(
     total = tl.zeros((LANES, ), tl.float32)
     first = dd_ptr + column * C + channel
     for item in range(split, items, splits):
-        n = item // tl.cdiv(height, share)
-        start = item % tl.cdiv(height, share) * share
-        end = tl.minimum(start + share, height)
+        n, start, end = _item_rows(item, share, height)
         above = _zeros(columns, LANES)
         row = _zeros(columns, LANES)
-        raw = _read_down(first, column, width, alive, n, start - 1, height, 0,
-                         height, C, STRIP, HALO)
+        raw = _read_row(first, column, width, alive, n, start - 1, height,
+                        height, C, STRIP, HALO)
         for below_y in range(start - 1, end + 1):
             below = _wide(raw, columns)
-            raw = _read_down(first, column, width, alive, n, below_y + 1,
-                             height, 0, tl.minimum(end + 1, height), C, STRIP,
-                             HALO)
+            raw = _read_row(first, column, width, alive, n, below_y + 1,
+                            height, tl.minimum(end + 1, height), C, STRIP,
+                            HALO)
             if below_y > start:
                 pixel = _pixel(n, below_y - 1, height, width) + column
                 dh = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,

@@ -154,7 +154,7 @@ def test_gradients_of_all_types_and_layouts_are_copied():
     dtypes = torch.float32, torch.bfloat16, torch.float32
     grads = [torch.randn(s).to(d) for s, d in zip(shapes, dtypes)]
     grads[2] = grads[2].to(memory_format=torch.channels_last)
-    flat = cuda_graphs._Flat([torch.empty_like(g) for g in grads])
+    flat = cuda_graphs._Gradients([torch.empty_like(g) for g in grads])
     flat.fill(grads)
     copies = flat.copies()
     flat.fill([torch.zeros_like(g) for g in grads])

@@ -133,9 +133,9 @@ def test_stem_has_no_second_derivatives():
     lambda stem: setattr(stem[2], 'momentum', None)])
 def test_layers_that_are_not_its_own_run_as_they_are(change):
     stem = make_stem()
-    assert not fused_stem._obstacle_in(list(stem))
+    assert fused_stem._is_own_stem(list(stem))
     change(stem)
-    assert fused_stem._obstacle_in(list(stem))
+    assert not fused_stem._is_own_stem(list(stem))
 
 
 def test_cpus_run_the_layers():
