@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from subprocess import SubprocessError
 from types import ModuleType, SimpleNamespace
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from .operators import LayerNorm2d, Pointwise
 
 # Bytes that tensors of some samples at a time may have; of one, any number.
-PART = 2**21
+PART = 2**22
 
 aten = torch.ops.aten
 
@@ -350,17 +350,31 @@ def _depthwise_backward(grad: Tensor, x: Tensor,
     return _nhwc(grad_x), _wide(grad_weight), _wide(grad_bias)
 
 
-def _samples(x: Tensor, channels: int) -> int:
-    """How many to process at a time, of tensors with that many channels.
+def _parts(sample: int, size: int, *tensors: Tensor | None
+           ) -> list[tuple[Tensor | None, ...]]:
+    """Tensors of the same samples, on CPUs some samples at a time.
 
-    On CPUs few enough for the temporary tensors to be small: the C library
-    gives large ones back to the system when they are freed, and gets the
-    memory of the next ones page by page.
+    So few that the largest temporary tensor is small: the C library gives
+    large ones back to the system when they are freed, and gets the memory of
+    the next ones page by page.
+
+    Args:
+        sample (int): Bytes that one sample takes of that tensor.
+        size (int): Bytes that all of it may take, unless one sample takes
+            more.
+        tensors (Tensor, optional): (N, ...); the first is no None.
+
+    Returns:
+        list[tuple]: The parts of each; None remains None.
     """
+    x = tensors[0]
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return max(len(x), 1)
-    sample = x[:1, ..., :1].nbytes * channels
-    return max(PART // max(sample, 1), 1)
+        return [tensors]
+    samples = max(size // max(sample, 1), 1)
+    if samples >= len(x):
+        return [tensors]
+    return list(zip(*(
+        repeat(None) if t is None else t.split(samples) for t in tensors)))
 
 
 def filters(weight: Tensor, bias: Tensor,
@@ -440,8 +454,7 @@ def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         Tensor: (N, H, W, C).
     """
     out = torch.empty_like(z)
-    samples = _samples(z, z.shape[-1])
-    for z_part, out_part in zip(z.split(samples), out.split(samples)):
+    for z_part, out_part in _parts(z[:1].nbytes, PART, z, out):
         h = F.gelu(z_part)
         torch.add(h, aten.gelu_(_depthwise(h, weight, bias)), out=out_part)
     return out
@@ -462,21 +475,14 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
         fp32) and the result, which the caller has not stored. Triton's
         kernels add the sum of the first over all positions, (C, ).
     """
-    out = torch.empty_like(grad)
-    samples = _samples(grad, grad.shape[-1])
-    sums = []
-    for grad_part, z_part, out_part in zip(
-            *(t.split(samples) for t in (grad, z, out))):
-        z_part = z_part.to(grad.dtype)
-        h = F.gelu(z_part)
-        d = _depthwise(h, weight, bias)
-        grad_d = aten.gelu_backward(grad_part, d)
-        torch.add(h, aten.gelu_(d), out=out_part)
-        grad_h, *grads = _depthwise_backward(grad_d, h, weight)
-        grad_h.add_(grad_part)
-        aten.gelu_backward(grad_h, z_part, grad_input=grad_part)
-        sums.append(grads)
-    return grad, *(sum(grads) for grads in zip(*sums)), out
+    z = z.to(grad.dtype)
+    h = F.gelu(z)
+    d = _depthwise(h, weight, bias)
+    grad_d = aten.gelu_backward(grad, d)
+    out = torch.add(h, aten.gelu_(d), out=d)
+    grad_h, *grads = _depthwise_backward(grad_d, h, weight)
+    aten.gelu_backward(grad_h.add_(grad), z, grad_input=grad)
+    return grad, *grads, out
 
 
 def _norm_parameters(x: Tensor, *parameters: Tensor
@@ -648,6 +654,45 @@ def _refuse_second_derivatives() -> None:
             'MMCONV2FORMER_FUSED=0 to differentiate twice')
 
 
+def _hidden_bytes(x: Tensor, in_weight: Tensor, dtype: torch.dtype) -> int:
+    """What a sample takes of the output of the first linear layers."""
+    return x.shape[1] * x.shape[2] * len(in_weight) * dtype.itemsize
+
+
+def _branch_backward(
+        middle: str, eps: float, grad: Tensor, x: Tensor, keep: Tensor | None,
+        *stored: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+        in_weight: Tensor, dw_weight: Tensor, dw_bias: Tensor, weight: Tensor,
+        scale: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of :class:`ResidualBranch` but for its layer scale.
+
+    That is part of the last linear layer here, and gets its gradient from
+    that layer's: of x, and in fp32 of weight and bias of the norm, of the
+    first linear layers, of the convolution and, as if the scale were 1, of
+    the last layer.
+    """
+    kernels, dtype = _kernels(x), weight.dtype
+    if keep is None:
+        grad_y = grad.to(dtype)
+        grad_middle, *sums = kernels.scale_backward(grad_y, scale)
+    else:
+        grad_y, grad_middle, *sums = kernels.drop_backward(
+            grad, scale, keep, dtype)
+    grad_middle = _product(grad_middle, weight)
+    grad_z, grad_dw_weight, grad_dw_bias, y, *in_sums = getattr(
+        kernels, f'{middle}_backward')(grad_middle, *stored, dw_weight,
+                                       dw_bias)
+    del grad_middle, stored
+    grads = _linear_backward(grad_y, y, *sums)
+    del y, grad_y
+    grad_x, grad_norm_weight, grad_norm_bias, normed = (
+        kernels.layer_norm_backward(
+            _product(grad_z, in_weight), x, norm_weight, norm_bias, eps, grad))
+    return (grad_x, grad_norm_weight, grad_norm_bias,
+            *_linear_backward(grad_z, normed, *in_sums), grad_dw_weight,
+            grad_dw_bias, *grads)
+
+
 class ResidualBranch(torch.autograd.Function):
     """``x + keep * scale * linear(middle(linear(layer_norm(x))))``.
 
@@ -695,32 +740,31 @@ class ResidualBranch(torch.autograd.Function):
         _refuse_second_derivatives()
         (x, norm_weight, norm_bias, in_weight, dw_weight, dw_bias, weight,
          out_weight, out_bias, scale, keep, *stored) = ctx.saved_tensors
-        kernels, dtype = _kernels(x), weight.dtype
+        outs, totals = [], None
         with _alone(x):
-            grad = grad.contiguous()
-            # Of the branch before its layer scale, which is therefore part of
-            # the weights here and gets its gradient from theirs.
-            if keep is None:
-                grad_y = grad.to(dtype)
-                grad_middle, *sums = kernels.scale_backward(grad_y, scale)
-            else:
-                grad_y, grad_middle, *sums = kernels.drop_backward(
-                    grad, scale, keep, dtype)
-            grad_middle = _product(grad_middle, weight)
-            grad_z, grad_dw_weight, grad_dw_bias, middle, *in_sums = getattr(
-                kernels, f'{ctx.middle}_backward')(grad_middle, *stored,
-                                                   dw_weight, dw_bias)
-            del grad_middle, stored
-            grads = _linear_backward(grad_y, middle, *sums)
-            del middle, grad_y
-            grad_weight, grad_bias, grad_scale = kernels.layer_scale_backward(
-                *grads, out_weight.flatten(1), out_bias, scale)
-            grad_x, grad_norm_weight, grad_norm_bias, normed = (
-                kernels.layer_norm_backward(
-                    _product(grad_z, in_weight), x, norm_weight, norm_bias,
-                    ctx.eps, grad))
-            grad_in_weight, grad_in_bias = _linear_backward(
-                grad_z, normed, *in_sums)
+            # Parts that are no smaller than the gradients that they add to.
+            size = max(PART, 4 * in_weight.nbytes)
+            parts = _parts(_hidden_bytes(x, in_weight, weight.dtype), size,
+                           grad.contiguous(), x, keep, *stored)
+            for part in parts:
+                out, *grads = _branch_backward(
+                    ctx.middle, ctx.eps, *part, norm_weight=norm_weight,
+                    norm_bias=norm_bias, in_weight=in_weight,
+                    dw_weight=dw_weight, dw_bias=dw_bias, weight=weight,
+                    scale=scale)
+                outs.append(out)
+                if len(parts) > 1:
+                    grads = list(map(_wide, grads))
+                if totals is None:
+                    totals = grads
+                else:
+                    torch._foreach_add_(totals, grads)
+            (grad_norm_weight, grad_norm_bias, grad_in_weight, grad_in_bias,
+             grad_dw_weight, grad_dw_bias, *grads) = totals
+            grad_weight, grad_bias, grad_scale = (
+                _kernels(x).layer_scale_backward(
+                    *grads, out_weight.flatten(1), out_bias, scale))
+            grad_x = outs[0] if len(outs) == 1 else torch.cat(outs)
         sizes = [shape[0] for shape in ctx.shapes[:-4:2]]
         pairs = zip(
             _wide(grad_in_weight).split_with_sizes(sizes),
@@ -906,15 +950,12 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
     Returns:
         Tensor: (N, H, W, C).
     """
-    samples = _samples(x, len(weights[1]))
-    if samples < len(x):
-        keeps = len(x) * [None] if keep is None else keep.split(samples)
+    dtype, kernels = product_dtype(x), _kernels(x)
+    parts = _parts(_hidden_bytes(x, weights[1], dtype), PART, x, keep)
+    if len(parts) > 1:
         return torch.cat([
             infer(part, norm_weight, norm_bias, scale, keep_part, eps, middle,
-                  weights)
-            for part, keep_part in zip(x.split(samples), keeps)
-        ])
-    dtype, kernels = product_dtype(x), _kernels(x)
+                  weights) for part, keep_part in parts])
     with _alone(x):
         y = kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype)
         if _onednn_takes_gelu(x.device, dtype):
