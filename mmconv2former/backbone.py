@@ -6,11 +6,12 @@ import torch.utils.checkpoint as torch_checkpoint
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
-from . import fused_stem
+from . import dispatch, fused_stem
 from .archs import resolve_arch
 from .checkpoint import PretrainedModule, load_backbone
 from .cuda_graphs import CUDAGraphs
-from .fused import available, downsampling, residual_branch
+from .fused_block import residual_branch
+from .fused_downsampling import downsampling
 from .operators import (
     FUSIONS,
     DropPath,
@@ -139,7 +140,8 @@ class ConvModulation(nn.Module):
         x = self.norm(x)
         return self.proj(FUSIONS[self.fusion](self.att(x), self.v(x)))
 
-    def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
+    def fused_residual(self, x: Tensor, scale: Tensor,
+                       keep: Tensor | None) -> Tensor:
         """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
         z, _, depthwise = self.att
         return residual_branch(x, self.norm, (z, self.v, depthwise, self.proj),
@@ -166,7 +168,8 @@ class MLP(nn.Module):
         """(N, C, H, W) -> (N, C, H, W)."""
         return self.fc2(add_position(self.fc1(self.norm(x)), self.pos))
 
-    def fused(self, x: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
+    def fused_residual(self, x: Tensor, scale: Tensor,
+                       keep: Tensor | None) -> Tensor:
         """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
         return residual_branch(x, self.norm, (self.fc1, self.pos, self.fc2),
                                scale, keep, 'position')
@@ -204,10 +207,11 @@ class Block(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         branches = ((self.attn, self.layer_scale_1),
                     (self.mlp, self.layer_scale_2))
-        if self.fused and available(x, self.layers()):
+        if self.fused and dispatch.available(x, self.modified()):
             x = x.permute(0, 2, 3, 1).contiguous()
             for branch, scale in branches:
-                x = branch.fused(x, scale, self.drop_path.factor(x))
+                x = branch.fused_residual(x, scale,
+                                          self.drop_path.factor(x))
             return x.permute(0, 3, 1, 2)
         for branch, scale in branches:
             # In the precision of x: the fp32 scale would raise that of the
@@ -216,13 +220,24 @@ class Block(nn.Module):
             x = x + self.drop_path(y)
         return x
 
-    def layers(self) -> list[nn.Module]:
-        """The layers, which the fused operators replace."""
+    def modified(self) -> nn.Module | None:
+        """A module that is not as this class makes it, or has hooks, if any.
+
+        The fused path passes all of them by, and reads their parameters.
+        """
         attn, mlp = self.attn, self.mlp
-        return [
-            attn.norm, *attn.att, attn.v, attn.proj, mlp.norm, mlp.fc1,
-            mlp.pos, mlp.fc2
-        ]
+        for part, kind in ((attn, ConvModulation), (mlp, MLP),
+                           (self.drop_path, DropPath)):
+            if type(part) is not kind or dispatch.has_hooks(part):
+                return part
+        if type(attn.att) is not nn.Sequential or len(attn.att) != 3 \
+                or dispatch.has_hooks(attn.att):
+            return attn.att
+        for layer in (attn.norm, *attn.att, attn.v, attn.proj, mlp.norm,
+                      mlp.fc1, mlp.pos, mlp.fc2):
+            if not dispatch.is_unmodified(layer):
+                return layer
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
@@ -277,8 +292,9 @@ class Conv2Former(PretrainedModule):
             stay in fp32 under autocast. Defaults to False, the precision of
             autocast.
         fused (bool): Whether to take the fused operators of
-            :mod:`mmconv2former.fused` where possible; environment variable
-            MMCONV2FORMER_FUSED=0 turns them off everywhere. Defaults to True.
+            :mod:`mmconv2former.fused_block` where possible; the environment
+            variable MMCONV2FORMER_FUSED=0 turns them off everywhere. Defaults
+            to True.
         compile (bool | dict): Whether to compile the forward pass when it is
             first called, or the options of ``torch.compile`` to do it with:
             ``dict(mode='reduce-overhead')`` takes CUDA graphs, for images of
@@ -427,9 +443,10 @@ class Conv2Former(PretrainedModule):
             x (Tensor): Images, (N, in_channels, H, W), H and W at least 32.
 
         Returns:
-            tuple[Tensor]: One (N, C_i, H // s_i, W // s_i) for each returned
-            stage, with C_i of ``out_channels`` and s_i of ``out_strides``
-            (H and W halve with rounding down between stages).
+            tuple[Tensor]: One (N, C_i, H_i, W_i) for each returned stage, C_i
+            of ``out_channels``. H_i is H over the stride of ``out_strides``,
+            where the padded convolutions of stems round up and all other
+            steps down.
 
         Raises:
             ValueError: If the input is smaller or has other channels.

@@ -1,8 +1,8 @@
 """CUDA graphs of the backbone: its kernels are launched as one.
 
-A training step of T launches 1,477 kernels, for which a CPU takes longer than
-a GPU for the work. Of batches of one kind the launches are recorded, once, and
-replayed. ``torch.cuda.make_graphed_callables`` does the same for one kind; its
+A training step of T launches over a thousand kernels, for which a CPU takes
+longer than a GPU for the work. For each kind of batch the launches are
+recorded once, and then replayed. ``torch.cuda.make_graphed_callables`` does the same for one kind; its
 gradients are wrong where several backward passes add up to one update, because
 those of the next pass take the place of what was accumulated.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from .fused import has_hooks, is_recorded, report
+from .dispatch import FUSED_VARIABLE, has_hooks, is_capturing, log_once
 
 # Batches of a kind that run as ever before it is recorded, so that kinds which
 # do not come back take no memory.
@@ -33,12 +33,15 @@ def _autocast(x: Tensor) -> dict[str, Any]:
 
 def _globals() -> tuple[Hashable, ...]:
     """Settings by which torch and this package choose kernels."""
-    cudnn = torch.backends.cudnn
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(matmul, 'fp32_precision'):
+        # Since torch 2.9, where the old names may raise an error.
+        tf32 = matmul.fp32_precision, cudnn.conv.fp32_precision
+    else:
+        tf32 = matmul.allow_tf32, cudnn.allow_tf32
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
             torch.are_deterministic_algorithms_enabled(), cudnn.enabled,
-            cudnn.deterministic, cudnn.allow_tf32,
-            torch.backends.cuda.matmul.allow_tf32,
-            os.environ.get('MMCONV2FORMER_FUSED'))
+            cudnn.deterministic, *tf32, os.environ.get(FUSED_VARIABLE))
 
 
 class _Watched:
@@ -74,6 +77,9 @@ class _Watched:
                 obstacle = 'the backbone has hooks, which would not be called'
             if type(m).__name__ == 'FullyShardedDataParallel':
                 obstacle = 'the weights of the backbone are sharded'
+            if type(m).__name__ == 'SyncBatchNorm' and m.training:
+                # All processes would have to record at the same time.
+                obstacle = 'batch norms are synchronized between processes'
         return tensors, settings, obstacle
 
 
@@ -115,16 +121,17 @@ class CUDAGraphs:
     def can_record(x: Tensor) -> bool:
         """Whether that is a batch on a GPU, and is not being recorded."""
         if not x.is_cuda:
-            report(f'no CUDA graphs on the {x.device.type}')
+            log_once(f'no CUDA graphs on the {x.device.type}')
         return (x.is_cuda and type(x) is Tensor and not x.requires_grad
                 and not torch.compiler.is_compiling()
-                and not torch.jit.is_tracing() and not is_recorded(x))
+                and not torch.jit.is_tracing() and not is_capturing(x))
 
     def recording(self, module: nn.Module, x: Tensor) -> '_Recording | None':
         """What stands in for ``module.forward(x)``, if anything does yet.
 
         Args:
-            module (nn.Module): The module, always the same.
+            module (nn.Module): The module; another one than in the first
+                call has to run.
             x (Tensor): A batch.
 
         Returns:
@@ -137,11 +144,16 @@ class CUDAGraphs:
         if self.busy or not self.can_record(x):
             return None
         with self.lock:
+            if self.watched is not None \
+                    and self.watched.modules[0] is not module:
+                log_once('no CUDA graphs for shallow copies of a backbone, '
+                         'such as those of DataParallel')
+                return None
             if self.watched is None or not self.watched.same_modules():
                 self.watched = _Watched(module)
             tensors, settings, obstacle = self.watched.look()
             if obstacle:
-                report(f'no CUDA graphs, because {obstacle}')
+                log_once(f'no CUDA graphs, because {obstacle}')
                 return None
             if tensors != self.tensors:  # moved, or replaced
                 self._clear()
@@ -150,8 +162,8 @@ class CUDAGraphs:
                     *_autocast(x).values(), *_globals())
             if kind not in self.recordings:
                 if len(self.recordings) == self.limit:
-                    report(f'no more than {self.limit} CUDA graphs; images of '
-                           'other shapes run without')
+                    log_once(f'no more than {self.limit} CUDA graphs; images '
+                             'of other shapes run without')
                     return None
                 self.seen[kind] += 1
                 if self.seen[kind] <= WARM_UP:
@@ -162,14 +174,14 @@ class CUDAGraphs:
                     self.recordings[kind] = _Recording(self, module, x)
                 finally:
                     self.busy = False
-                report(f'CUDA graph for images of shape {tuple(x.shape)}')
+                log_once(f'CUDA graph for images of shape {tuple(x.shape)}')
             return self.recordings[kind]
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """One at a time: all graphs have the same memory."""
         with self.lock:
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(self.memory.device)
             if self.stream not in (None, stream):
                 stream.wait_stream(self.stream)
             self.stream = stream
@@ -216,6 +228,7 @@ class _Memory:
     """What all graphs share: a pool, a stream, gradients of parameters."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         self.grads: dict[tuple[str, ...], _Gradients] = {}

@@ -1,19 +1,20 @@
 """The convolutional stem with hand-written gradients.
 
-On GPUs in 16 bits as a whole:
+It is convolution, GELU, batch norm, twice, and a convolution of patches.
 
-Convolution, GELU, batch norm, twice, and a convolution of patches. cuDNN is
-slow with 3 and with 36 channels, which it pads in a pass of its own for each
-call, and torch's batch norm is ten times slower than memory at few channels.
-Here images and feature maps have a multiple of 8 channels from the start,
-GELU is part of the passes of the batch norm, and the last convolution is a
-matrix product over the patches that the pass before it writes.
+On GPUs in 16 bits all of it is replaced. cuDNN is slow with 3 and with 36
+channels, which it pads in a pass of its own for each call, and torch's batch
+norm is ten times slower than memory at few channels. Here images and feature
+maps have a multiple of 8 channels from the start, GELU is part of the passes
+of the batch norm, and the last convolution is a matrix product over the
+patches that the pass before it writes. The functions down to
+:func:`gelu_norm_backward` are the reference of those of the same names in
+:mod:`mmconv2former.triton_stem`.
 
-Tensors are (N, H, W, C). The functions below are the reference of those of
-the same names in :mod:`mmconv2former.triton_stem`.
+On CPUs only the batch norms are replaced: torch's take more than twice as
+long where channels are last in memory.
 
-On CPUs its batch norms, of which torch's take more than twice as long where
-channels are last in memory.
+Tensors are (N, H, W, C) where nothing else is said.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -22,19 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import (
-    TRITON,
-    _alone,
-    _kernels,
-    _nchw,
-    _nhwc,
-    _obstacle,
-    _refuse_second_derivatives,
+from . import dispatch
+from .dispatch import (
     has_hooks,
-    patches,
+    log_once,
     product_dtype,
-    unpatched,
+    refuse_second_derivatives,
+    without_autocast,
 )
+from .operators import at_least_fp32, to_nchw, to_nhwc
+from .torch_kernels import patches, unpatch
 
 aten = torch.ops.aten
 
@@ -50,7 +48,7 @@ def pixels_first(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     Returns:
         Tensor: (N, H, W, channels).
     """
-    return F.pad(_nhwc(x.to(dtype)), (0, channels - x.shape[1]))
+    return F.pad(to_nhwc(x.to(dtype)), (0, channels - x.shape[1]))
 
 
 def gelu_moments(x: Tensor, running_mean: Tensor, running_var: Tensor,
@@ -67,7 +65,7 @@ def gelu_moments(x: Tensor, running_mean: Tensor, running_var: Tensor,
     Returns:
         tuple[Tensor]: Mean and inverse standard deviation, (C, ), in fp32.
     """
-    h = F.gelu(x).to(torch.promote_types(x.dtype, torch.float32))
+    h = at_least_fp32(F.gelu(x))
     var, mean = torch.var_mean(h, (0, 1, 2), correction=0)
     count, used = h[..., 0].numel(), len(running_mean)
     running_mean.lerp_(mean[:used].to(running_mean), momentum)
@@ -96,7 +94,7 @@ def gelu_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
         Tensor: The patches, (N, H // P, W // P, P * P * E).
     """
     c = x.shape[3]
-    h = F.gelu(x).to(torch.promote_types(x.dtype, torch.float32))
+    h = at_least_fp32(F.gelu(x))
     out = (h - mean) * (rstd * _padded(weight, c)) + _padded(bias, c)
     return patches(_padded(out.to(x.dtype), channels), patch)
 
@@ -117,7 +115,7 @@ def gelu_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
         tuple[Tensor]: Gradients of x, and of weight and bias in fp32.
     """
     n, height, width, c = x.shape
-    grad = unpatched(grad.to(mean.dtype), patch, height, width)[..., :c]
+    grad = unpatch(grad.to(mean.dtype), patch, height, width)[..., :c]
     z = x.to(mean.dtype)
     normed = (F.gelu(x).to(z) - mean) * rstd
     grad_bias = grad.sum((0, 1, 2))
@@ -146,22 +144,23 @@ def _padded_filter(weight: Tensor, outs: int, ins: int,
     """(O, I, K, K), channels last in memory, as (outs, ins, K, K)."""
     o, i, *size = weight.shape
     out = weight.new_zeros((outs, *size, ins), dtype=dtype)
-    out[:o, ..., :i] = _nhwc(weight)
-    return _nchw(out)
+    out[:o, ..., :i] = to_nhwc(weight)
+    return to_nchw(out)
 
 
 def _convolution_backward(grad: Tensor, x: Tensor, padded: Tensor,
                           weight: Tensor, conv: nn.Conv2d, input_grad: bool
                           ) -> tuple[Tensor | None, Tensor]:
     grad_x, grad_weight, _ = aten.convolution_backward(
-        _nchw(grad), _nchw(x), padded, None, conv.stride, conv.padding, (1, 1),
-        False, (0, 0), 1, (input_grad, True, False))
+        to_nchw(grad), to_nchw(x), padded, None, conv.stride, conv.padding,
+        (1, 1), False, (0, 0), 1, (input_grad, True, False))
     o, i, *_ = weight.shape
-    return (_nhwc(grad_x) if input_grad else None,
-            grad_weight[:o, :i].to(weight.dtype))
+    return (to_nhwc(grad_x) if input_grad else None,
+            grad_weight[:o, :i].to(weight.dtype,
+                                   memory_format=torch.contiguous_format))
 
 
-class Stem(torch.autograd.Function):
+class StemFunction(torch.autograd.Function):
     """A stem of two convolutions with GELU and batch norm, and a third one.
 
     Args:
@@ -181,7 +180,7 @@ class Stem(torch.autograd.Function):
         mid1, mid2 = (_multiple_of_8(c.out_channels) for c in (conv1, conv2))
         wide1, wide2 = _convolution_channels(mid1), _convolution_channels(mid2)
         patch = conv3.stride[0]
-        with _alone(x):
+        with without_autocast(x):
             image = kernels.pixels_first(x, _multiple_of_8(x.shape[1]), dtype)
             padded1 = _padded_filter(conv1.weight, mid1, image.shape[3], dtype)
             z1 = _convolution(image, padded1, conv1)
@@ -193,9 +192,9 @@ class Stem(torch.autograd.Function):
             moments2 = _moments(z2, norm2, kernels)
             x = kernels.gelu_norm(z2, *moments2, norm2.weight, norm2.bias,
                                   patch, mid2)
-            matrix = _nhwc(_padded_filter(
+            matrix = to_nhwc(_padded_filter(
                 conv3.weight, len(conv3.weight), mid2, dtype)).flatten(1)
-            out = _nchw(F.linear(x, matrix))
+            out = to_nchw(F.linear(x, matrix))
         ctx.kernels, ctx.layers = kernels, layers
         ctx.training = norm1.training, norm2.training
         ctx.save_for_backward(image, z1, *moments1, padded2, z2, *moments2,
@@ -204,14 +203,14 @@ class Stem(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         (image, z1, mean1, rstd1, padded2, z2, mean2, rstd2, matrix, weight1,
          scale1, bias1, weight2, scale2, bias2, weight3) = ctx.saved_tensors
         kernels, (conv1, _, conv2, _, conv3) = ctx.kernels, ctx.layers
         mid1, mid2 = z1.shape[3], z2.shape[3]
         wide2, wide1, *_ = padded2.shape
-        with _alone(image):
-            grad = _nhwc(grad).to(image.dtype).flatten(0, 2)
+        with without_autocast(image):
+            grad = to_nhwc(grad).to(image.dtype).flatten(0, 2)
             patch = conv3.stride[0]
             x = kernels.gelu_norm(z2, mean2, rstd2, scale2, bias2, patch, mid2)
             o, i, k, _ = weight3.shape
@@ -228,18 +227,19 @@ class Stem(torch.autograd.Function):
             grad, grad_scale1, grad_bias1 = kernels.gelu_norm_backward(
                 grad, z1, mean1, rstd1, scale1, ctx.training[0], 1, mid1)
             # Its values are not read, for images want no gradient.
-            padded1 = image.new_empty(
-                (mid1, image.shape[3], *weight1.shape[2:])).to(
-                    memory_format=torch.channels_last)
+            padded1 = torch.empty(
+                (mid1, image.shape[3], *weight1.shape[2:]), dtype=image.dtype,
+                device=image.device, memory_format=torch.channels_last)
             _, grad_weight1 = _convolution_backward(
                 grad, image, padded1, weight1, conv1, False)
         return (None, None, None, grad_weight1, grad_scale1, grad_bias1,
                 grad_weight2, grad_scale2, grad_bias2,
-                _nchw(grad_weight3).to(weight3.dtype))
+                to_nchw(grad_weight3).to(
+                    weight3.dtype, memory_format=torch.contiguous_format))
 
 
 def _convolution(x: Tensor, weight: Tensor, conv: nn.Conv2d) -> Tensor:
-    return _nhwc(F.conv2d(_nchw(x), weight, None, conv.stride,
+    return to_nhwc(F.conv2d(to_nchw(x), weight, None, conv.stride,
                           conv.padding)).contiguous()
 
 
@@ -257,7 +257,7 @@ def _moments(z: Tensor, norm: nn.BatchNorm2d,
                   torch.rsqrt(norm.running_var + norm.eps)))
 
 
-def _is_own_stem(layers: Sequence[nn.Module]) -> bool:
+def _is_unmodified_stem(layers: Sequence[nn.Module]) -> bool:
     """Whether these are layers of a stem as it was built, without hooks."""
     kinds = [nn.Conv2d, nn.GELU, nn.BatchNorm2d] * 2 + [nn.Conv2d]
     if [type(layer) for layer in layers] != kinds \
@@ -280,7 +280,7 @@ def _has_usual_moments(norm: nn.BatchNorm2d) -> bool:
             and norm.momentum is not None)
 
 
-class BatchNorm(torch.autograd.Function):
+class BatchNormFunction(torch.autograd.Function):
     """Batch norm of feature maps whose channels are last in memory.
 
     Args:
@@ -310,11 +310,11 @@ class BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, mean, rstd, weight)
         scale = rstd * weight
         out = torch.addcmul(bias - mean * scale, wide, scale)
-        return _nchw(out.to(x.dtype))
+        return to_nchw(out.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
+        refuse_second_derivatives()
         x, mean, rstd, weight = ctx.saved_tensors
         grad = _wide_nhwc(grad).contiguous()
         centred = _wide_nhwc(x) - mean
@@ -327,12 +327,12 @@ class BatchNorm(torch.autograd.Function):
             out.addcmul_(centred, grad_weight * rstd * share)
         else:
             out = grad * scale
-        return _nchw(out.to(x.dtype)), None, grad_weight, grad_bias
+        return to_nchw(out.to(x.dtype)), None, grad_weight, grad_bias
 
 
 def _wide_nhwc(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, H, W, C), at least in fp32."""
-    return _nhwc(x).to(torch.promote_types(x.dtype, torch.float32))
+    return at_least_fp32(to_nhwc(x))
 
 
 def _sum_pixels(x: Tensor) -> Tensor:
@@ -353,9 +353,9 @@ def batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
     if type(norm) is not nn.BatchNorm2d or x.device.type != 'cpu' \
             or not torch.is_grad_enabled() or has_hooks(norm) \
             or not _has_usual_moments(norm) or x.numel() == x.shape[1] \
-            or torch.compiler.is_compiling() or _obstacle(x, ()):
+            or torch.compiler.is_compiling() or dispatch.find_obstacle(x):
         return norm(x)
-    return BatchNorm.apply(x, norm, norm.weight, norm.bias)
+    return BatchNormFunction.apply(x, norm, norm.weight, norm.bias)
 
 
 def available(x: Tensor, layers: nn.Sequential) -> bool:
@@ -368,11 +368,22 @@ def available(x: Tensor, layers: nn.Sequential) -> bool:
     Returns:
         bool: On GPUs with Triton, in 16 bits, for the stem as it was built.
     """
-    return (x.is_cuda and not x.requires_grad
-            and not torch.compiler.is_compiling()
-            and product_dtype(x).itemsize == 2 and x.shape[1] <= 16
-            and _kernels(x) is getattr(TRITON, 'functions', None)
-            and not _obstacle(x, ()) and _is_own_stem(list(layers)))
+    if not x.is_cuda or torch.compiler.is_compiling() or dispatch.kernels_for(
+            x) is not getattr(dispatch.TRITON, 'functions', None) \
+            or dispatch.find_obstacle(x):
+        return False
+    obstacle = ''
+    if product_dtype(x).itemsize != 2:
+        obstacle = 'it computes in more than 16 bits'
+    elif x.shape[1] > 16:
+        obstacle = f'images have {x.shape[1]} channels'
+    elif x.requires_grad:
+        obstacle = 'images have gradients'
+    elif not _is_unmodified_stem(list(layers)):
+        obstacle = 'it is of other layers, or they have hooks'
+    if obstacle:
+        log_once(f'plain operators of the stem, because {obstacle}')
+    return not obstacle
 
 
 def stem(x: Tensor, layers: nn.Sequential) -> Tensor:
@@ -388,6 +399,7 @@ def stem(x: Tensor, layers: nn.Sequential) -> Tensor:
     from . import triton_stem
 
     conv1, _, norm1, conv2, _, norm2, conv3 = layers
-    return Stem.apply(x, triton_stem, (conv1, norm1, conv2, norm2, conv3),
-                      conv1.weight, norm1.weight, norm1.bias, conv2.weight,
-                      norm2.weight, norm2.bias, conv3.weight)
+    return StemFunction.apply(
+        x, triton_stem, (conv1, norm1, conv2, norm2, conv3), conv1.weight,
+        norm1.weight, norm1.bias, conv2.weight, norm2.weight, norm2.bias,
+        conv3.weight)

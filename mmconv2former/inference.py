@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import fused
+from . import dispatch
 from .backbone import Block, Conv2Former
+from .fused_block import infer, prepare
 from .neck import Conv2FormerNeck
 from .operators import (
     LayerNorm2d,
@@ -72,16 +73,16 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     if not backbones:
         raise ValueError(f'the {type(model).__name__} has no Conv2Former; '
                          'give a Conv2Former or a model that contains one')
-    blocks = [m for m in modules if isinstance(m, Block)]
-    for layer in (layer for block in blocks for layer in block.layers()):
-        if not fused.is_own(layer):
+    for modified in (m.modified() for m in modules if isinstance(m, Block)):
+        if modified is not None:
             raise ValueError(
-                f'a layer of a block was replaced by a {type(layer).__name__} '
-                'that cannot be folded, or has hooks: put the original layers '
-                'back, with the weights that the others stand for')
+                f'the {type(modified).__name__} of a block was replaced or '
+                'changed, or has hooks, and cannot be folded: put the '
+                'original one back, with the weights that the other stands '
+                'for')
     with torch.no_grad():
         for backbone in backbones:
-            _fuse_backbone(backbone)
+            _fold_backbone(backbone)
         for m in modules:
             neck = getattr(m, 'neck', None)
             fc = getattr(getattr(m, 'head', None), 'fc', None)
@@ -90,14 +91,14 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _fuse_backbone(backbone: Conv2Former) -> None:
+def _fold_backbone(backbone: Conv2Former) -> None:
     _fold_stem(backbone.downsample_layers[0])
     for downsample in backbone.downsample_layers[1:]:
         downsample[0] = _fold_norm(*downsample)
     for stage in backbone.stages:
         for i, block in enumerate(stage):
             if isinstance(block, Block):
-                stage[i] = FusedBlock(block)
+                stage[i] = FoldedBlock(block)
     backbone.requires_grad_(False)
 
 
@@ -202,7 +203,7 @@ class PaddedGELU(nn.Module):
         return out
 
 
-class FusedBlock(nn.Module):
+class FoldedBlock(nn.Module):
     """A :class:`Block` at inference.
 
     Args:
@@ -242,11 +243,11 @@ class FusedBlock(nn.Module):
         device = x.device.type
         # The fast operators have no gradients.
         if self.fusion == 'hadamard' and not x.requires_grad \
-                and fused.available(x, ()):
+                and dispatch.available(x):
             return self._fused(x)
         if device == 'meta' or not torch.is_autocast_enabled(device):
             return self._forward(x, x.dtype)
-        # Which would have layer norm return fp32 on GPUs.
+        # Autocast would have layer norm return fp32 on GPUs.
         with torch.autocast(device, enabled=False):
             return self._forward(x, torch.get_autocast_dtype(device))
 
@@ -255,32 +256,34 @@ class FusedBlock(nn.Module):
         x = x.permute(0, 2, 3, 1).contiguous()
         for weights, eps, middle in zip(self._prepare(x), self.eps,
                                         ('gate', 'position')):
-            x = fused.infer(x, None, None, None, None, eps, middle, weights)
+            x = infer(x, None, None, None, None, eps, middle, weights)
         return x.permute(0, 3, 1, 2)
 
     def _prepare(self, x: Tensor) -> list[list[Tensor]]:
         """What the kernels take for the weights, kept until these change."""
         branches = self._branches()
         parameters = sum(branches, [])
-        # Where a change would be noticed: inference tensors count none, and a
-        # replayed CUDA graph does not ask.
+        # Only where a change of them would be noticed: inference tensors have
+        # no version, and a replayed CUDA graph does not look.
         keep = not (
-            torch.compiler.is_compiling() or fused.is_recorded(x)
+            torch.compiler.is_compiling() or dispatch.is_capturing(x)
             or any(p.is_inference() for p in parameters))
         if keep:
             state = [(p.data_ptr(), p._version) for p in parameters]
-            state.append(fused.product_dtype(x))
+            state.append(dispatch.product_dtype(x))
+            if x.is_cuda:  # others would have to wait for its copies
+                state.append(torch.cuda.current_stream(x.device))
             if self._prepared and self._prepared[0] == state:
                 return self._prepared[1]
         prepared = [
-            fused.prepare(x, branch, middle, pack=keep)
+            prepare(x, branch, middle, pack=keep)
             for branch, middle in zip(branches, ('gate', 'position'))
         ]
         if keep:
             self._prepared = state, prepared
         return prepared
 
-    def _apply(self, *args: Any, **kwargs: Any) -> 'FusedBlock':
+    def _apply(self, *args: Any, **kwargs: Any) -> 'FoldedBlock':
         self._prepared = None
         return super()._apply(*args, **kwargs)
 

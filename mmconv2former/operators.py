@@ -1,13 +1,28 @@
 """Operators of the Conv2Former block, written plainly.
 
-They are the reference of the fused ones in :mod:`mmconv2former.fused`, and
-what is exported.
+They are the reference of the fused path, :mod:`mmconv2former.fused_block`,
+and what is exported.
 """
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (N, C, H, W), a view."""
+    return x.permute(0, 3, 1, 2)
+
+
+def to_nhwc(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, H, W, C), a view."""
+    return x.permute(0, 2, 3, 1)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """In fp32 if it has less."""
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def _l1(a: Tensor) -> Tensor:
@@ -39,9 +54,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.device.type == 'cpu' and x.dtype == torch.float32:
         # oneDNN's; torch asks MKL for fp32 products, which on AMD is half as
         # fast.
-        return F.conv2d(
-            x.permute(0, 3, 1, 2), weight[:, :, None, None],
-            bias).permute(0, 2, 3, 1)
+        return to_nhwc(
+            F.conv2d(to_nchw(x), weight[:, :, None, None], bias))
     return F.linear(x, weight, bias)
 
 
@@ -114,19 +128,18 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), in channels-last memory."""
-        x = x.permute(0, 2, 3, 1)
+        x = to_nhwc(x)
         if x.device.type == 'cpu' and torch.is_grad_enabled():
             # On CPUs the gradients of the parameters are summed in the
             # precision of x: in bf16 they are wrong by a third over 50,000
             # positions.
             wide, weight, bias = (
-                t if t is None else t.to(
-                    torch.promote_types(t.dtype, torch.float32))
+                t if t is None else at_least_fp32(t)
                 for t in (x, self.weight, self.bias))
             out = F.layer_norm(wide, self.normalized_shape, weight, bias,
                                self.eps)
-            return out.to(x.dtype).permute(0, 3, 1, 2)
-        return super().forward(x).permute(0, 3, 1, 2)
+            return to_nchw(out.to(x.dtype))
+        return to_nchw(super().forward(x))
 
 
 class Pointwise(nn.Conv2d):
@@ -142,9 +155,8 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H, W), in channels-last memory."""
-        return linear(
-            x.permute(0, 2, 3, 1), self.weight.flatten(1),
-            self.bias).permute(0, 3, 1, 2)
+        return to_nchw(
+            linear(to_nhwc(x), self.weight.flatten(1), self.bias))
 
 
 class DropPath(nn.Module):

@@ -1,7 +1,8 @@
 """Triton kernels of the residual branches.
 
 Functions without a leading underscore stand in for those of the same names in
-:mod:`mmconv2former.fused`, which describes them and is their reference.
+:mod:`mmconv2former.torch_kernels`, which describes them and is their
+reference.
 
 Tensors are (N, H, W, C) with the channels last in memory. Inputs may have any
 strides; what the kernels cannot read in place (anything but a slice of the
@@ -31,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from .torch_kernels import patches_shape
 from .triton_launch import Launch, plan
 
 if TorchVersion(triton.__version__) < (3, 3):
@@ -44,6 +46,10 @@ PROGRAMS = 16 * 132
 # Where programs do not end together there are so many times more, for others
 # to begin when the first have ended.
 WAVES = 8
+
+
+# Offsets within an image are counted in 32 bits.
+MAX_OFFSETS = 2**31
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -91,9 +97,17 @@ def _pixels(x: Tensor) -> tuple[Tensor, int]:
     return x, x.shape[-1]
 
 
+def _small_images(shape: tuple[int, ...], stride: int) -> tuple[int, ...]:
+    """The shape, or that of its rows as images where those are too large."""
+    n, height, width, c = shape
+    if height * width * stride < MAX_OFFSETS:
+        return shape
+    return n * height, 1, width, c
+
+
 def filters(weight: Tensor, bias: Tensor,
             dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See :func:`mmconv2former.fused.filters`; in fp32 whatever ``dtype``."""
+    """See :func:`mmconv2former.torch_kernels.filters`; always in fp32."""
     return _taps_first(weight), bias
 
 
@@ -154,7 +168,7 @@ def _operands_launch(rows0: int, rows1: int, columns: int, c: int, k: int,
 
 
 def operands(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """See :func:`mmconv2former.fused.operands`.
+    """See :func:`mmconv2former.torch_kernels.operands`.
 
     In one launch, where each of so many small copies would cost as much as a
     pass over megabytes.
@@ -470,7 +484,7 @@ def _gelu_kernel(z_ptr, h_ptr, area, C: tl.constexpr, STRIDE: tl.constexpr,
 
 @plan
 def _gelu_launch(shape: tuple[int, ...], stride: int) -> Launch:
-    n, height, width, c = shape
+    n, height, width, c = _small_images(shape, stride)
     area, block = height * width, 1024
     return Launch(_gelu_kernel, n * _ceil_div(area * c, block), area, C=c,
                   STRIDE=stride, BLOCK=block)
@@ -658,13 +672,13 @@ def _weight_grad_launch(shape: tuple[int, ...],
 
 
 def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See :func:`mmconv2former.fused.gate`."""
+    """See :func:`mmconv2former.torch_kernels.gate`."""
     return _gate(zv, weight, bias, store=False)[0]
 
 
 def gate_forward(zv: Tensor, weight: Tensor,
                  bias: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`mmconv2former.fused.gate_forward`."""
+    """See :func:`mmconv2former.torch_kernels.gate_forward`."""
     return _gate(zv, weight, bias, store=True)
 
 
@@ -686,7 +700,7 @@ def _gate(zv: Tensor, weight: Tensor, bias: Tensor,
 def gate_backward(
         grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
         bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`mmconv2former.fused.gate_backward`."""
+    """See :func:`mmconv2former.torch_kernels.gate_backward`."""
     # da = grad * v costs one more tensor, but a second load and a product for
     # every tap without it.
     zv, a = zv.contiguous(), a.contiguous()
@@ -917,7 +931,7 @@ def _position_input_grad_launch(
 
 
 def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """See :func:`mmconv2former.fused.position`."""
+    """See :func:`mmconv2former.torch_kernels.position`."""
     out = z.new_empty(z.shape)
     shape, (z, stride) = z.shape, _pixels(z)
     _position_launch(shape, stride)(
@@ -928,7 +942,7 @@ def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def position_backward(
         grad: Tensor, z: Tensor, weight: Tensor,
         bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`mmconv2former.fused.position_backward`.
+    """See :func:`mmconv2former.torch_kernels.position_backward`.
 
     In two passes, the second from dd, the gradient of d = DW_3(h) + bias, in
     the precision of ``z``. One pass moves 4 tensors instead of 8, but computes
@@ -1046,7 +1060,7 @@ def _layer_norm_launch(shape: tuple[int, ...], stride: int, eps: float,
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
                eps: float, dtype: torch.dtype, patch: int = 1) -> Tensor:
-    """See :func:`mmconv2former.fused.layer_norm`.
+    """See :func:`mmconv2former.torch_kernels.layer_norm`.
 
     That of torch gives each pixel a block of threads, most of which have
     nothing to do where channels are few.
@@ -1060,11 +1074,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
 
 
 def _patches_like(x: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    if patch == 1:
-        return x.new_empty(x.shape, dtype=dtype)
-    n, height, width, c = x.shape
-    return x.new_empty((n, height // patch, width // patch, patch * patch * c),
-                       dtype=dtype)
+    shape = x.shape if patch == 1 else patches_shape(x, patch)
+    return x.new_empty(shape, dtype=dtype)
 
 
 @triton.jit(do_not_specialize=['pixels', 'tiles', 'height', 'width'])
@@ -1130,7 +1141,7 @@ def _layer_norm_backward_launch(
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
                         eps: float, residual: Tensor | None, patch: int = 1
                         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`mmconv2former.fused.layer_norm_backward`."""
+    """See :func:`mmconv2former.torch_kernels.layer_norm_backward`."""
     grad_x = x.new_empty(x.shape)
     normed = _patches_like(x, patch, grad.dtype)
     shape, step = x.shape, 0
@@ -1184,11 +1195,15 @@ def _scale_residual_launch(shape: tuple[int, ...], x_stride: int,
 
 def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
                    keep: Tensor | None) -> Tensor:
-    """See :func:`mmconv2former.fused.scale_residual`."""
+    """See :func:`mmconv2former.torch_kernels.scale_residual`."""
     out = x.new_empty(x.shape)
     shape, (x, x_stride), (y, y_stride) = x.shape, _pixels(x), _pixels(y)
-    keep = None if keep is None else keep.contiguous()
-    _scale_residual_launch(shape, x_stride, y_stride)(
+    images = _small_images(shape, max(x_stride, y_stride))
+    if keep is not None:
+        keep = keep.contiguous()
+        if images is not shape:
+            keep = keep.repeat_interleave(shape[1])
+    _scale_residual_launch(images, x_stride, y_stride)(
         x, y, scale.contiguous(), keep, out)
     return out
 
@@ -1234,14 +1249,14 @@ def _scale_backward_launch(shape: tuple[int, ...], grad_stride: int
 
 
 def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`mmconv2former.fused.scale_backward`."""
+    """See :func:`mmconv2former.torch_kernels.scale_backward`."""
     _, out, total = _scale_backward(grad, scale, None, grad.dtype)
     return out, total
 
 
 def drop_backward(grad: Tensor, scale: Tensor, keep: Tensor,
                   dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mmconv2former.fused.drop_backward`."""
+    """See :func:`mmconv2former.torch_kernels.drop_backward`."""
     return _scale_backward(grad, scale, keep, dtype)
 
 
@@ -1259,7 +1274,7 @@ def _scale_backward(
 
 
 @triton.jit
-def _layer_scale_backward_kernel(
+def _scaled_linear_backward_kernel(
         grad_weight_ptr, grad_bias_ptr, weight_ptr, bias_ptr, scale_ptr,
         out_weight_ptr, out_bias_ptr, out_scale_ptr, COLUMNS: tl.constexpr,
         BLOCK: tl.constexpr):
@@ -1280,19 +1295,19 @@ def _layer_scale_backward_kernel(
 
 
 @plan
-def _layer_scale_backward_launch(rows: int, columns: int) -> Launch:
-    return Launch(_layer_scale_backward_kernel, rows, COLUMNS=columns,
+def _scaled_linear_backward_launch(rows: int, columns: int) -> Launch:
+    return Launch(_scaled_linear_backward_kernel, rows, COLUMNS=columns,
                   BLOCK=min(triton.next_power_of_2(columns), 1024))
 
 
-def layer_scale_backward(grad_weight: Tensor, grad_bias: Tensor,
+def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,
                          weight: Tensor, bias: Tensor,
                          scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mmconv2former.fused.layer_scale_backward`."""
+    """See :func:`mmconv2former.torch_kernels.scaled_linear_backward`."""
     outs = tuple(
         scale.new_empty(shape, dtype=torch.float32)
         for shape in (weight.shape, scale.shape, scale.shape))
-    _layer_scale_backward_launch(*weight.shape)(
+    _scaled_linear_backward_launch(*weight.shape)(
         *(t.contiguous()
           for t in (grad_weight, grad_bias, weight, bias, scale)), *outs)
     return outs

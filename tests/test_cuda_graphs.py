@@ -6,14 +6,23 @@ tensors, as a GPU does with its kernels.
 import contextlib
 import copy
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmconv2former import Conv2Former, cuda_graphs, fuse_for_inference, fused
+from mmconv2former import (
+    Conv2Former,
+    cuda_graphs,
+    dispatch,
+    fuse_for_inference,
+    products,
+)
 
 TINY = dict(depths=[1, 1], dims=[8, 16], kernel_size=5)
 DEVICES = [
@@ -74,13 +83,13 @@ def device(request, monkeypatch):
     monkeypatch.setattr(
         cuda_graphs.CUDAGraphs, 'can_record',
         staticmethod(lambda x: not recording and not x.requires_grad))
-    monkeypatch.setattr(fused, 'is_recorded', lambda x: bool(recording))
+    monkeypatch.setattr(dispatch, 'is_capturing', lambda x: bool(recording))
     # The bits of MKL's products depend on where in memory the factors are.
-    monkeypatch.setattr(fused, '_mkl_is_at_home', lambda: False)
+    monkeypatch.setattr(products, '_mkl_is_fast', lambda: False)
     for name, value in dict(
             graph=graph, CUDAGraph=Tape, graph_pool_handle=lambda: None,
             Stream=lambda device: None,
-            current_stream=lambda: None).items():
+            current_stream=lambda device: None).items():
         monkeypatch.setattr(torch.cuda, name, value)
     return 'cpu'
 
@@ -356,12 +365,57 @@ def test_drop_path_is_drawn_for_each_batch(models, device):
 def test_module_with_hooks_runs_without_graphs(models, device):
     eager, graphed = models()
     called = []
-    graphed.stages[0][0].mlp.register_forward_hook(
-        lambda *_: called.append(1))
+    for model in (eager, graphed):
+        model.stages[0][0].mlp.register_forward_hook(
+            lambda *_: called.append(1))
     for _ in range(4):
         assert_same(step(graphed, images(device)), step(eager,
                                                         images(device)))
+    assert recorded(graphed) == 0 and len(called) == 8
+
+
+def test_synchronized_batch_norms_run_without_graphs(models, device):
+    """All processes would have to record at the same time."""
+    eager, graphed = models()
+    graphed = nn.SyncBatchNorm.convert_sync_batchnorm(graphed)
+    for _ in range(4):
+        step(graphed, images(device))
     assert recorded(graphed) == 0
+    graphed.eval()
+    for _ in range(4):
+        graphed(images(device))
+    assert recorded(graphed) == 1
+
+
+def test_shallow_copies_run_without_graphs(models, device):
+    """Such as the replicas of DataParallel, whose weights are others."""
+    _, graphed = models()
+    graphed.eval()
+    x = images(device)
+    with torch.no_grad():
+        for _ in range(3):
+            graphed(x)
+        replica = copy.copy(graphed)
+        replica._modules = {**graphed._modules, 'stages': nn.ModuleList(
+            copy.deepcopy(graphed.stages))}
+        replica.stages[0][0].layer_scale_1 *= 2
+        assert not torch.equal(replica(x)[0], graphed(x)[0])
+    assert recorded(graphed) == 1
+
+
+def test_either_way_to_ask_for_tf32_will_do():
+    code = """
+import torch
+from mmconv2former.cuda_graphs import _globals
+before = _globals()
+torch.backends.cuda.matmul.fp32_precision = 'tf32'
+assert _globals() != before
+"""
+    if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
+        # torch refuses the old way in the same process after it.
+        subprocess.run([sys.executable, '-c', code], check=True)
+    else:
+        pytest.skip('torch has one way')
 
 
 def test_copies_have_graphs_of_their_own(models, device):
@@ -389,7 +443,7 @@ def test_what_cannot_be_recorded_is_refused(options):
 
 def test_without_a_gpu_nothing_is_recorded(monkeypatch):
     lines = []
-    monkeypatch.setattr(cuda_graphs, 'report', lines.append)
+    monkeypatch.setattr(cuda_graphs, 'log_once', lines.append)
     model = Conv2Former(TINY, cuda_graphs=True).eval()
     for _ in range(4):
         model(torch.randn(1, 3, 32, 32))

@@ -15,7 +15,7 @@ from mmconv2former import (
 )
 from mmconv2former.archs import ARCHS
 from mmconv2former.backbone import Block
-from mmconv2former.inference import FusedBlock
+from mmconv2former.inference import FoldedBlock
 from mmconv2former.operators import FUSIONS
 
 SIZES = [(32, 32), (65, 50), (97, 33)]
@@ -94,7 +94,7 @@ def test_every_set_of_operators(operators, monkeypatch):
     if operators == 'plain':
         monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
     elif operators == 'of torch':
-        monkeypatch.setattr('mmconv2former.fused._onednn_takes_gelu',
+        monkeypatch.setattr('mmconv2former.fused_block.onednn_takes_gelu',
                             lambda *args: False)
     elif not torch.backends.mkldnn.is_available():
         pytest.skip('this torch has no oneDNN')
@@ -229,7 +229,7 @@ def test_prepared_weights_do_not_outlive_a_conversion():
     model = fused(classifier())
     with torch.no_grad():
         model(official.image(32, 32))
-    blocks = [m for m in model.modules() if isinstance(m, FusedBlock)]
+    blocks = [m for m in model.modules() if isinstance(m, FoldedBlock)]
     assert blocks and all(block._prepared for block in blocks)
     model.bfloat16()
     assert not any(block._prepared for block in blocks)
@@ -283,7 +283,7 @@ def test_foreign_layers_are_refused_before_anything_is_changed(layer):
     model.backbone.stages[1][1].mlp.fc1 = layer
     names = [*model.eval().state_dict()]
     with pytest.raises(ValueError,
-                       match=f'replaced by a {type(layer).__name__}'):
+                       match=f'the {type(layer).__name__}'):
         fuse_for_inference(model)
     assert [*model.state_dict()] == names
 

@@ -65,3 +65,9 @@ def test_every_file_that_is_named_exists():
     ))
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_module_of_the_package_is_named():
+    modules = {path.name for path in (ROOT / 'mmconv2former').glob('*.py')}
+    assert [name for name in modules - {'__init__.py'}
+            if f'{name}`' not in README] == []

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
-from mmconv2former import fused, fused_stem
+from mmconv2former import dispatch, fake_kernels, fused_stem, torch_kernels
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
@@ -97,23 +97,24 @@ def with_sum(function):
     def wrapped(*inputs):
         outs = function(*inputs)
         x = outs[0]
-        return *outs, x.sum((0, 1, 2), dtype=torch.promote_types(
+        return *outs[:-1], x.sum((0, 1, 2), dtype=torch.promote_types(
             x.dtype, torch.float32))
 
     return wrapped
 
 
-gate_backward = with_sum(fused.gate_backward)
-position_backward = with_sum(fused.position_backward)
+gate_backward = with_sum(torch_kernels.gate_backward)
+position_backward = with_sum(torch_kernels.position_backward)
 
 
 def scale_backward(grad, scale):
-    return *fused.scale_backward(grad, scale), grad.sum(
+    out, _ = torch_kernels.scale_backward(grad, scale)
+    return out, grad.sum(
         (0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def drop_backward(grad, scale, keep):
-    outs = fused.drop_backward(grad, scale, keep, grad.dtype)
+    *outs, _ = torch_kernels.drop_backward(grad, scale, keep, grad.dtype)
     return *outs, outs[0].sum((0, 1, 2), dtype=torch.promote_types(
         grad.dtype, torch.float32))
 
@@ -163,7 +164,7 @@ def compare(ours, plain, *inputs):
 @pytest.mark.parametrize('n, h, w, c, k, dtype', CASES)
 def test_gate_is_as_exact_as_its_plain_form(kernels, n, h, w, c, k, dtype):
     inputs = draw(dtype, (n, h, w, 2 * c), (c, 1, k, k), (c, ))
-    out, a = compare(kernels.gate_forward, fused.gate_forward, *inputs)
+    out, a = compare(kernels.gate_forward, torch_kernels.gate_forward, *inputs)
     assert out.dtype == a.dtype == dtype
     assert torch.equal(out, kernels.gate(*inputs))
 
@@ -184,12 +185,31 @@ def test_gradients_of_gate_are_as_exact(kernels, n, h, w, c, k, dtype):
 def test_position_and_its_gradients_are_as_exact(kernels, n, h, w, c, dtype):
     grad, *inputs = draw(dtype, (n, h, w, c), (n, h, w, c), (c, 1, 3, 3),
                          (c, ))
-    out = compare(kernels.position, fused.position, *inputs)
+    out = compare(kernels.position, torch_kernels.position, *inputs)
     grad_z, *sums, again, total = compare(
         kernels.position_backward, position_backward, grad, *inputs)
     assert torch.equal(out, again)
     assert out.dtype == grad_z.dtype == dtype
     assert {t.dtype for t in (*sums, total)} == {torch.float32}
+
+
+@device_test
+def test_images_too_large_for_offsets_of_32_bits(kernels, monkeypatch):
+    n, h, w, c = 2, 5, 7, 20
+    zv, x, y, weight, bias, scale, keep = draw(
+        torch.float32, (n, h, w, 2 * c), *[(n, h, w, c)] * 2, (c, 1, 3, 3),
+        (c, ), (c, ), (n, 1, 1, 1))
+    calls = [lambda: kernels.gate(zv, weight, bias),
+             lambda: kernels.scale_residual(x, y, scale, keep)]
+    expected = [call() for call in calls]
+    monkeypatch.setattr(kernels, 'MAX_OFFSETS', w * 2 * c + 1)
+    assert kernels._small_images((n, h, w, c), 2 * c) == (n * h, 1, w, c)
+    for launch in (kernels._gelu_launch, kernels._scale_residual_launch):
+        launch.cache_clear()
+    for call, out in zip(calls, expected):
+        assert torch.equal(call(), out)
+    for launch in (kernels._gelu_launch, kernels._scale_residual_launch):
+        launch.cache_clear()
 
 
 @device_test
@@ -211,8 +231,8 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
                         x, weight, bias, EPS, None)
     assert not torch.equal(alone, grad_x)
     for factor in (keep, None):
-        out = compare(kernels.scale_residual, fused.scale_residual, x, y,
-                      scale, factor)
+        out = compare(kernels.scale_residual, torch_kernels.scale_residual,
+                      x, y, scale, factor)
         assert out.dtype == dtype
     out, total = compare(kernels.scale_backward, scale_backward, grad, scale)
     assert out.dtype == dtype and total.dtype == torch.float32
@@ -296,8 +316,9 @@ def test_moments_of_large_numbers_are_exact(stem_kernels):
 def test_gradient_of_the_layer_scale_is_as_exact(kernels, o, i, dtype):
     grad_weight, grad_bias, weight, bias, scale = draw(
         dtype, (o, i), (o, ), (o, i), (o, ), (o, ))
-    outs = compare(kernels.layer_scale_backward, fused.layer_scale_backward,
-                   grad_weight, grad_bias, weight, bias, scale)
+    outs = compare(kernels.scaled_linear_backward,
+                   torch_kernels.scaled_linear_backward, grad_weight,
+                   grad_bias, weight, bias, scale)
     assert {t.dtype for t in outs} == {torch.float32}
 
 
@@ -310,7 +331,7 @@ def test_weights_are_joined_and_cast(kernels, outs, k, dtype):
     parameters = draw(torch.float32, *shapes, (c, 1, k, k), (c, ),
                       (8, c, 1, 1), (8, ))
     own = kernels.operands(parameters, dtype)
-    true = fused._operands(parameters, dtype, kernels.filters)
+    true = torch_kernels.join_operands(parameters, dtype, kernels.filters)
     for o, t in zip(own, true, strict=True):
         assert o.shape == t.shape and o.dtype == t.dtype
         assert o.stride() == t.stride() and torch.equal(o, t)
@@ -426,13 +447,13 @@ def test_block_computes_with_them_what_it_does_without(kernels, monkeypatch):
     x, grad = draw(torch.float32, (2, 8, 4, 9), (2, 8, 4, 9))
 
     def run(module):
-        monkeypatch.setattr(fused, '_kernels', lambda _: module)
+        monkeypatch.setattr(dispatch, 'kernels_for', lambda _: module)
         torch.manual_seed(1)  # of drop path
         inputs = [x.requires_grad_(), *block.parameters()]
         out = block(x)
         return out, *torch.autograd.grad(out, inputs, grad)
 
-    for own, other in zip(run(kernels), run(fused), strict=True):
+    for own, other in zip(run(kernels), run(torch_kernels), strict=True):
         scale = other.abs().max()
         torch.testing.assert_close(own / scale, other / scale, rtol=0,
                                    atol=1e-5)
@@ -446,15 +467,15 @@ def test_norm_of_the_downsampling_computes_the_same(kernels, monkeypatch):
     x, grad = draw(torch.float32, (2, 8, 5, 6), (2, 20, 2, 3))
 
     def run(module):
-        monkeypatch.setattr(fused, '_kernels', lambda _: module)
+        monkeypatch.setattr(dispatch, 'kernels_for', lambda _: module)
         inputs = [x.requires_grad_(), *layer.parameters()]
         out = layer(x)
-        is_ours = 'DownsamplingBackward' == \
+        is_ours = 'DownsamplingFunctionBackward' == \
             out.grad_fn.next_functions[0][0].name()
         assert is_ours == (module is kernels)
         return out, *torch.autograd.grad(out, inputs, grad)
 
-    for own, other in zip(run(kernels), run(fused), strict=True):
+    for own, other in zip(run(kernels), run(torch_kernels), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
 
 
@@ -521,8 +542,8 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
     kernels.position_backward(y, x, weight, vector)
     kernels.layer_norm(x, vector, vector, EPS, x.dtype)
     kernels.layer_norm_backward(y, x, vector, vector, EPS, y)
-    kernels.layer_scale_backward(x[0, 0], vector, x[0, 0], vector,
-                                 vector)
+    kernels.scaled_linear_backward(x[0, 0], vector, x[0, 0], vector,
+                                   vector)
     kernels.scale_residual(x, y, vector, keep)
     kernels.scale_backward(x, vector)
     kernels.operands([x[0, 0], vector, weight, vector, x[0, 0], vector],
@@ -578,9 +599,10 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
 
 
 def test_signatures_are_those_of_the_plain_functions(kernels):
-    for name in ('operands', *fused.SHAPES):
+    for name in ('operands', *fake_kernels.KERNELS):
         assert list(inspect.signature(getattr(kernels, name)).parameters) \
-            == list(inspect.signature(getattr(fused, name)).parameters), name
+            == list(inspect.signature(
+                getattr(torch_kernels, name)).parameters), name
 
 
 def test_an_old_triton_is_named(kernels, monkeypatch):
@@ -641,5 +663,5 @@ def test_more_than_2_to_the_31_elements(kernels):
 @gpu_test
 def test_double_precision_takes_the_operators_of_torch():
     x = torch.zeros(1, 2, 2, 8, device=DEVICE)
-    assert fused._kernels(x.double()) is fused
-    assert fused._kernels(x) is not fused
+    assert dispatch.kernels_for(x.double()) is torch_kernels
+    assert dispatch.kernels_for(x) is not torch_kernels

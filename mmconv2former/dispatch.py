@@ -1,0 +1,294 @@
+"""Which path runs, by which kernels and in which precision.
+
+There are two sets of kernels with the same names: torch's,
+:mod:`mmconv2former.torch_kernels`, and on GPUs Triton's,
+:mod:`mmconv2former.triton_kernels`.
+"""
+import os
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from . import fake_kernels, torch_kernels
+from .operators import LayerNorm2d, Pointwise
+
+# The environment variable that turns the fused path off everywhere.
+FUSED_VARIABLE = 'MMCONV2FORMER_FUSED'
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered, which reading its weights would pass by.
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks
+                or module._backward_hooks or module._backward_pre_hooks)
+
+
+def is_unmodified(layer: nn.Module) -> bool:
+    """Whether a layer of a block is as the block has made it, without hooks.
+
+    Then the fused path can stand in for it with its parameters.
+    """
+    if has_hooks(layer):
+        return False
+    kind = type(layer)
+    if kind is nn.GELU:
+        return layer.approximate == 'none'
+    if kind not in (LayerNorm2d, Pointwise, nn.Conv2d) \
+            or layer.weight is None or layer.bias is None:
+        return False
+    if kind is not nn.Conv2d:
+        return True
+    c, i, k, width = layer.weight.shape
+    return (i == 1 and k == width and layer.groups == c
+            and layer.stride == layer.dilation == (1, 1)
+            and layer.padding == (k // 2, k // 2)
+            and layer.padding_mode == 'zeros')
+
+
+@cache
+def log_once(text: str) -> None:
+    """Log how the backbone runs, once.
+
+    Args:
+        text (str): A line.
+    """
+    print_log(f'Conv2Former: {text}', logger='current')
+
+
+@cache
+def _is_emulated(dtype: torch.dtype) -> bool:
+    """Whether this CPU computes in that type by other ones."""
+    if not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
+        return False  # not known of others
+    if dtype == torch.bfloat16:
+        return not (torch.cpu._is_avx512_bf16_supported()
+                    or torch.cpu._is_amx_tile_supported())
+    return dtype == torch.float16 \
+        and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether operations on that tensor are captured into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Precision that autocast asks for; that of x without it and for fp64."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.double:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Precision of matrix products and convolutions."""
+    dtype = autocast_dtype(x)
+    if x.device.type == 'cpu' and not torch.compiler.is_compiling() \
+            and _is_emulated(dtype):
+        # In bf16 a product would take three times as long, and a large
+        # depthwise convolution up to 28 times.
+        log_once(f'blocks compute in fp32, for this CPU emulates {dtype}')
+        return torch.float32
+    return dtype
+
+
+class _WithoutAutocast:
+    """Autocast off, and the device of a tensor the current one.
+
+    In a microsecond or two where the contexts of torch take seven.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.device = x.device
+
+    def __enter__(self) -> None:
+        kind = self.device.type
+        self.autocast = torch.is_autocast_enabled(kind)
+        torch.set_autocast_enabled(kind, False)
+        self.previous = None
+        if kind == 'cuda' and torch.cuda.current_device() != self.device.index:
+            self.previous = torch.cuda.current_device()
+            torch.cuda.set_device(self.device)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_autocast_enabled(self.device.type, self.autocast)
+        if self.previous is not None:
+            torch.cuda.set_device(self.previous)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Context for kernels, whose operands have the types that they shall."""
+    if torch.compiler.is_compiling():
+        return torch.autocast(x.device.type, enabled=False)
+    return _WithoutAutocast(x)
+
+
+# The operators of the Triton kernels once they are needed, and the module of
+# their functions. A global, of which torch.compile knows where it comes from.
+TRITON = SimpleNamespace()
+_MAKING = threading.Lock()
+
+
+@cache
+def _make_triton_operators() -> str:
+    """Fill ``TRITON``, or say why that cannot be.
+
+    With operators of torch, which torch.compile takes as they are. Not by
+    ``custom_op``, which takes 20 microseconds a call where this takes 3.
+    """
+    try:
+        from . import triton_kernels
+    except ImportError as error:
+        return f'Triton cannot be imported ({error})'
+    with _MAKING:  # torch refuses a second definition, of another thread
+        if not hasattr(TRITON, 'functions'):
+            _register(triton_kernels)
+            TRITON.functions = triton_kernels
+    return ''
+
+
+def _register(triton_kernels: ModuleType) -> None:
+
+    def on_its_device(function: Callable) -> Callable:
+
+        def call(x: Tensor, *others: Any) -> Any:
+            with torch.cuda.device_of(x):
+                return function(x, *others)
+
+        return call
+
+    TRITON.operands = partial(torch_kernels.join_operands,
+                              filters=triton_kernels.filters)
+    for name, fake in fake_kernels.KERNELS.items():
+        function = getattr(triton_kernels, name)
+        operator = f'mmconv2former::{name}'
+        torch.library.define(
+            operator, torch.library.infer_schema(function, mutates_args=()),
+            tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(operator, 'cuda', on_its_device(function))
+        torch.library.register_fake(operator, fake)
+        setattr(TRITON, name, getattr(torch.ops.mmconv2former, name).default)
+
+
+@cache
+def _try_triton(device: torch.device) -> str:
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return 'the Triton kernels want an NVIDIA GPU of the Ampere ' \
+            'generation or later'
+    if obstacle := _make_triton_operators():
+        return obstacle
+    x = torch.zeros(1, 1, 1, 8, device=device)
+    # Triton compiles a launcher, for which it needs a C compiler, and for this
+    # GPU. Its own errors, those of the system and of CUDA have no common base.
+    try:
+        TRITON.scale_residual(x, x, x[0, 0, 0], None)
+    except Exception as error:
+        return (f'Triton cannot compile here ({type(error).__name__}: '
+                f'{error})')
+    return ''
+
+
+# torch.compile calls the next two and takes what they return. It would trace
+# into a cached function, and replaces torch's is_exporting by True.
+
+
+@torch.compiler.assume_constant_result
+def _triton_obstacle(device: torch.device) -> str:
+    """Why Triton's kernels cannot run on that GPU, or ''."""
+    return _try_triton(device)
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
+    """The kernels that take such a tensor.
+
+    Args:
+        x (Tensor): On its device and of its type.
+
+    Returns:
+        module: :mod:`mmconv2former.torch_kernels`, or what has Triton's under
+        the same names.
+    """
+    # Triton's compute in fp32.
+    if not x.is_cuda or x.dtype == torch.double or _triton_obstacle(x.device):
+        return torch_kernels
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return TRITON  # fake tensors, and others that torch looks into
+    return TRITON.functions  # the same without torch's dispatcher
+
+
+def find_obstacle(x: Tensor, modified: nn.Module | None = None) -> str:
+    """Why the plain path must run, or ''.
+
+    Args:
+        x (Tensor): The input.
+        modified (nn.Module, optional): As for :func:`available`. Defaults to
+            None.
+
+    Returns:
+        str: The reason.
+    """
+    if os.environ.get(FUSED_VARIABLE) == '0':
+        return f'{FUSED_VARIABLE}=0'
+    if _is_exporting() or torch.jit.is_tracing():
+        return 'the model is being exported'
+    if not x.numel():
+        return 'the batch is empty'
+    if x.device.type not in ('cpu', 'cuda'):
+        return f'device {x.device.type} has no fused operators'
+    if modified is not None:
+        return (f'the {type(modified).__name__} of a block was replaced or '
+                'changed, or has hooks')
+    if torch.compiler.is_compiling() \
+            and kernels_for(x) is torch_kernels:
+        return 'the model is being compiled, which fuses them as well'
+    return ''
+
+
+def available(x: Tensor, modified: nn.Module | None = None) -> bool:
+    """Whether the fused operators can take these layers; logged once.
+
+    Args:
+        x (Tensor): Input of the block.
+        modified (nn.Module, optional): A module of the block that is not as
+            the block has made it, and would be passed by. Defaults to None.
+
+    Returns:
+        bool: Whether they can.
+    """
+    obstacle = find_obstacle(x, modified)
+    if not torch.compiler.is_compiling():
+        if obstacle:
+            log_once(f'plain operators, because {obstacle}')
+        elif not x.is_cuda:
+            log_once(f'fused operators on the {x.device.type}')
+        elif kernels_for(x) is not torch_kernels:
+            log_once('fused operators with Triton kernels')
+        else:
+            reason = _triton_obstacle(x.device) or 'the model is in fp64'
+            log_once(f'fused operators of torch alone, because {reason}')
+    return not obstacle
+
+
+def refuse_second_derivatives() -> None:
+    """To be called in the backward pass of the fused functions.
+
+    Raises:
+        RuntimeError: If there is to be a graph of the backward pass.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'the fused operators of Conv2Former have no second derivatives; '
+            'build the backbone with fused=False or set '
+            f'{FUSED_VARIABLE}=0 to differentiate twice')

@@ -1,0 +1,82 @@
+"""What the kernels return, without data.
+
+For tracing. Functions stand in for those of the same names in
+:mod:`mmconv2former.triton_kernels`, which are registered with torch as
+operators; :mod:`mmconv2former.torch_kernels` describes them.
+"""
+import torch
+from torch import Tensor
+
+from .torch_kernels import patches_shape
+
+
+def _fp32(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return zv.new_empty((*zv.shape[:3], len(weight)))
+
+
+def gate_forward(zv: Tensor, weight: Tensor,
+                 bias: Tensor) -> tuple[Tensor, Tensor]:
+    return gate(zv, weight, bias), gate(zv, weight, bias)
+
+
+def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
+                  bias: Tensor) -> tuple[Tensor, ...]:
+    return (zv.new_empty(zv.shape), _fp32(zv, *weight.shape),
+            _fp32(zv, len(bias)), a.new_empty(a.shape), _fp32(zv, zv.shape[3]))
+
+
+def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
+                      bias: Tensor) -> tuple[Tensor, ...]:
+    return (z.new_empty(z.shape), _fp32(z, *weight.shape),
+            _fp32(z, len(bias)), z.new_empty(z.shape), _fp32(z, len(bias)))
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
+               eps: float, dtype: torch.dtype, patch: int = 1) -> Tensor:
+    return x.new_empty(patches_shape(x, patch), dtype=dtype)
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+                        eps: float, residual: Tensor | None,
+                        patch: int = 1) -> tuple[Tensor, ...]:
+    return (x.new_empty(x.shape), _fp32(x, len(weight)), _fp32(x, len(weight)),
+            grad.new_empty(patches_shape(x, patch)))
+
+
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+                   keep: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape), _fp32(grad, len(scale))
+
+
+def drop_backward(grad: Tensor, scale: Tensor, keep: Tensor,
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return (grad.new_empty(grad.shape, dtype=dtype),
+            grad.new_empty(grad.shape, dtype=dtype), _fp32(grad, len(scale)))
+
+
+def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,
+                           weight: Tensor, bias: Tensor,
+                           scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (_fp32(scale, *weight.shape), _fp32(scale, len(scale)),
+            _fp32(scale, len(scale)))
+
+
+# What is registered.
+KERNELS = {
+    f.__name__: f
+    for f in (gate, gate_forward, gate_backward, position, position_backward,
+              layer_norm, layer_norm_backward, scale_residual, scale_backward,
+              drop_backward, scaled_linear_backward)
+}

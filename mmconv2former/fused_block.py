@@ -1,0 +1,285 @@
+"""The residual branches of a block with hand-written gradients.
+
+Both branches have one form,
+
+    x + keep * scale * linear(middle(linear(layer_norm(x)))),
+
+where the middle is ``gate`` for convolutional modulation, [z|v] ->
+DW_k(GELU(z)) * v, and ``position`` for the MLP, z -> h + GELU(DW_3(h)) with
+h = GELU(z). On the plain path, in :mod:`mmconv2former.backbone`, autograd
+stores what each operator read, some 27 tensors of the size of x in a block.
+Here 9 are stored, the inputs of the branches and of their middles and the
+output of the large depthwise convolution. All else is computed once more in
+the backward pass, where it is cheap beside the matrix products.
+
+Tensors are (N, H, W, C).
+"""
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch
+from .dispatch import (
+    autocast_dtype,
+    product_dtype,
+    refuse_second_derivatives,
+    without_autocast,
+)
+from .operators import LayerNorm2d, at_least_fp32
+from .products import (
+    depthwise,
+    linear,
+    linear_grad_input,
+    linear_grad_params,
+    onednn_depthwise3_gelu,
+    onednn_linear,
+    onednn_takes_gelu,
+)
+from .torch_kernels import PART_BYTES, in_parts
+
+
+def _hidden_bytes(x: Tensor, in_weight: Tensor, dtype: torch.dtype) -> int:
+    """Size of the output of the first linear layers for one sample."""
+    return x.shape[1] * x.shape[2] * len(in_weight) * dtype.itemsize
+
+
+def _branch_backward(
+        middle: str, eps: float, grad: Tensor, x: Tensor, keep: Tensor | None,
+        *stored: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+        in_weight: Tensor, dw_weight: Tensor, dw_bias: Tensor, weight: Tensor,
+        scale: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of :class:`ResidualBranchFunction`, without its layer scale's.
+
+    The scale counts as part of the last linear layer, from whose gradients
+    ``scaled_linear_backward`` has its own.
+
+    Returns:
+        tuple[Tensor]: Gradients of x and, at least in fp32, of weight and
+        bias of the norm, of the first linear layers, of the convolution and,
+        as if the scale were 1, of the last layer.
+    """
+    kernels, dtype = dispatch.kernels_for(x), weight.dtype
+    if keep is None:
+        grad_y = grad.to(dtype)
+        grad_middle, grad_bias = kernels.scale_backward(grad_y, scale)
+    else:
+        grad_y, grad_middle, grad_bias = kernels.drop_backward(
+            grad, scale, keep, dtype)
+    grad_middle = linear_grad_input(grad_middle, weight)
+    middle_backward = kernels.gate_backward if middle == 'gate' \
+        else kernels.position_backward
+    grad_z, grad_dw_weight, grad_dw_bias, y, grad_in_bias = middle_backward(
+        grad_middle, *stored, dw_weight, dw_bias)
+    del grad_middle, stored
+    grads = linear_grad_params(grad_y, y, grad_bias)
+    del y, grad_y
+    grad_x, grad_norm_weight, grad_norm_bias, normed = (
+        kernels.layer_norm_backward(
+            linear_grad_input(grad_z, in_weight), x, norm_weight, norm_bias,
+            eps, grad))
+    return (grad_x, grad_norm_weight, grad_norm_bias,
+            *linear_grad_params(grad_z, normed, grad_in_bias), grad_dw_weight,
+            grad_dw_bias, *grads)
+
+
+class ResidualBranchFunction(torch.autograd.Function):
+    """``x + keep * scale * linear(middle(linear(layer_norm(x))))``.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        norm_weight, norm_bias (Tensor): (C, ).
+        scale (Tensor): Layer scale, (C, ).
+        keep (Tensor, optional): Drop path, (N, 1, 1, 1).
+        eps (float): Of the layer norm.
+        middle (str): 'gate' or 'position'.
+        parameters (Tensor): Weight and bias of each layer in turn: of the
+            first linear layers, whose outputs stand side by side (two of
+            (C, C) for 'gate', one of (O, C) for 'position'), of the depthwise
+            convolution and of the last linear layer, (C, C) or (C, O). The
+            weights of linear layers may be those of 1x1 convolutions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+                scale: Tensor, keep: Tensor | None, eps: float, middle: str,
+                *parameters: Tensor) -> Tensor:
+        dtype, asked = product_dtype(x), autocast_dtype(x)
+        kernels = dispatch.kernels_for(x)
+        with without_autocast(x):
+            in_weight, in_bias, dw_weight, dw_bias, weight, bias = (
+                kernels.operands(parameters, dtype))
+            z = linear(
+                kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype),
+                in_weight, in_bias)
+            if middle == 'gate':
+                y, *stored = kernels.gate_forward(z, dw_weight, dw_bias)
+            else:
+                y, stored = kernels.position(z, dw_weight, dw_bias), []
+            y = linear(y, weight, bias)
+            out = kernels.scale_residual(x, y, scale, keep)
+        ctx.eps, ctx.middle = eps, middle
+        ctx.shapes = [p.shape for p in parameters]
+        ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, dw_weight,
+                              dw_bias, weight, *parameters[-2:], scale, keep,
+                              # Where the CPU emulates that type.
+                              *(t.to(asked) for t in (z, *stored)))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        (x, norm_weight, norm_bias, in_weight, dw_weight, dw_bias, weight,
+         out_weight, out_bias, scale, keep, *stored) = ctx.saved_tensors
+        outs, totals = [], None
+        with without_autocast(x):
+            # Parts that are no smaller than the gradients that they add to.
+            size = max(PART_BYTES, 4 * in_weight.nbytes)
+            parts = in_parts(_hidden_bytes(x, in_weight, weight.dtype), size,
+                           grad.contiguous(), x, keep, *stored)
+            for part in parts:
+                out, *grads = _branch_backward(
+                    ctx.middle, ctx.eps, *part, norm_weight=norm_weight,
+                    norm_bias=norm_bias, in_weight=in_weight,
+                    dw_weight=dw_weight, dw_bias=dw_bias, weight=weight,
+                    scale=scale)
+                outs.append(out)
+                if len(parts) > 1:
+                    grads = list(map(at_least_fp32, grads))
+                if totals is None:
+                    totals = grads
+                else:
+                    torch._foreach_add_(totals, grads)
+            (grad_norm_weight, grad_norm_bias, grad_in_weight, grad_in_bias,
+             grad_dw_weight, grad_dw_bias, *grads) = totals
+            grad_weight, grad_bias, grad_scale = (
+                dispatch.kernels_for(x).scaled_linear_backward(
+                    *grads, out_weight.flatten(1), out_bias, scale))
+            grad_x = outs[0] if len(outs) == 1 else torch.cat(outs)
+        sizes = [shape[0] for shape in ctx.shapes[:-4:2]]
+        pairs = zip(
+            at_least_fp32(grad_in_weight).split_with_sizes(sizes),
+            grad_in_bias.split_with_sizes(sizes))
+        grads = [
+            *chain(*pairs), grad_dw_weight, grad_dw_bias, grad_weight,
+            grad_bias
+        ]
+        return (grad_x, grad_norm_weight, grad_norm_bias, grad_scale, None,
+                None, None, *map(Tensor.view, grads, ctx.shapes))
+
+
+def residual_branch(x: Tensor, norm: LayerNorm2d, layers: Iterable[nn.Module],
+                    scale: Tensor, keep: Tensor | None,
+                    middle: str) -> Tensor:
+    """A residual branch of a block, with less work where gradients are off.
+
+    Args:
+        norm (LayerNorm2d): The layer norm.
+        layers (Iterable[nn.Module]): The layers with the parameters that
+            :class:`ResidualBranchFunction` takes.
+        x, scale, keep, middle: Those of :class:`ResidualBranchFunction`.
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    if torch.is_grad_enabled():
+        return ResidualBranchFunction.apply(x, norm.weight, norm.bias, scale,
+                                            keep, norm.eps, middle,
+                                            *parameters)
+    return infer(x, norm.weight, norm.bias, scale, keep, norm.eps, middle,
+                 prepare(x, parameters, middle))
+
+
+def prepare(x: Tensor, parameters: Sequence[Tensor], middle: str,
+            pack: bool = False) -> list[Tensor]:
+    """Weights of a branch as :func:`infer` takes them.
+
+    Args:
+        x (Tensor): Of the type and on the device of the inputs.
+        parameters (Sequence[Tensor]): Those of
+            :class:`ResidualBranchFunction`, or with one layer in place of the
+            first ones.
+        middle (str): 'gate' or 'position'.
+        pack (bool): Whether to spend time and memory for the sake of many
+            calls to come. Defaults to False.
+
+    Returns:
+        list[Tensor]: In the precision of the products.
+    """
+    dtype = product_dtype(x)
+    if not onednn_takes_gelu(x.device, dtype):
+        with without_autocast(x):
+            return dispatch.kernels_for(x).operands(parameters, dtype)
+    if middle == 'gate' and len(parameters) == 6:
+        # Only one of the halves meets a GELU.
+        pairs = zip(*(p.chunk(2) for p in parameters[:2]))
+        parameters = [*chain(*pairs), *parameters[2:]]
+    *linears, dw_weight, dw_bias, out_weight, out_bias = (
+        p.to(dtype) for p in parameters)
+
+    def factor(p: Tensor) -> Tensor:
+        if p.ndim == 1:
+            return p
+        p = p.flatten(1)
+        return torch.ops.mkldnn._reorder_linear_weight(p) if pack else p
+
+    return [
+        *map(factor, linears), dw_weight, dw_bias,
+        factor(out_weight), out_bias
+    ]
+
+
+def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
+          scale: Tensor | None, keep: Tensor | None, eps: float, middle: str,
+          weights: Sequence[Tensor]) -> Tensor:
+    """:class:`ResidualBranchFunction` without gradients.
+
+    Args:
+        norm_weight, norm_bias, scale (Tensor, optional): None for ones and
+            zeros.
+        weights (Sequence[Tensor]): From :func:`prepare`.
+        x, keep, eps, middle: Those of :class:`ResidualBranchFunction`.
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    dtype, kernels = product_dtype(x), dispatch.kernels_for(x)
+    parts = in_parts(_hidden_bytes(x, weights[1], dtype), PART_BYTES, x, keep)
+    if len(parts) > 1:
+        return torch.cat([
+            infer(part, norm_weight, norm_bias, scale, keep_part, eps, middle,
+                  weights) for part, keep_part in parts])
+    with without_autocast(x):
+        y = kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype)
+        if onednn_takes_gelu(x.device, dtype):
+            onednn_middle = _onednn_gate if middle == 'gate' \
+                else _onednn_position
+            y = onednn_middle(y, *weights[:-2])
+            if scale is None and x.dtype == dtype:
+                return torch.ops.mkldnn._linear_pointwise.binary(
+                    y, x, *weights[-2:], 'add')
+            y = onednn_linear(y, *weights[-2:])
+        else:
+            kernel = kernels.gate if middle == 'gate' else kernels.position
+            y = kernel(linear(y, *weights[:2]), *weights[2:4])
+            y = linear(y, *weights[4:])
+        if scale is None:
+            return y.to(x.dtype).add_(x)
+        return kernels.scale_residual(x, y, scale, keep)
+
+
+def _onednn_gate(y: Tensor, z_weight: Tensor, z_bias: Tensor,
+                 v_weight: Tensor, v_bias: Tensor, dw_weight: Tensor,
+                 dw_bias: Tensor) -> Tensor:
+    h = onednn_linear(y, z_weight, z_bias, 'gelu')
+    return onednn_linear(y, v_weight, v_bias).mul_(
+        depthwise(h, dw_weight, dw_bias))
+
+
+def _onednn_position(y: Tensor, weight: Tensor, bias: Tensor,
+                     dw_weight: Tensor, dw_bias: Tensor) -> Tensor:
+    h = onednn_linear(y, weight, bias, 'gelu')
+    return onednn_depthwise3_gelu(h, dw_weight, dw_bias).add_(h)

@@ -1,0 +1,96 @@
+"""The layer norm and the convolution between two stages, on GPUs."""
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, torch_kernels
+from .dispatch import (
+    has_hooks,
+    log_once,
+    product_dtype,
+    refuse_second_derivatives,
+    without_autocast,
+)
+from .operators import LayerNorm2d, at_least_fp32, to_nchw, to_nhwc
+from .products import linear, linear_grad_input, linear_grad_params
+
+
+class DownsamplingFunction(torch.autograd.Function):
+    """A layer norm over the channels and a convolution of patches.
+
+    The convolution is a matrix product over the patches, which the kernels of
+    the norm write and whose gradients they read.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        norm_weight, norm_bias (Tensor, optional): (C, ); None only where x
+            wants no gradient.
+        eps (float): Added to the variance.
+        weight (Tensor): Of the convolution, (O, C, P, P), stride P.
+        bias (Tensor): (O, ).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm_weight: Tensor | None,
+                norm_bias: Tensor | None, eps: float, weight: Tensor,
+                bias: Tensor) -> Tensor:
+        dtype = product_dtype(x)
+        ctx.eps, ctx.shape = eps, weight.shape
+        with without_autocast(x):
+            weight = to_nhwc(weight).to(
+                dtype, memory_format=torch.contiguous_format).flatten(1)
+            ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+            y = dispatch.kernels_for(x).layer_norm(
+                x, norm_weight, norm_bias, eps, dtype, ctx.shape[3])
+            return linear(y, weight, bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
+        x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        o, c, size, _ = ctx.shape
+        with without_autocast(x):
+            grad = grad.to(weight.dtype).contiguous()
+            grad_x, *norm_grads, normed = (
+                dispatch.kernels_for(x).layer_norm_backward(
+                    linear_grad_input(grad, weight), x, norm_weight, norm_bias,
+                    ctx.eps, None, size))
+            grad_weight, grad_bias = linear_grad_params(grad, normed)
+        grad_weight = to_nchw(
+            at_least_fp32(grad_weight).view(o, size, size, c))
+        return grad_x, *norm_grads, None, grad_weight, grad_bias
+
+
+def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
+    """``conv(norm(x))``, by the kernels where GPUs have them.
+
+    Args:
+        x (Tensor): (N, C, H, W).
+        norm (nn.Module): Layer norm over the channels.
+        conv (nn.Module): Convolution of patches.
+
+    Returns:
+        Tensor: (N, C', H', W'), in channels-last memory.
+    """
+    # torch's own norm gives each pixel 128 threads, most of them idle, and
+    # under autocast reads and writes fp32.
+    if dispatch.kernels_for(x) is torch_kernels or dispatch.find_obstacle(x):
+        return conv(norm(x))
+    if not _is_unmodified(norm, conv) \
+            or norm.weight is None and x.requires_grad:
+        if not torch.compiler.is_compiling():
+            log_once('plain operators of a downsampling, because its layers '
+                     'were replaced or have hooks')
+        return conv(norm(x))
+    return to_nchw(
+        DownsamplingFunction.apply(to_nhwc(x), norm.weight, norm.bias,
+                                   norm.eps, conv.weight, conv.bias))
+
+
+def _is_unmodified(norm: nn.Module, conv: nn.Module) -> bool:
+    return (type(norm) is LayerNorm2d and type(conv) is nn.Conv2d
+            and not has_hooks(norm) and not has_hooks(conv)
+            and conv.bias is not None and conv.groups == 1
+            and conv.dilation == (1, 1) and conv.padding == (0, 0)
+            and conv.kernel_size == conv.stride == conv.stride[::-1])

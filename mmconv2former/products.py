@@ -1,0 +1,229 @@
+"""Matrix products and depthwise convolutions by the fastest library.
+
+Tensors are (N, H, W, C). No function here builds a graph for autograd.
+"""
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operators import at_least_fp32, to_nchw, to_nhwc
+
+aten = torch.ops.aten
+
+# Whether torch has products of 16 bits with results in fp32.
+_MM_IN_FP32 = 'dtype' in aten.mm.overloads()
+
+
+def _has_onednn(device: torch.device) -> bool:
+    return (device.type == 'cpu' and not torch.compiler.is_compiling()
+            and torch.backends.mkldnn.is_available())
+
+
+def _onednn_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to ask oneDNN for products; in bf16 torch does by itself."""
+    return dtype == torch.float32 and _has_onednn(device)
+
+
+@cache
+def _mkl_is_fast() -> bool:
+    """Whether torch's own fp32 products, by MKL, are fast on this CPU.
+
+    On those of Intel they are as fast as oneDNN's, and take transposed factors
+    as they are. On those of AMD they take twice as long.
+    """
+    try:
+        cpu = Path('/proc/cpuinfo').read_text()
+    except OSError:  # not Linux
+        cpu = platform.processor()
+    return torch.backends.mkl.is_available() and 'GenuineIntel' in cpu
+
+
+def _onednn_bf16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes bf16, which it does with the right instructions."""
+    return (dtype == torch.bfloat16 and _has_onednn(device)
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def onednn_takes_gelu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :func:`onednn_linear` can, before its result goes to memory.
+
+    Args:
+        device (torch.device): Of the operands.
+        dtype (torch.dtype): Of the operands.
+
+    Returns:
+        bool: And :func:`onednn_depthwise3_gelu` with it.
+    """
+    return _onednn_fp32(device, dtype) or _onednn_bf16(device, dtype)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None,
+                  activation: str = 'none') -> Tensor:
+    """:func:`linear` by oneDNN.
+
+    Args:
+        x (Tensor): (..., I).
+        weight (Tensor): (O, I).
+        bias (Tensor, optional): (O, ).
+        activation (str): 'none' or 'gelu', on the result. Defaults to 'none'.
+
+    Returns:
+        Tensor: (..., O).
+    """
+    # There is no public name for this, which torch's compiler uses.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [],
+                                              'none')
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer: (..., I), (O, I), (O, ) -> (..., O), without gradients."""
+    if _onednn_fp32(x.device, x.dtype):
+        return onednn_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the input of a linear layer.
+
+    Args:
+        grad (Tensor): Of its output, (N, H, W, O).
+        weight (Tensor): (O, I).
+
+    Returns:
+        Tensor: (N, H, W, I).
+    """
+    if grad.is_cuda:  # fewer calls
+        return torch.mm(grad.flatten(0, 2), weight).view(*grad.shape[:3], -1)
+    return linear(grad, weight.t())
+
+
+def _bias_grad(grad: Tensor) -> Tensor:
+    if grad.is_cuda:
+        return grad.sum((0, 1, 2),
+                        dtype=torch.promote_types(grad.dtype, torch.float32))
+    # Sums in fp32 by itself; asked for an fp32 result it is five times slower.
+    return at_least_fp32(grad.sum((0, 1, 2)))
+
+
+def linear_grad_params(
+        grad: Tensor, x: Tensor,
+        grad_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias of a linear layer.
+
+    Args:
+        grad (Tensor): Of its output, (N, H, W, O).
+        x (Tensor): Its input, (N, H, W, I).
+        grad_bias (Tensor, optional): The gradient of the bias, if a kernel
+            that read ``grad`` anyway has summed it up. Defaults to None.
+
+    Returns:
+        tuple[Tensor]: (O, I), and (O, ) at least in fp32.
+    """
+    rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2).t()
+    o, i = len(rows), len(columns)
+    if _onednn_bf16(x.device, x.dtype) and rows.shape[1] > 2048:
+        # As a convolution, which sums over many positions a third faster.
+        _, grad_weight, grad_bias = aten.convolution_backward(
+            to_nchw(grad), to_nchw(x), x.new_empty(o, i, 1, 1), (o, ), (1, 1),
+            (0, 0), (1, 1), False, (0, 0), 1, (False, True, True))
+        return grad_weight.view(o, i), at_least_fp32(grad_bias)
+    if grad_bias is None:
+        grad_bias = _bias_grad(grad)
+    if x.is_cuda and x.dtype.itemsize == 2 and _MM_IN_FP32 \
+            and not torch.compiler.is_compiling():
+        return aten.mm.dtype(rows, columns.t(), torch.float32), grad_bias
+    if not _onednn_fp32(x.device, x.dtype) or _mkl_is_fast():
+        return torch.mm(rows, columns.t()), grad_bias
+    # oneDNN wants the first of the two transposed, which had better be the
+    # smaller where there is more to copy than to transpose afterwards.
+    if i < min(rows.shape):
+        grad_weight = linear(_transposed(x), rows).t().contiguous()
+    else:
+        grad_weight = linear(_transposed(grad), columns)
+    return grad_weight, grad_bias
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """(N, H, W, C) -> (C, NHW), copied by all threads, a matrix by one."""
+    return x.permute(3, 0, 1, 2).flatten(1)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Depthwise convolution, (N, H, W, C), (C, 1, k, k), (C, )."""
+    k = weight.shape[-1]
+    image = to_nchw(x)
+    if _onednn_fp32(x.device, x.dtype) and 9 <= k <= 13 \
+            and min(image.shape[2:]) > k // 2:
+        # Nearly twice as fast in oneDNN, which pays for the copy.
+        image = image.contiguous()
+    return to_nhwc(
+        F.conv2d(image, weight, bias, padding=k // 2,
+                 groups=len(weight))).contiguous()
+
+
+def depthwise_grad_weight(grad: Tensor, x: Tensor,
+                          kernel_size: int) -> Tensor:
+    """Weight gradient of a depthwise convolution, as another convolution.
+
+    dW[c, i, j] = sum over n, h, w of x[n, h + i - p, w + j - p, c] *
+    grad[n, h, w, c] is itself a depthwise convolution: of the image with its
+    gradient as the kernel, each sample a group. oneDNN is fast at forward
+    convolutions of any kernel, and at weight gradients only of those up to
+    3x3 that fit into the image.
+
+    Args:
+        grad (Tensor): Gradient of the output of the convolution,
+            (N, H, W, C).
+        x (Tensor): Its input, (N, H, W, C).
+        kernel_size (int): Size of the kernel k, odd; the padding is k // 2.
+
+    Returns:
+        Tensor: (C, 1, k, k), in fp32 where the input has less.
+    """
+    n, h, w, c = x.shape
+    padding = kernel_size // 2
+    x, grad = to_nchw(x), to_nchw(grad)
+    if x.dtype != torch.bfloat16 or h * w < 1024:
+        # Rounds once instead of once for each sample. Large maps are twice
+        # as fast in bf16, and have no few numbers that could cancel out.
+        x, grad = at_least_fp32(x), at_least_fp32(grad)
+    # oneDNN's contiguous kernels are the faster ones, but end at 13 and where
+    # the padding exceeds the image; its channels-last ones take anything.
+    if kernel_size <= 13 and min(h, w) > padding:
+        image, kernel = x.reshape(1, n * c, h, w), grad.reshape(
+            n * c, 1, h, w)
+    else:
+        image, kernel = (
+            t.permute(2, 3, 0, 1).reshape(1, h, w, n * c).permute(0, 3, 1, 2)
+            for t in (x, grad))
+        kernel = kernel.transpose(0, 1)
+    out = F.conv2d(image, kernel, padding=padding, groups=n * c)
+    return at_least_fp32(out).view(n, c, 1, kernel_size, kernel_size).sum(0)
+
+
+def depthwise_backward(grad: Tensor, x: Tensor,
+                       weight: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of input, weight and bias, the latter two at least in fp32."""
+    c, k = len(weight), weight.shape[-1]
+    as_convolution = x.device.type == 'cpu' and (
+        k > 3 or k > min(x.shape[1:3]))
+    grad_x, grad_weight, grad_bias = aten.convolution_backward(
+        to_nchw(grad), to_nchw(x), weight, (c, ), (1, 1), (k // 2, k // 2),
+        (1, 1), False, (0, 0), c, (True, ) + 2 * (not as_convolution, ))
+    if as_convolution:
+        grad_weight = depthwise_grad_weight(grad, x, k)
+        grad_bias = _bias_grad(grad)
+    return (to_nhwc(grad_x), at_least_fp32(grad_weight),
+            at_least_fp32(grad_bias))
+
+
+def onednn_depthwise3_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU of a 3x3 depthwise convolution, (N, H, W, C) -> (N, H, W, C)."""
+    return to_nhwc(
+        torch.ops.mkldnn._convolution_pointwise(
+            to_nchw(x), weight, bias, [1, 1], [1, 1], [1, 1], len(weight),
+            'gelu', [], 'none'))

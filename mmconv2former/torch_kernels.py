@@ -1,0 +1,377 @@
+"""What the blocks do besides matrix products, by operators of torch.
+
+The reference of :mod:`mmconv2former.triton_kernels`, whose functions have the
+same names, and what runs on CPUs.
+
+Tensors are (N, H, W, C). No function here builds a graph for autograd.
+"""
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operators import at_least_fp32
+from .products import depthwise, depthwise_backward
+
+aten = torch.ops.aten
+
+# Largest temporary tensor where a batch is processed in parts; that of a
+# single sample may exceed it.
+PART_BYTES = 2**22
+
+
+def in_parts(sample: int, size: int, *tensors: Tensor | None
+             ) -> list[tuple[Tensor | None, ...]]:
+    """A batch in parts that need small temporary tensors; whole on GPUs.
+
+    The C library gives large tensors back to the system when they are freed,
+    and gets the memory of the next ones page by page.
+
+    Args:
+        sample (int): Bytes of the largest temporary tensor of one sample.
+        size (int): Bytes that this tensor may have for a part of several
+            samples.
+        tensors (Tensor, optional): The batch, (N, ...) each. The first is not
+            None.
+
+    Returns:
+        list[tuple]: A part of each tensor; None remains None.
+    """
+    x = tensors[0]
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return [tensors]
+    samples = max(size // max(sample, 1), 1)
+    if samples >= len(x):
+        return [tensors]
+    return list(zip(*(
+        repeat(None) if t is None else t.split(samples) for t in tensors)))
+
+
+def _join(groups: Iterable[Sequence[Tensor]],
+          dtype: torch.dtype) -> list[Tensor]:
+    """Each group of parameters as one tensor of that type, (O, ...)."""
+    joined, sources, targets = [], [], []
+    for group in groups:
+        out = group[0]
+        if len(group) > 1:
+            sizes = [p.shape[0] for p in group]
+            out = out.new_empty((sum(sizes), *out.shape[1:]), dtype=dtype)
+            sources += group
+            targets += out.split_with_sizes(sizes)
+        elif out.dtype != dtype:
+            sources.append(out)
+            out = torch.empty_like(out, dtype=dtype)
+            targets.append(out)
+        joined.append(out)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+    return joined
+
+
+def filters(weight: Tensor, bias: Tensor,
+            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Parameters of a depthwise convolution as the kernels read them.
+
+    Args:
+        weight (Tensor): (C, 1, k, k).
+        bias (Tensor): (C, ).
+        dtype (torch.dtype): Of the other operands.
+
+    Returns:
+        tuple[Tensor]: Both, of the same shapes.
+    """
+    return weight.to(dtype), bias.to(dtype)
+
+
+def operands(parameters: Sequence[Tensor],
+             dtype: torch.dtype) -> list[Tensor]:
+    """Weights and biases of a branch as the products and kernels take them.
+
+    Args:
+        parameters (Sequence[Tensor]): Those of
+            :class:`mmconv2former.fused_block.ResidualBranchFunction`.
+        dtype (torch.dtype): Of the products.
+
+    Returns:
+        list[Tensor]: Weight and bias of the first layers as one, (O, I) and
+        (O, ), those of the convolution, and those of the last layer.
+    """
+    return join_operands(parameters, dtype, filters)
+
+
+def join_operands(parameters: Sequence[Tensor], dtype: torch.dtype,
+                  filters: Callable) -> list[Tensor]:
+    """:func:`operands` with the given :func:`filters`."""
+    *_, dw_weight, dw_bias, out_weight, out_bias = parameters
+    in_weight, in_bias, out_weight, out_bias = _join(
+        ([p.flatten(1) for p in parameters[:-4:2]], parameters[1:-4:2],
+         [out_weight.flatten(1)], [out_bias]), dtype)
+    return [
+        in_weight, in_bias, *filters(dw_weight, dw_bias, dtype), out_weight,
+        out_bias
+    ]
+
+
+def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``DW_k(GELU(z)) * v`` (``modulate`` of the plain path).
+
+    Args:
+        zv (Tensor): [z|v], (N, H, W, 2C).
+        weight (Tensor): Depthwise kernel, (C, 1, k, k), k odd.
+        bias (Tensor): Bias of the depthwise convolution, (C, ).
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    return gate_forward(zv, weight, bias)[0]
+
+
+def gate_forward(zv: Tensor, weight: Tensor,
+                 bias: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`gate`, and the output of the convolution, (N, H, W, C)."""
+    z, v = zv.chunk(2, -1)
+    # GELU is several times as fast on contiguous memory.
+    a = depthwise(F.gelu(z.contiguous()), weight, bias)
+    return a * v, a
+
+
+def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
+                  bias: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of :func:`gate`, and its result once more.
+
+    Args:
+        grad (Tensor): Gradient of the result, (N, H, W, C).
+        a (Tensor): Output of the convolution, (N, H, W, C).
+        zv, weight, bias (Tensor): As above. This and ``a`` may be of another
+            type than the rest.
+
+    Returns:
+        tuple[Tensor]: Gradients of zv, weight and bias (the latter two in
+        fp32), the result, which the caller has not stored, and the sum of the
+        first over all positions, (2C, ), which only Triton's kernels have at
+        hand: None here.
+    """
+    grad_zv = torch.empty_like(zv, dtype=grad.dtype)
+    grad_z, grad_v = grad_zv.chunk(2, -1)
+    z, v = zv.chunk(2, -1)
+    z, a = z.to(grad.dtype).contiguous(), a.to(grad.dtype)
+    torch.mul(grad, a, out=grad_v)
+    grad_a = grad * v
+    h = F.gelu(z)
+    grad_h, grad_weight, grad_bias = depthwise_backward(grad_a, h, weight)
+    grad_z.copy_(aten.gelu_backward(grad_h, z, grad_input=grad_h))
+    return grad_zv, grad_weight, grad_bias, a * v, None
+
+
+def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``h + GELU(DW_3(h))``, ``h = GELU(z)`` (there ``add_position``).
+
+    Args:
+        z (Tensor): (N, H, W, C).
+        weight (Tensor): Depthwise kernel, (C, 1, 3, 3).
+        bias (Tensor): Bias of the depthwise convolution, (C, ).
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    out = torch.empty_like(z)
+    for z_part, out_part in in_parts(z[:1].nbytes, PART_BYTES, z, out):
+        h = F.gelu(z_part)
+        torch.add(h, aten.gelu_(depthwise(h, weight, bias)), out=out_part)
+    return out
+
+
+def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
+                      bias: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of :func:`position`, and its result once more.
+
+    Args:
+        grad (Tensor): Gradient of the result, (N, H, W, C), which is
+            overwritten.
+        z, weight, bias (Tensor): As above. z may be of another type than the
+            rest.
+
+    Returns:
+        tuple[Tensor]: Gradients of z, weight and bias (the latter two in
+        fp32), the result, which the caller has not stored, and the sum of the
+        first over all positions, (C, ): None here, as above.
+    """
+    z = z.to(grad.dtype)
+    h = F.gelu(z)
+    d = depthwise(h, weight, bias)
+    grad_d = aten.gelu_backward(grad, d)
+    out = torch.add(h, aten.gelu_(d), out=d)
+    grad_h, *grads = depthwise_backward(grad_d, h, weight)
+    aten.gelu_backward(grad_h.add_(grad), z, grad_input=grad)
+    return grad, *grads, out, None
+
+
+def _norm_parameters(x: Tensor, *parameters: Tensor
+                     | None) -> list[Tensor | None]:
+    """CPUs take them in fp32 whatever x is in, and are faster then."""
+    return [
+        p if p is None else p.to(x.dtype) if x.is_cuda else at_least_fp32(p)
+        for p in parameters
+    ]
+
+
+def patches(x: Tensor, size: int) -> Tensor:
+    """(N, H, W, C) -> (N, H // P, W // P, P * P * C), P the size.
+
+    What does not fill a patch is left out.
+    """
+    n, height, width, c = x.shape
+    rows, columns = height // size, width // size
+    return x[:, :rows * size, :columns * size].reshape(
+        n, rows, size, columns, size, c).transpose(2, 3).flatten(3)
+
+
+def patches_shape(x: Tensor, size: int) -> tuple[int, ...]:
+    """That of :func:`patches`."""
+    n, height, width, c = x.shape
+    return n, height // size, width // size, size * size * c
+
+
+def unpatch(x: Tensor, size: int, height: int, width: int) -> Tensor:
+    """The inverse of :func:`patches`, with zeros for what was left out."""
+    n, rows, columns, _ = x.shape
+    x = x.reshape(n, rows, columns, size, size, -1).transpose(2, 3).reshape(
+        n, rows * size, columns * size, -1)
+    return F.pad(x, (0, 0, 0, width - columns * size, 0, height - rows * size))
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
+               eps: float, dtype: torch.dtype, patch: int = 1) -> Tensor:
+    """Layer norm over the channels.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        weight, bias (Tensor, optional): (C, ); None for ones and zeros.
+        eps (float): Added to the variance.
+        dtype (torch.dtype): Of the result.
+        patch (int): Side of the :func:`patches` of the result. Defaults to 1.
+
+    Returns:
+        Tensor: (N, H, W, C), or its patches.
+    """
+    out = F.layer_norm(x, x.shape[-1:], *_norm_parameters(x, weight, bias),
+                       eps).to(dtype)
+    return out if patch == 1 else patches(out, patch)
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+                        eps: float, residual: Tensor | None,
+                        patch: int = 1) -> tuple[Tensor, ...]:
+    """Gradients of a layer norm over the channels, and of what passes by it.
+
+    Args:
+        grad (Tensor): Gradient of the output, (N, H, W, C), or its patches.
+        x (Tensor): Input, (N, H, W, C).
+        weight, bias (Tensor): (C, ).
+        eps (float): Added to the variance.
+        residual (Tensor, optional): What else reaches x, (N, H, W, C).
+        patch (int): Side of the patches. Defaults to 1.
+
+    Returns:
+        tuple[Tensor]: Gradients of x, weight and bias, and the output once
+        more, of the type of ``grad``.
+    """
+    dtype = x.dtype
+    if patch > 1:
+        grad = unpatch(grad, patch, *x.shape[1:3])
+    if not x.is_cuda:
+        # Sums of bf16 are wrong by a third on CPUs, over the 50,000 positions
+        # of four images of 448x448.
+        x = at_least_fp32(x)
+    parameters = _norm_parameters(x, weight, bias)
+    normed, mean, rstd = aten.native_layer_norm(x, weight.shape, *parameters,
+                                                eps)
+    normed = normed.to(grad.dtype)
+    grad_x, grad_weight, grad_bias = aten.native_layer_norm_backward(
+        grad.to(x.dtype), x, weight.shape, mean, rstd, *parameters,
+        (True, True, True))
+    if residual is not None:
+        grad_x = grad_x.to(residual.dtype).add_(residual)
+    if patch > 1:
+        normed = patches(normed, patch)
+    return (grad_x.to(dtype), at_least_fp32(grad_weight),
+            at_least_fp32(grad_bias), normed)
+
+
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+                   keep: Tensor | None) -> Tensor:
+    """``x + keep * scale * y``.
+
+    Args:
+        x, y (Tensor): (N, H, W, C).
+        scale (Tensor): Layer scale, (C, ).
+        keep (Tensor, optional): Drop path, (N, 1, 1, 1).
+
+    Returns:
+        Tensor: (N, H, W, C), of the type of x.
+    """
+    scale = _scale_for(x, scale)
+    return torch.addcmul(x, y.to(x.dtype), scale if keep is None else
+                         scale * keep).to(x.dtype)
+
+
+def _scale_for(x: Tensor, scale: Tensor) -> Tensor:
+    # fp16's numbers end above 1e-6 * 0.02.
+    return scale if x.dtype == torch.float16 else scale.to(x.dtype)
+
+
+def scale_backward(grad: Tensor,
+                   scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the input of a layer scale.
+
+    Args:
+        grad (Tensor): Of its output, (N, H, W, C).
+        scale (Tensor): (C, ).
+
+    Returns:
+        tuple[Tensor]: The gradient, of the type of ``grad``, and the sum of
+        ``grad`` over all positions, (C, ): None here, as above.
+    """
+    return (grad * _scale_for(grad, scale)).to(grad.dtype), None
+
+
+def drop_backward(grad: Tensor, scale: Tensor, keep: Tensor,
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the inputs of drop path and of the layer scale before it.
+
+    Args:
+        grad (Tensor): Of the output of drop path, (N, H, W, C).
+        scale (Tensor): (C, ).
+        keep (Tensor): (N, 1, 1, 1).
+        dtype (torch.dtype): Of the results.
+
+    Returns:
+        tuple[Tensor]: Both gradients, and the sum of the first over all
+        positions, (C, ): None here, as above.
+    """
+    grad = (grad * keep).to(dtype)
+    return grad, *scale_backward(grad, scale)
+
+
+def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,
+                           weight: Tensor, bias: Tensor,
+                           scale: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of a linear layer's parameters and the layer scale behind it.
+
+    Args:
+        grad_weight (Tensor): Gradient of the weight as if the scale were 1,
+            (O, I), which is overwritten.
+        grad_bias (Tensor): That of the bias, (O, ), likewise.
+        weight, bias, scale (Tensor): The parameters, (O, I), (O, ) and (O, ).
+
+    Returns:
+        tuple[Tensor]: Gradients of the three, at least in fp32.
+    """
+    grad_weight, scale = at_least_fp32(grad_weight), at_least_fp32(scale)
+    grad_scale = (
+        torch.linalg.vecdot(at_least_fp32(weight), grad_weight) +
+        at_least_fp32(bias) * grad_bias)
+    return (grad_weight.mul_(scale[:, None]), grad_bias.mul_(scale),
+            grad_scale)
