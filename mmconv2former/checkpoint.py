@@ -123,8 +123,8 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
         CheckpointError: If the file is damaged, or holds an object that is
             neither a tensor nor plain data and is not trusted.
     """
-    # torch forgets on the way out what it was given, and would forget what
-    # somebody else has allowed for good.
+    # On exit the context removes what it was given, also where that had been
+    # allowed before: it gets only what is new.
     known = torch.serialization.get_safe_globals()
     new = [item for item in safe_globals() if item not in known]
     try:

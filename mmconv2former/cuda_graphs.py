@@ -2,9 +2,10 @@
 
 A training step of T launches over a thousand kernels, for which a CPU takes
 longer than a GPU for the work. For each kind of batch the launches are
-recorded once, and then replayed. ``torch.cuda.make_graphed_callables`` does the same for one kind; its
-gradients are wrong where several backward passes add up to one update, because
-those of the next pass take the place of what was accumulated.
+recorded once, and then replayed. ``torch.cuda.make_graphed_callables`` does
+the same for one kind; its gradients are wrong where several backward passes add
+up to one update, because those of the next pass take the place of what was
+accumulated.
 """
 import os
 import threading
@@ -89,9 +90,9 @@ class CUDAGraphs:
     A kind is a shape with a memory layout and a precision, and whether and
     for which parameters there are gradients. It is recorded at its third
     batch. Those beyond the limit, and modules that cannot be recorded, run as
-    if there were no graphs; the log says why. All graphs share their memory,
-    so that what a forward pass has stored for its backward pass is gone once
-    another one began.
+    if there were no graphs; the log says why. All graphs share their memory:
+    a second forward pass overwrites what the first has stored for its backward
+    pass.
 
     Args:
         limit (int): Greatest number of kinds.

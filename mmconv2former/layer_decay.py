@@ -121,7 +121,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     backbone learns at the base rate. The backbone is asked for the depths
     (``get_layer_depth``, see :meth:`mmconv2former.Conv2Former.
     get_layer_depth`), so that mmpretrain's backbones work too. The rule is
-    that of ConvNeXt's official code, which BEiT's goes before.
+    that of ConvNeXt's official code, which took it from BEiT's.
 
     Parameters are grouped by (depth, learning rate, weight decay): a few tens
     of groups in a stable order, reported as one table. Frozen parameters are

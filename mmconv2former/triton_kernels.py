@@ -79,7 +79,10 @@ def _convolution_tile(height: int, width: int, kernel_size: int,
 
 
 def _splits(items: int, programs: int, waves: int = 1) -> int:
-    """Equal parts of a sum, each the work of as many programs."""
+    """Into how many equal parts to cut a sum over the items.
+
+    Each part is the work of as many programs; all of them fill the GPU.
+    """
     share = _ceil_div(items, max(waves * PROGRAMS // programs, 1))
     return _ceil_div(items, max(share, 1))
 
@@ -206,6 +209,7 @@ def _taps_first(weight: Tensor) -> Tensor:
 def _sum(out_ptr, ptr, parts, strips, kind, kinds, first, channel,
          C: tl.constexpr, TAPS: tl.constexpr, COLUMNS: tl.constexpr,
          ROWS: tl.constexpr):
+    """Sum of one kind, of those from ``first`` on that lie at ``ptr``."""
     used = channel < C
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, parts * strips, ROWS):
@@ -319,6 +323,7 @@ def _gelu(x, EXACT: tl.constexpr):
 def _slope(x, tail):
     """Derivative of GELU, with the tail at abs(x)."""
     u = tl.abs(x)
+    # exp(-u * u / 2) / sqrt(2 * pi)
     density = tl.exp2(-0.72134752 * u * u - 1.32574806)
     slope = tail - u * density
     return tl.where(x > 0., 1. - slope, slope)
@@ -471,6 +476,7 @@ def _convolve(x_ptr, weight_ptr, channel, column, alive, n, top, height, width,
 @triton.jit(do_not_specialize=['area'])
 def _gelu_kernel(z_ptr, h_ptr, area, C: tl.constexpr, STRIDE: tl.constexpr,
                  BLOCK: tl.constexpr):
+    """h = GELU(z), of which z is a slice of the channels."""
     size = area * C  # of an image
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0)
@@ -1032,6 +1038,7 @@ def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, height,
                        width, eps, C: tl.constexpr, X_STRIDE: tl.constexpr,
                        PATCH: tl.constexpr, BLOCK: tl.constexpr,
                        PIXELS: tl.constexpr):
+    """out = (x - mean) * rstd * weight + bias, as patches."""
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < C
     pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
@@ -1085,6 +1092,11 @@ def _layer_norm_backward_kernel(
         C: tl.constexpr, GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
         RESIDUAL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
         BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+    """With g = grad * weight and n = (x - mean) * rstd,
+
+    grad_x = (g - mean(g) - n * mean(g * n)) * rstd + residual, the output
+    once more, and sums of grad * n and of grad for each program.
+    """
     pid = tl.program_id(0)
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < C
@@ -1165,6 +1177,7 @@ def _scale_residual_kernel(
         x_ptr, y_ptr, scale_ptr, keep_ptr, out_ptr, area, C: tl.constexpr,
         X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
         PIXELS: tl.constexpr):
+    """out = x + keep * scale * y."""
     tiles = tl.cdiv(area, PIXELS)
     n = tl.cast(tl.program_id(0) // tiles, tl.int64)
     # In full shape, so that the vectors come in the layout of the tensors.
@@ -1213,6 +1226,7 @@ def _scale_backward_kernel(grad_ptr, scale_ptr, keep_ptr, y_ptr, out_ptr,
                            partial_ptr, pixels, tiles, area, C: tl.constexpr,
                            GRAD_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
                            PIXELS: tl.constexpr):
+    """y = grad * keep, out = y * scale, and sums of y for each part."""
     channel, part, parts = _column_place(C, BLOCK)
     used = channel < C
     scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
@@ -1278,6 +1292,8 @@ def _scaled_linear_backward_kernel(
         grad_weight_ptr, grad_bias_ptr, weight_ptr, bias_ptr, scale_ptr,
         out_weight_ptr, out_bias_ptr, out_scale_ptr, COLUMNS: tl.constexpr,
         BLOCK: tl.constexpr):
+    """Gradients times scale; that of the scale is the sum of grad * weight
+    over a row, and grad * bias."""
     row = tl.program_id(0)
     scale = tl.load(scale_ptr + row).to(tl.float32)
     total = tl.zeros((BLOCK, ), tl.float32)

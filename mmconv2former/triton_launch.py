@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-# What is known of a launch by the shapes of its tensors. As many as a training
-# with many sizes of images has.
+# Keeps what a function finds for each combination of shapes. Training with
+# many sizes of images has some thousands.
 plan = lru_cache(maxsize=4096)
 
 # The kernels that Triton has compiled, by what it chose them for.

@@ -28,6 +28,7 @@ from .triton_launch import Launch, plan
 def _pixels_first_kernel(x_ptr, out_ptr, height, width, stride_n, stride_c,
                          stride_h, stride_w, IN: tl.constexpr,
                          OUT: tl.constexpr, BLOCK: tl.constexpr):
+    """(N, C, H, W) in any strides -> (N, H, W, OUT)."""
     blocks = tl.cdiv(height * width, BLOCK)
     n = tl.cast(tl.program_id(0) // blocks, tl.int64)
     pixel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -97,6 +98,7 @@ def _moments_kernel(partial_ptr, mean_ptr, rstd_ptr, running_mean_ptr,
                     running_var_ptr, pixels, parts, eps, momentum,
                     C: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr,
                     ROWS: tl.constexpr):
+    """Moments of all parts from those of each; updates the running ones."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, parts, ROWS):
@@ -154,6 +156,7 @@ def _gelu_norm_kernel(x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, out_ptr,
                       USED: tl.constexpr, OUT: tl.constexpr,
                       PATCH: tl.constexpr, BLOCK: tl.constexpr,
                       PIXELS: tl.constexpr):
+    """out = (GELU(x) - mean) * rstd * weight + bias, as patches."""
     exact: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < USED
@@ -231,6 +234,7 @@ def _gelu_norm_backward_kernel(grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr,
                                GRAD: tl.constexpr, OUT: tl.constexpr,
                                PATCH: tl.constexpr, BLOCK: tl.constexpr,
                                PIXELS: tl.constexpr):
+    """Gradient of x, through the moments where there are their sums."""
     exact: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < USED

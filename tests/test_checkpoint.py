@@ -162,7 +162,7 @@ def test_neck_refuses_a_file_without_head_and_one_of_another_width(tmp_path):
         neck_of(path, out_channels=7)
 
 
-def test_all_official_archs_load_with_their_names(tmp_path, log):
+def test_official_weights_load_under_their_own_names(tmp_path, log):
     for arch in ('n', 't'):
         path = tmp_path / f'{arch}.pth'
         torch.save(official.weights(arch), path)

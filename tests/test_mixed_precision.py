@@ -1,7 +1,8 @@
 """The losses of the three tasks in fp16 and bf16.
 
-The option is tested in test_tools.py. mmengine's AmpOptimWrapper asks for a
-GPU, so that here torch's own parts, which it is made of, run on the CPU.
+The option and its optimizer wrapper are tested in test_tools.py. Here the
+parts of a step are taken one by one, to see the gradients before they are
+dropped.
 """
 from pathlib import Path
 from types import SimpleNamespace
