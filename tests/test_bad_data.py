@@ -379,6 +379,21 @@ def test_link_to_the_file_of_the_data_is_not_read(
     data_checks.check_metric(dict(ann_file=str(path)), loader, 'val_evaluator')
 
 
+@pytest.mark.parametrize('content, reason', [
+    ('', 'is empty'), ('no json', 'has no list of categories'),
+    ('{"categories": [{"id": 3, ', 'are no JSON'),
+    ('{"categories": [{"id": 1, "name": "a"}], ', 'is no JSON file')])
+def test_metric_file_that_is_damaged_is_told(coco, copy, tmp_path, content,
+                                             reason):
+    loader = check(COCO, copy(coco), 'val')
+    loader.dataset._metainfo['classes'] = ('a', )
+    path = tmp_path / 'file.json'
+    path.write_text(content)
+    with pytest.raises(data_checks.DataError, match=reason):
+        data_checks.check_metric(dict(ann_file=str(path)), loader,
+                                 'val_evaluator')
+
+
 @pytest.mark.parametrize('content, expected', [
     ('{"categories": [{"id": 3, "name": "cell"}], "images": []}', {3: 'cell'}),
     ('{"images": [], "categories" :\n[{"name": "Küche", "id": 1}]}',

@@ -114,7 +114,7 @@ def test_what_is_rounding_is_no_difference(monkeypatch):
 
 
 def test_switch_is_set_for_a_path_and_put_back(monkeypatch):
-    switch = benchmark_models.SWITCH
+    switch = benchmark_models.FUSED_VARIABLE
     monkeypatch.setenv(switch, '0')
     with benchmark_models.switched('fused'):
         assert switch not in os.environ
@@ -192,6 +192,12 @@ def test_wrong_numbers_are_refused(option, value, capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_args([option, value])
     assert f"'{value}'" in capsys.readouterr().err
+
+
+def test_file_that_cannot_be_written_is_told_before_measuring(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match='with --json'):
+        benchmark.main(['--json', str(tmp_path / 'file' / 'out.json')])
 
 
 def test_cuda_graphs_want_a_gpu(capsys):

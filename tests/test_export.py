@@ -163,6 +163,15 @@ def test_file_that_computes_something_else_is_not_kept(
     assert [*tmp_path.iterdir()] == [path]
 
 
+@pytest.mark.parametrize('content', [b'', b'no checkpoint', b'PK\x03\x04'])
+def test_file_that_is_no_checkpoint_is_told(tool, classifier, tmp_path,
+                                            content):
+    path = tmp_path / 'weights.pth'
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match='weights.pth is damaged or no'):
+        tool.main([classifier[0], str(path), '--format', 'torch'])
+
+
 def test_missing_package_names_the_command(tool, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(SystemExit, match='pip install onnx onnxruntime'):
@@ -252,6 +261,17 @@ def test_int8_classifier_of_any_size(quantizer, tool, quantize, monkeypatch,
         out, = tool.load(str(written))(image)
         expected, = tool.load(str(model))(image)
         assert torch.cosine_similarity(out, expected).min() > 0.98
+
+
+def test_file_that_is_no_classifier_is_told(quantizer, tool, classifier,
+                                            tmp_path):
+    path = tmp_path / 'model.onnx'
+    path.write_bytes(b'no model')
+    with pytest.raises(SystemExit, match='is no ONNX file; write it with'):
+        quantizer.main([classifier[0], str(path)])
+    tool.export(classifier[2].backbone, ['stage3'], [path])
+    with pytest.raises(SystemExit, match='turns images into stage3'):
+        quantizer.main([classifier[0], str(path)])
 
 
 def test_int8_that_loses_accuracy_is_not_written(quantizer, quantize,

@@ -49,6 +49,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import Tensor
 from torch.utils import collect_env
 
+import launch
 from benchmark_models import (
     PATHS,
     arch_of,
@@ -603,7 +604,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_args(argv)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+        launch.check_writable(str(args.json.parent), '--json')
     torch.set_num_threads(args.threads)
     # fp32 is fp32, for convolutions as for matrix products.
     torch.backends.cudnn.allow_tf32 = False

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from mmconv2former import Conv2Former, Conv2FormerNeck
 from mmconv2former.archs import resolve_arch
+from mmconv2former.dispatch import FUSED_VARIABLE
 
-SWITCH = 'MMCONV2FORMER_FUSED'
 PATHS = ('official', 'plain', 'fused', 'compiled', 'graphs', 'folded')
 
 
@@ -186,12 +186,12 @@ def build_model(name: str, dense: bool, drop_path: float,
 @contextlib.contextmanager
 def switched(path: str) -> Iterator[None]:
     """Set the package's switch as the path wants it."""
-    was = os.environ.pop(SWITCH, None)
+    was = os.environ.pop(FUSED_VARIABLE, None)
     if path == 'plain':
-        os.environ[SWITCH] = '0'
+        os.environ[FUSED_VARIABLE] = '0'
     try:
         yield
     finally:
-        os.environ.pop(SWITCH, None)
+        os.environ.pop(FUSED_VARIABLE, None)
         if was is not None:
-            os.environ[SWITCH] = was
+            os.environ[FUSED_VARIABLE] = was

@@ -153,9 +153,21 @@ def _unread(cfg: ConfigDict) -> Iterator[Any]:
 
 
 def _read_json(path: str) -> dict:
-    """Read an annotation file, the whole of it."""
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
+    """Read an annotation file, the whole of it.
+
+    Raises:
+        DataError: If it is none.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+    except ValueError as error:  # of JSON or UTF-8
+        raise DataError(f"'{path}' is no JSON file ({error}); expected the "
+                        'annotations of a data set in COCO format') from error
+    if not isinstance(content, dict):
+        raise DataError(f"'{path}' holds a {type(content).__name__}; expected "
+                        'the annotations of a data set in COCO format')
+    return content
 
 
 def _explain_missing_key(cfg: ConfigDict, key: Any) -> None:
@@ -425,6 +437,9 @@ def read_categories(path: str) -> dict[int, str]:
         DataError: If it has no list of categories, or if one of them has no
             number and name of its own.
     """
+    if not osp.getsize(path):  # which cannot be mapped
+        raise DataError(f"'{path}' is empty; expected the annotations of a "
+                        'data set in COCO format')
     with open(path, 'rb') as file, mmap.mmap(
             file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         found = re.search(rb'"categories"\s*:\s*(?=\[)', text)
@@ -433,7 +448,11 @@ def read_categories(path: str) -> dict[int, str]:
                             'no COCO annotation file')
         # Even the 1203 categories of LVIS are less than a megabyte.
         start = text[found.end():found.end() + 2**24].decode(errors='replace')
-    categories, _ = json.JSONDecoder().raw_decode(start)
+    try:
+        categories, _ = json.JSONDecoder().raw_decode(start)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"the categories of '{path}' are no JSON ({error})") from error
     names = {}
     for category in categories:
         key, name = category.get('id'), category.get('name')

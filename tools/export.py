@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from torch.export import Dim, ExportedProgram
 
 import launch
 from mmconv2former import fuse_for_inference
+from mmconv2former.checkpoint import CheckpointError, read_checkpoint
 
 SUFFIXES = dict(onnx='.onnx', torch='.pt2')
 # torch.export takes sides that the model reduces to 1 for a special case.
@@ -67,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file')
+    launch.add_config(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--format',
@@ -96,14 +97,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar='FILE',
         help='file to write; the ending is replaced by that of the format. '
         'Defaults to work_dirs/<config>/<config>_<part>')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config')
-    # What read_config wants to know of a run.
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return parser.parse_args(argv)
 
 
@@ -133,9 +126,14 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
         nn.Module: The model in evaluation mode.
 
     Raises:
-        SystemExit: If the checkpoint does not fit the config completely.
+        SystemExit: If the checkpoint cannot be read or does not fit the
+            config completely.
     """
     launch.check_file(checkpoint, 'the checkpoint')
+    try:
+        read_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise SystemExit(str(error)) from error
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(cfg.model)
     try:

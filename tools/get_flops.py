@@ -29,7 +29,7 @@ stand for. RoIAlign and NMS have no MACs.
 import argparse
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,22 +54,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file')
+    launch.add_config(parser)
     parser.add_argument(
         '--shape',
         nargs=2,
         type=int,
         metavar=('H', 'W'),
         help='height and width of the input in pixels, at least 32')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config, such as '
-        'model.backbone.kernel_size=21')
-    # What read_config wants to know of a run.
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,6 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import data_checks
-from data_checks import data_sets
 from mmconv2former.checkpoint import safe_globals
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
@@ -32,8 +31,24 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 torch.serialization.add_safe_globals(safe_globals())
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add what names a config and changes it.
+
+    Args:
+        parser (ArgumentParser): The parser to add to.
+    """
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, such as '
+        'train_dataloader.batch_size=4 or \'model.neck.in_channels="[8,16]"\'')
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that both tools have.
+    """Add the options that train.py and test.py have besides.
 
     Args:
         parser (ArgumentParser): The parser to add to.
@@ -42,13 +57,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         '--work-dir',
         help='folder for logs and checkpoints; defaults to the work_dir of '
         'the config, then to work_dirs/<name of the config>')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config, such as '
-        'train_dataloader.batch_size=4 or \'model.neck.in_channels="[8,16]"\'')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -60,13 +68,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """Read the config and merge the options that both tools have.
+    """Read the config and merge the options.
 
     Args:
-        args (Namespace): With ``config`` and what :func:`add_options` adds.
+        args (Namespace): With what :func:`add_config` adds and, of a run,
+            :func:`add_options`.
 
     Returns:
-        Config: The config.
+        Config: The config; its work_dir is set.
 
     Raises:
         SystemExit: If there is no such file.
@@ -76,9 +85,10 @@ def read_config(args: argparse.Namespace) -> Config:
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
-    cfg.launcher = args.launcher
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if args.work_dir is not None:
+    if 'launcher' in args:
+        cfg.launcher = args.launcher
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if getattr(args, 'work_dir', None) is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', Path(args.config).stem)
@@ -172,8 +182,8 @@ def check_data(cfg: Config, parts: tuple[str, ...]) -> None:
             continue
         wanted = [
             (f'{where} ({data_set.get("type")})', data_paths(data_set))
-            for where, data_set in data_sets(loader.dataset,
-                                             f'{part}_dataloader.dataset')
+            for where, data_set in data_checks.data_sets(
+                loader.dataset, f'{part}_dataloader.dataset')
             if not data_set.get('backend_args')
         ]
         wanted += [

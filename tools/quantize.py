@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file, for its data')
+    launch.add_config(parser)
     parser.add_argument(
         'model', type=Path, help='classifier that tools/export.py wrote')
     parser.add_argument(
@@ -62,14 +62,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=1000,
         help='test images to compare the accuracy on at most; defaults to '
         '1000, drawn at random')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config')
-    # What read_config wants to know of a run.
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     args = parser.parse_args(argv)
     if args.images < 1:
         parser.error(f'--images must be at least 1, got {args.images}')
@@ -105,6 +97,31 @@ def batches(cfg: Config, part: str,
         images -= len(labels)
         if images <= 0:
             return
+
+
+def check_model(path: Path) -> None:
+    """Check that a file is a model of ONNX with images as its input.
+
+    Args:
+        path (Path): The file.
+
+    Raises:
+        SystemExit: If it is not.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+    hint = 'write it with: python tools/export.py CONFIG CHECKPOINT'
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except DecodeError as error:
+        raise SystemExit(f"'{path}' is no ONNX file; {hint}") from error
+    inputs = [i.name for i in graph.input]
+    outputs = [o.name for o in graph.output]
+    if inputs != ['images'] or outputs != ['logits']:
+        raise SystemExit(
+            f"'{path}' turns {', '.join(inputs) or 'nothing'} into "
+            f"{', '.join(outputs) or 'nothing'}; expected a classifier that "
+            f'turns images into logits: {hint}')
 
 
 def quantize(model: Path, out: str, data: Iterator[Tensor]) -> None:
@@ -168,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     export.check_packages()
     launch.check_file(str(args.model), 'the ONNX file')
+    check_model(args.model)
     cfg = launch.read_config(args)
     if cfg.get('default_scope') != 'mmpretrain' or not cfg.get(
             'test_dataloader'):

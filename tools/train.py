@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         Namespace: The options.
     """
     parser = argparse.ArgumentParser(description='Train a model.')
-    parser.add_argument('config', help='config file')
+    launch.add_config(parser)
     parser.add_argument(
         '--resume',
         nargs='?',
