@@ -32,6 +32,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from make_mini_dataset import run_lengths, save
+
 # Part of the settings in the manifest: raise it when the pictures change, so
 # that data made by an older version of this file is made anew.
 VERSION = 1
@@ -180,14 +182,6 @@ def draw_scene(rng, size, sources, pixel_range):
     return (canvas * 255).round().astype(np.uint8), instances
 
 
-def encode_mask(mask):
-    """Return a binary mask, (H, W), as COCO's uncompressed RLE."""
-    flat = np.concatenate(([0], mask.astype(np.uint8).ravel(order='F')))
-    changes = np.flatnonzero(np.diff(flat))
-    counts = np.diff(np.concatenate(([0], changes, [mask.size])))
-    return dict(size=list(mask.shape), counts=counts.tolist())
-
-
 def annotate(instances, labels):
     """Describe the visible digits of an instance map.
 
@@ -215,14 +209,9 @@ def annotate(instances, labels):
                 bbox=[int(side) for side in box],
                 area=int(mask.sum()),
                 iscrowd=0,
-                segmentation=encode_mask(mask)))
+                segmentation=dict(
+                    size=list(mask.shape), counts=run_lengths(mask))))
     return annotations, label_map
-
-
-def write_image(path, image):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), image):
-        raise OSError(f'{path} could not be written; is the disk full?')
 
 
 def write_classification(root, split, images, labels, indices, settings):
@@ -240,7 +229,7 @@ def write_classification(root, split, images, labels, indices, settings):
             image, _ = draw_scene(rng, CLASSIFICATION_SIZE, [images[index]],
                                   CLASSIFICATION_DIGIT_PX)
             name = f'classification/{split}/{label}/{index:04}_{view}.png'
-            write_image(root / name, image)
+            save(root / name, image)
             shown[name] = [index]
     return shown
 
@@ -272,8 +261,8 @@ def write_scenes(root, split, images, labels, indices, settings):
         annotations, label_map = annotate(
             instances, [int(labels[index]) for index in chosen])
         name = f'{scene:04}.png'
-        write_image(root / 'scenes' / split / name, image)
-        write_image(root / 'scenes/labels' / split / name, label_map)
+        save(root / 'scenes' / split / name, image)
+        save(root / 'scenes/labels' / split / name, label_map)
         coco['images'].append(
             dict(
                 id=scene, file_name=name, width=SCENE_SIZE, height=SCENE_SIZE))

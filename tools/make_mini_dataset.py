@@ -117,7 +117,7 @@ def polygon(rng: np.random.Generator, label: int, box: Box) -> np.ndarray:
 
 
 def save(path: Path, picture: np.ndarray) -> None:
-    """Save a picture.
+    """Save a picture, and make the folder for it.
 
     Args:
         path (Path): File; its suffix decides the format.
@@ -126,8 +126,9 @@ def save(path: Path, picture: np.ndarray) -> None:
     Raises:
         OSError: If it cannot be written.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(str(path), picture):
-        raise OSError(f"cannot write '{path}'")
+        raise OSError(f"cannot write '{path}'; is the disk full?")
 
 
 def make_imagenet(root: Path,
@@ -239,7 +240,7 @@ def run_lengths(mask: np.ndarray) -> list[int]:
     COCO's own files hold crowds in this uncompressed form.
 
     Args:
-        mask (np.ndarray): (height, width) uint8.
+        mask (np.ndarray): (height, width), bool or uint8.
 
     Returns:
         list[int]: The lengths; the first is that of zeros, perhaps 0.
