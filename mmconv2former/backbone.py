@@ -1,5 +1,6 @@
 """Conv2Former, hierarchical and isotropic, as an OpenMMLab backbone."""
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
@@ -18,6 +19,7 @@ from .operators import (
     LayerNorm2d,
     Pointwise,
     add_position,
+    at_least_fp32,
 )
 from .registry import MODELS
 
@@ -219,6 +221,16 @@ class Block(nn.Module):
             y = scale[:, None, None].to(x.dtype) * branch(x).to(x.dtype)
             x = x + self.drop_path(y)
         return x
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor],
+                              prefix: str, *args: Any) -> None:
+        # Also where mmengine would only warn of names that do not match.
+        if f'{prefix}zv.weight' in state_dict:
+            raise RuntimeError(
+                'these weights are of a model after fuse_for_inference: load '
+                'those from before, or call it on this model, too, and load '
+                'them after that')
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def modified(self) -> nn.Module | None:
         """A module that is not as this class makes it, or has hooks, if any.
@@ -464,7 +476,7 @@ class Conv2Former(PretrainedModule):
         for i, (downsample, stage) in enumerate(
                 zip(self.downsample_layers, self.stages)):
             x = downsample(x)
-            x = stage(x.float() if self.residual_in_fp32 else x)
+            x = stage(at_least_fp32(x) if self.residual_in_fp32 else x)
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x) if self.out_norm else x
                 # The blocks leave channels-last memory, which mmcv's own

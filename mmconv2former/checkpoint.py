@@ -208,6 +208,10 @@ def find_prefix(weights: dict[str, Tensor],
         key[:-len(_ANCHOR)] for key in weights
         if key == _ANCHOR or key.endswith('.' + _ANCHOR)
     ]
+    if any(key.endswith('stages.0.0.zv.weight') for key in weights):
+        raise CheckpointError(
+            'the weights are of a Conv2Former after fuse_for_inference, which '
+            'cannot be undone; take the checkpoint that was loaded before it')
     if not found:
         raise CheckpointError(
             f'not a Conv2Former: no tensor ...{_ANCHOR}; the file has '

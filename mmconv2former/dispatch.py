@@ -228,6 +228,15 @@ def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
     return TRITON.functions  # the same without torch's dispatcher
 
 
+def is_transformed() -> bool:
+    """Whether operations stand for others: vmap, jvp, dual tensors, ...
+
+    Operators that autograd does not see would drop the tangents.
+    """
+    return (torch._C._functorch.peek_interpreter_stack() is not None
+            or torch.autograd.forward_ad._current_level >= 0)
+
+
 def find_obstacle(x: Tensor, modified: nn.Module | None = None) -> str:
     """Why the plain path must run, or ''.
 
@@ -243,6 +252,8 @@ def find_obstacle(x: Tensor, modified: nn.Module | None = None) -> str:
         return f'{FUSED_VARIABLE}=0'
     if _is_exporting() or torch.jit.is_tracing():
         return 'the model is being exported'
+    if not torch.compiler.is_compiling() and is_transformed():
+        return 'torch.func or forward-mode differentiation transforms it'
     if not x.numel():
         return 'the batch is empty'
     if x.device.type not in ('cpu', 'cuda'):
@@ -285,10 +296,11 @@ def refuse_second_derivatives() -> None:
     """To be called in the backward pass of the fused functions.
 
     Raises:
-        RuntimeError: If there is to be a graph of the backward pass.
+        RuntimeError: If there is to be a graph of the backward pass, or it is
+            one of several at a time.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_transformed():
         raise RuntimeError(
-            'the fused operators of Conv2Former have no second derivatives; '
-            'build the backbone with fused=False or set '
-            f'{FUSED_VARIABLE}=0 to differentiate twice')
+            'the fused operators of Conv2Former have no second derivatives, '
+            'and no batches of gradients; build the backbone with fused=False '
+            f'or set {FUSED_VARIABLE}=0 for these')

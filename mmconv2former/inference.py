@@ -32,8 +32,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     layer norm and the batch norms of the stem into the convolution that
     follows, and the two linear layers that begin convolutional modulation
     become one. Where a linear layer ``head.fc`` reads a
-    :class:`Conv2FormerNeck`, it takes up the affine part of the neck's norm,
-    which the features between the two then lack. Output norms stay.
+    :class:`Conv2FormerNeck`, and nothing else can, it takes up the affine part
+    of the neck's norm, which the features between the two then lack. Output
+    norms stay, and so do those of the stem and of downsampling where a layer
+    beside them was replaced or has hooks.
 
     The new weights are calculated in double precision and have the type and
     the device of the old ones. Fuse first and convert afterwards, to bfloat16
@@ -53,7 +55,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: If the model or a part of it is in training mode, has no
-            Conv2Former, or has blocks with other layers than their own.
+            Conv2Former, or has blocks with hooks or other layers than their
+            own.
 
     Examples:
         >>> import torch
@@ -73,7 +76,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     if not backbones:
         raise ValueError(f'the {type(model).__name__} has no Conv2Former; '
                          'give a Conv2Former or a model that contains one')
-    for modified in (m.modified() for m in modules if isinstance(m, Block)):
+    for block in (m for m in modules if isinstance(m, Block)):
+        modified = block if dispatch.has_hooks(block) else block.modified()
         if modified is not None:
             raise ValueError(
                 f'the {type(modified).__name__} of a block was replaced or '
@@ -85,26 +89,62 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
             _fold_backbone(backbone)
         for m in modules:
             neck = getattr(m, 'neck', None)
-            fc = getattr(getattr(m, 'head', None), 'fc', None)
-            if isinstance(neck, Conv2FormerNeck) and type(fc) is nn.Linear:
-                neck.norm = _fold_norm(neck.norm, fc)
+            if isinstance(neck, Conv2FormerNeck) and _has_fc_alone(m) \
+                    and sum(neck in p.children() for p in modules) == 1:
+                neck.norm = _fold_norm(neck.norm, m.head.fc)
     return model.eval()
+
+
+def _has_fc_alone(classifier: nn.Module) -> bool:
+    """Whether nothing but a layer ``head.fc`` can read what the neck gives."""
+
+    def parts(module: nn.Module) -> set[str]:
+        return {name.partition('.')[0] for name in module.state_dict()}
+
+    head = getattr(classifier, 'head', None)
+    return (type(getattr(head, 'fc', None)) is nn.Linear
+            and parts(classifier) <= {'backbone', 'neck', 'head'}
+            and parts(head) == {'fc'})
 
 
 def _fold_backbone(backbone: Conv2Former) -> None:
     _fold_stem(backbone.downsample_layers[0])
     for downsample in backbone.downsample_layers[1:]:
         downsample[0] = _fold_norm(*downsample)
-    for stage in backbone.stages:
-        for i, block in enumerate(stage):
-            if isinstance(block, Block):
-                stage[i] = FoldedBlock(block)
+    blocks = [(stage, i, block) for stage in backbone.stages
+              for i, block in enumerate(stage) if isinstance(block, Block)]
+    for stage, i, block in blocks:
+        stage[i] = FoldedBlock(block)
+    if blocks:
+        # The first to see weights, before any layer has taken one.
+        backbone.register_load_state_dict_pre_hook(_refuse_unfolded)
     backbone.requires_grad_(False)
 
 
+def _refuse_unfolded(_: nn.Module, state_dict: dict[str, Tensor], prefix: str,
+                     *__: Any) -> None:
+    # Also where mmengine would only warn of names that do not match.
+    if any(key.startswith(prefix) and key.endswith('.attn.proj.weight')
+           for key in state_dict):
+        raise RuntimeError(
+            'these weights are of a model that is not fused: load them into a '
+            'new model, and call fuse_for_inference after that')
+
+
+def _takes_affine(layer: nn.Module, padding: int = 0) -> bool:
+    """Whether an affine map in front of a layer can become part of it."""
+    if dispatch.has_hooks(layer):
+        return False
+    return type(layer) is nn.Linear or (
+        type(layer) is nn.Conv2d and layer.groups == 1
+        and layer.padding == (padding, padding)
+        and layer.padding_mode == 'zeros')
+
+
 def _fold_norm(norm: nn.Module, layer: nn.Module) -> nn.Module:
-    """Move the affine part of a norm into the unpadded layer behind it."""
-    if not isinstance(norm, LayerNorm2d) or norm.weight is None:
+    """Move the affine part of a norm into the layer behind it, if it can."""
+    if type(norm) is not LayerNorm2d or norm.weight is None \
+            or dispatch.has_hooks(norm) or not _takes_affine(layer):
         return norm
     _set(layer, *_after_affine(layer, norm.weight, norm.bias))
     return LayerNorm2d(*norm.normalized_shape, norm.eps, affine=False)
@@ -115,11 +155,14 @@ def _fold_stem(stem: nn.Sequential) -> None:
     if len(stem) == 1:  # the patch embedding has none
         return
     gelu, norm, conv, _, last_norm, last_conv = range(1, 7)
-    if isinstance(stem[last_norm], _BatchNorm):
+    if _is_affine(stem[last_norm]) and _takes_affine(stem[last_conv]):
         weights = _after_affine(stem[last_conv], *_affine(stem[last_norm]))
         _set(stem[last_conv], *weights)
         stem[last_norm] = nn.Identity()
-    if isinstance(stem[norm], _BatchNorm):
+    if _is_affine(stem[norm]) and type(stem[gelu]) is nn.GELU \
+            and stem[gelu].approximate == 'none' \
+            and not dispatch.has_hooks(stem[gelu]) \
+            and _takes_affine(stem[conv], padding=1):
         # This convolution pads with zeros behind the norm. In front of it
         # they are what the norm makes zeros of.
         scale, shift = _affine(stem[norm])
@@ -130,6 +173,12 @@ def _fold_stem(stem: nn.Sequential) -> None:
             stem[gelu] = PaddedGELU(padding.to(stem[conv].weight.dtype))
             stem[norm] = nn.Identity()
             stem[conv].padding = (0, 0)
+
+
+def _is_affine(norm: nn.Module) -> bool:
+    """Whether a layer is a batch norm with all that :func:`_affine` reads."""
+    return (isinstance(norm, _BatchNorm) and norm.weight is not None
+            and norm.running_mean is not None and not dispatch.has_hooks(norm))
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -229,15 +278,6 @@ class FoldedBlock(nn.Module):
                 for layers in ((self.zv, self.depthwise, self.proj),
                                (self.fc1, self.pos, self.fc2))]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor],
-                              prefix: str, *args: Any) -> None:
-        # Also where mmengine would only warn of names that do not match.
-        if f'{prefix}attn.proj.weight' in state_dict:
-            raise RuntimeError(
-                'these weights are of a model that is not fused: load them '
-                'into a new model, and call fuse_for_inference after that')
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         device = x.device.type
@@ -269,7 +309,7 @@ class FoldedBlock(nn.Module):
             torch.compiler.is_compiling() or dispatch.is_capturing(x)
             or any(p.is_inference() for p in parameters))
         if keep:
-            state = [(p.data_ptr(), p._version) for p in parameters]
+            state = [(id(p), p.data_ptr(), p._version) for p in parameters]
             state.append(dispatch.product_dtype(x))
             if x.is_cuda:  # others would have to wait for its copies
                 state.append(torch.cuda.current_stream(x.device))
@@ -280,7 +320,10 @@ class FoldedBlock(nn.Module):
             for branch, middle in zip(branches, ('gate', 'position'))
         ]
         if keep:
-            self._prepared = state, prepared
+            # With the parameters and their memory, whose place no others can
+            # get then.
+            held = [(p, p.detach()) for p in parameters]
+            self._prepared = state, prepared, held
         return prepared
 
     def _apply(self, *args: Any, **kwargs: Any) -> 'FoldedBlock':

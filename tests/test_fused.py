@@ -546,6 +546,25 @@ def test_kernels_run_on_the_device_of_their_operands(train, monkeypatch):
          'scaled_linear_backward'} if train else {'gate', 'position'})
 
 
+def test_transforms_of_torch_get_the_plain_path():
+    model = Conv2Former(TINY).double().eval()
+    x = torch.randn(1, 3, 32, 32).double()
+    grad = torch.func.grad(lambda x: model(x)[0].square().sum())(x)
+    x.requires_grad_()
+    true, = torch.autograd.grad(model(x)[0].square().sum(), x)
+    torch.testing.assert_close(grad, true)
+    out, = model(x)
+    with pytest.raises(RuntimeError, match='no batches of gradients'):
+        torch.autograd.grad(out, x, torch.ones(2, *out.shape).to(out),
+                            is_grads_batched=True)
+
+
+def test_residual_in_fp32_leaves_fp64_alone():
+    model = Conv2Former(TINY, residual_in_fp32=True).double()
+    out, = model(torch.randn(1, 3, 32, 32).double())
+    assert out.dtype == torch.double
+
+
 def test_threads_may_need_the_kernels_at_the_same_time():
     pytest.importorskip('triton')
     code = """

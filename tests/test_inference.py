@@ -15,6 +15,7 @@ from mmconv2former import (
 )
 from mmconv2former.archs import ARCHS
 from mmconv2former.backbone import Block
+from mmconv2former.checkpoint import CheckpointError, load_backbone
 from mmconv2former.inference import FoldedBlock
 from mmconv2former.operators import FUSIONS
 
@@ -224,6 +225,19 @@ def test_weights_that_change_after_a_call_are_taken_up(
     assert torch.equal(after, run(other))
 
 
+def test_new_weights_in_the_place_of_the_old_are_taken_up():
+    model = fused(classifier())
+    layer = model.backbone.stages[0][0].fc2
+    image = official.image(32, 32)
+    with torch.no_grad():
+        for _ in range(20):
+            model(image)
+            weight = torch.randn(layer.weight.shape)
+            del layer.weight
+            layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            assert torch.equal(model(image), copy.deepcopy(model)(image))
+
+
 def test_prepared_weights_do_not_outlive_a_conversion():
     # New weights could lie where the old ones did.
     model = fused(classifier())
@@ -288,6 +302,80 @@ def test_foreign_layers_are_refused_before_anything_is_changed(layer):
     assert [*model.state_dict()] == names
 
 
+@pytest.mark.parametrize('change', [
+    lambda layers: layers[0].__setitem__(1, nn.ReLU()),
+    lambda layers: layers[0].__setitem__(1, nn.GELU('tanh')),
+    lambda layers: setattr(layers[0][3], 'padding_mode', 'reflect'),
+    lambda layers: layers[0].__setitem__(
+        3, nn.Conv2d(8, 8, 5, padding=2, bias=False)),
+    lambda layers: layers[0].__setitem__(
+        3, nn.Conv2d(8, 8, 3, padding=1, groups=2)),
+    lambda layers: layers[0].__setitem__(2, nn.BatchNorm2d(8, affine=False)),
+    lambda layers: layers[0].__setitem__(
+        5, nn.BatchNorm2d(8, track_running_stats=False)),
+    lambda layers: layers[0][5].register_forward_hook(
+        lambda module, inputs, out: 2 * out),
+    lambda layers: layers[1].__setitem__(
+        1, nn.Conv2d(16, 24, 3, stride=2, padding=1)),
+    lambda layers: nn.utils.parametrize.register_parametrization(
+        layers[1][1], 'weight', nn.Tanh()),
+])
+def test_other_layers_of_stem_and_downsampling_compute_the_same(change):
+    model = classifier()
+    change(model.backbone.downsample_layers)
+    model.eval()
+    image = official.image(65, 50)
+    with torch.no_grad():
+        expected = model(image)
+        assert difference(fuse_for_inference(model)(image), expected) < 1e-5
+
+
+def test_other_readers_of_the_neck_get_what_they_got():
+    model = classifier()
+    model.other = nn.Linear(model.head.fc.in_features, 3).eval()
+    image = official.image(65, 50)
+    with torch.no_grad():
+        expected = model.neck(model.backbone(image))
+        folded = fuse_for_inference(model)
+        for out, other in zip(folded.neck(folded.backbone(image)), expected):
+            assert difference(out, other) < 1e-5
+
+
+@pytest.mark.parametrize('part', ['', '.mlp', '.att'])
+def test_blocks_with_hooks_are_refused(part):
+    model = classifier()
+    block = model.backbone.stages[0][0]
+    module = {'': block, '.mlp': block.mlp, '.att': block.attn.att}[part]
+    module.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match='hooks'):
+        fuse_for_inference(model)
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_weights_of_a_fused_model_are_refused_by_others(strict, tmp_path):
+    model = classifier()
+    weights = fused(model).state_dict()
+    with pytest.raises(RuntimeError, match='after fuse_for_inference'):
+        model.load_state_dict(weights, strict=strict)
+    path = str(tmp_path / 'weights.pth')
+    torch.save(weights, path)
+    with pytest.raises(CheckpointError, match='after fuse_for_inference'):
+        load_backbone(model.backbone, path)
+
+
+@pytest.mark.parametrize('is_folded', [True, False])
+def test_forward_mode_derivatives_are_those_of_the_plain_path(is_folded):
+    model = classifier().double().requires_grad_(False)
+    image, tangent = (official.image(*size).double() for size in [(32, 32)] * 2)
+    other = fuse_for_inference(copy.deepcopy(model)) if is_folded else model
+    with torch.no_grad():
+        out, slope = torch.func.jvp(other, (image, ), (tangent, ))
+        step = 1e-6
+        slopes = (model(image + step * tangent) -
+                  model(image - step * tangent)) / (2 * step)
+    assert difference(slope, slopes) < 1e-5
+
+
 def test_layers_with_hooks_are_refused():
     model = classifier()
     model.backbone.stages[1][1].mlp.fc1.register_forward_hook(lambda *_: None)
@@ -308,8 +396,12 @@ def test_each_norm_keeps_its_own_eps():
 @pytest.mark.parametrize('strict', [True, False])
 def test_weights_of_an_unfused_model_are_refused(strict):
     model = classifier()
+    folded = fused(model)
+    before = {name: t.clone() for name, t in folded.state_dict().items()}
     with pytest.raises(RuntimeError, match='load them into a new model'):
-        fused(model).load_state_dict(model.state_dict(), strict=strict)
+        folded.load_state_dict(model.state_dict(), strict=strict)
+    assert all(torch.equal(before[name], t)
+               for name, t in folded.state_dict().items())
 
 
 def test_own_weights_can_be_loaded():
