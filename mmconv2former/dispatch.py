@@ -292,14 +292,19 @@ def available(x: Tensor, modified: nn.Module | None = None) -> bool:
     return not obstacle
 
 
-def refuse_second_derivatives() -> None:
+def refuse_second_derivatives(grad: Tensor) -> None:
     """To be called in the backward pass of the fused functions.
+
+    Args:
+        grad (Tensor): What it is given.
 
     Raises:
         RuntimeError: If there is to be a graph of the backward pass, or it is
             one of several at a time.
     """
-    if torch.is_grad_enabled() or is_transformed():
+    if torch.is_grad_enabled() or not torch.compiler.is_compiling() and (
+            is_transformed()
+            or torch._C._functorch.is_legacy_batchedtensor(grad)):
         raise RuntimeError(
             'the fused operators of Conv2Former have no second derivatives, '
             'and no batches of gradients; build the backbone with fused=False '

@@ -130,7 +130,7 @@ class ResidualBranchFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_second_derivatives(grad)
         (x, norm_weight, norm_bias, in_weight, dw_weight, dw_bias, weight,
          out_weight, out_bias, scale, keep, *stored) = ctx.saved_tensors
         outs, totals = [], None

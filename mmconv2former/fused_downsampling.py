@@ -47,7 +47,7 @@ class DownsamplingFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_second_derivatives(grad)
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
         o, c, size, _ = ctx.shape
         with without_autocast(x):

@@ -203,7 +203,7 @@ class StemFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_second_derivatives(grad)
         (image, z1, mean1, rstd1, padded2, z2, mean2, rstd2, matrix, weight1,
          scale1, bias1, weight2, scale2, bias2, weight3) = ctx.saved_tensors
         kernels, (conv1, _, conv2, _, conv3) = ctx.kernels, ctx.layers
@@ -314,7 +314,7 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives()
+        refuse_second_derivatives(grad)
         x, mean, rstd, weight = ctx.saved_tensors
         grad = _wide_nhwc(grad).contiguous()
         centred = _wide_nhwc(x) - mean
