@@ -145,9 +145,13 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
     except (EOFError, RuntimeError, AttributeError, KeyError,
             IndexError) as error:
         raise CheckpointError(
-            f'{path} is damaged or no checkpoint '
-            f'({type(error).__name__}: {str(error).splitlines()[:1]}); '
+            f'{path} is damaged or no checkpoint ('
+            f'{": ".join([type(error).__name__, *_first_line(error)])}); '
             'fetch or copy it again and compare the size') from error
+
+
+def _first_line(error: Exception) -> list[str]:
+    return str(error).splitlines()[:1]
 
 
 def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
@@ -167,7 +171,7 @@ def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
     """
     weights, kind = checkpoint, 'weights'
     if isinstance(checkpoint, dict):
-        if 'state_dict_ema' in checkpoint:  # timm
+        if checkpoint.get('state_dict_ema'):  # timm
             weights, kind = checkpoint['state_dict_ema'], 'EMA weights'
         elif 'state_dict' in checkpoint:
             weights = checkpoint['state_dict']
@@ -175,7 +179,9 @@ def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
             # in state_dict, the weights that are trained in ema_state_dict.
             if 'ema_state_dict' in checkpoint:
                 kind = 'EMA weights'
-        elif 'model' in checkpoint:  # the authors of ConvNeXt, DeiT
+        elif checkpoint.get('model_ema'):  # the authors of ConvNeXt, DeiT
+            weights, kind = checkpoint['model_ema'], 'EMA weights'
+        elif 'model' in checkpoint:
             weights = checkpoint['model']
     tensors = {
         key: value
@@ -319,12 +325,14 @@ def load_backbone(backbone: nn.Module,
     ours = backbone.state_dict()
     problems = _misfits(theirs, ours, len(backbone.stages))
     if problems:
+        file, model = (describe_arch(arch)
+                       for arch in (infer_arch(theirs), backbone.arch))
         raise CheckpointError(
             f'{path} does not fit the backbone. Tensors '
-            f'{"; ".join(problems)}. The file seems to be '
-            f'{describe_arch(infer_arch(theirs))}, the model is '
-            f'{describe_arch(backbone.arch)}. Name the arch of the file in '
-            'the config, or another file')
+            f'{"; ".join(problems)}. The file seems to be {file}, ' +
+            ('and so is the model: compare in_channels, mlp_ratio and fusion'
+             if file == model else f'the model is {model}. Name the arch of '
+             'the file in the config, or another file'))
     loaded = {key: value for key, value in theirs.items() if key in ours}
     backbone.load_state_dict(loaded, strict=False)
 

@@ -92,6 +92,7 @@ def _check_groups(optimizer: Optimizer, state_dict: dict) -> None:
     saved, own = state_dict['param_groups'], optimizer.param_groups
     if [[group.get(key) for key in compared] for group in saved
         ] == [[group.get(key) for key in compared] for group in own]:
+        _check_shapes(own, saved, state_dict['state'])
         return
     saved_names, own_names = ({
         name
@@ -110,6 +111,24 @@ def _check_groups(optimizer: Optimizer, state_dict: dict) -> None:
         'load the weights alone (load_from=..., resume=False).\n'
         f'In the checkpoint:\n{describe_groups(saved)}\n'
         f'In this config:\n{describe_groups(own)}{only}')
+
+
+def _check_shapes(own: list[dict], saved: list[dict], state: dict) -> None:
+    """Refuse averages of gradients of another shape, which a fused optimizer
+    would read beyond their end."""
+    for group, saved_group in zip(own, saved):
+        for name, p, number in zip(group.get('names', ()), group['params'],
+                                   saved_group['params']):
+            for value in state.get(number, {}).values():
+                if isinstance(value, Tensor) and value.ndim \
+                        and value.shape != p.shape:
+                    raise ValueError(
+                        f'the checkpoint was trained with {name} of shape '
+                        f'{tuple(value.shape)}, and here it has '
+                        f'{tuple(p.shape)}, so its optimizer state cannot be '
+                        'resumed. Resume with the model that it was trained '
+                        'with, or load the weights alone (load_from=..., '
+                        'resume=False)')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

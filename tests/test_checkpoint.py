@@ -85,6 +85,10 @@ LAYOUTS = {
         state_dict_ema=prefixed(GOOD, 'module.'),
         args=argparse.Namespace(model='conv2former_t', lr=1e-3), epoch=299),
         'EMA weights, ignored: head, pred'),
+    'timm with EMA turned off': (dict(state_dict=GOOD, state_dict_ema=None),
+                                 'weights, ignored: head, pred'),
+    'ConvNeXt with EMA': (dict(model=OTHER, model_ema=GOOD),
+                          'EMA weights, ignored: head, pred'),
     'bare': (GOOD, 'weights, ignored: head, pred'),
     'bare backbone': (backbone_part(GOOD), 'weights'),
     'mmengine': (dict(

@@ -248,6 +248,19 @@ def test_resuming_with_other_groups_names_both_sets(change):
         other.load_state_dict(saved)
 
 
+def test_resuming_with_parameters_of_another_shape_is_refused():
+    """A fused optimizer would read beyond the end of the saved averages."""
+    model = Model()
+    optim_wrapper = build(model, decay_rate=.5, num_layers=6)
+    train_a_step(model, optim_wrapper)
+    wider = Model(Conv2Former(MINI, mlp_ratio=2, out_norm=True,
+                              out_indices=(0, 1, 2, 3)))
+    with pytest.raises(ValueError, match='was trained with backbone.stages.0.'
+                       '0.mlp.fc1.* of shape'):
+        build(wider, decay_rate=.5, num_layers=6).load_state_dict(
+            optim_wrapper.state_dict())
+
+
 def test_resuming_with_another_model_names_the_parameters():
     saved = build(Model(), decay_rate=.5, num_layers=6).state_dict()
     deeper = Model(Conv2Former({**MINI, 'depths': [1, 1, 3, 1]},

@@ -388,7 +388,8 @@ def test_resume_needs_neither_backbone_nor_neck_to_be_pretrained(
         tool, tmp_path):
     train = tool('train')
     checkpoint = tmp_path / 'epoch_1.pth'
-    checkpoint.touch()
+    torch.save(dict(meta={}, optimizer={}, state_dict=dict(
+        weight=torch.zeros(1))), checkpoint)
     config = CONFIGS / 'classification/conv2former_b_in22k_ft_in1k.py'
     for resume, count in (([], 2), (['--resume', str(checkpoint)], 0)):
         args = train.parse_args([str(config), *resume])
@@ -405,6 +406,63 @@ def test_pretrained_file_is_looked_for_in_the_named_folder(tool, tmp_path,
         tool('train').main,
         CONFIGS / 'detection/mask_rcnn_conv2former_t_coco.py')
     assert message.startswith('the data is not where')
+
+
+@pytest.mark.parametrize('content, reason', [
+    (b'text', 'no checkpoint'),
+    (dict(state_dict={}), 'no tensors in the checkpoint'),
+    (dict(state_dict=dict(weight=torch.zeros(1))),
+     r'backbone.downsample_layers.0.0.weight'),
+])
+def test_checkpoint_without_the_weights_is_not_tested(
+        tool, digits, tmp_path, monkeypatch, content, reason):
+    monkeypatch.chdir(digits)
+    path = tmp_path / 'weights.pth'
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    message = refusal(tool('test').main, 'digits.py', path, '--work-dir',
+                      tmp_path)
+    assert str(path) in message and reason in message
+
+
+def test_checkpoint_of_another_width_is_not_tested(tool, digits, tmp_path,
+                                                   monkeypatch):
+    monkeypatch.chdir(digits)
+    path = untrained('digits.py', tmp_path / 'weights.pth')
+    message = refusal(
+        tool('test').main, 'digits.py', path, '--work-dir', tmp_path,
+        '--cfg-options', 'model.backbone.mlp_ratio=2')
+    assert 'size mismatch' in message and 'mlp' in message
+
+
+def test_pretrained_weights_that_do_not_fit_end_in_one_message(
+        tool, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(digits)
+    path = untrained('digits.py', tmp_path / 'weights.pth')
+    message = refusal(
+        tool('train').main, 'digits.py', '--work-dir', tmp_path,
+        '--cfg-options', 'model.backbone.mlp_ratio=2',
+        'model.backbone.init_cfg._delete_=True',
+        'model.backbone.init_cfg.type=Pretrained',
+        f'model.backbone.init_cfg.checkpoint={path}')
+    assert 'and so is the model: compare in_channels, mlp_ratio' in message
+
+
+def test_weights_alone_are_not_resumed(tool, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(digits)
+    path = untrained('digits.py', tmp_path / 'weights.pth')
+    message = refusal(tool('train').main, 'digits.py', '--resume', path)
+    assert 'has no meta and no optimizer' in message
+    assert f'load_from={path}' in message
+
+
+def test_slip_in_an_option_is_told(tool):
+    message = refusal(
+        tool('train').main, CONFIGS / 'classification/conv2former_t_in1k.py',
+        '--cfg-options', 'train_dataloder.batch_size=4')
+    assert "Did you mean 'train_dataloader'?" in message
 
 
 def test_missing_checkpoint_is_refused(tool):

@@ -7,10 +7,12 @@ data sets show is left to data_checks.py.
 import argparse
 import atexit
 import difflib
+import inspect
 import os
 import os.path as osp
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,15 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import nn
 
 import data_checks
-from mmconv2former.checkpoint import safe_globals
+from mmconv2former.checkpoint import (
+    CheckpointError,
+    model_weights,
+    read_checkpoint,
+    safe_globals,
+)
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
@@ -78,12 +86,14 @@ def read_config(args: argparse.Namespace) -> Config:
         Config: The config; its work_dir is set.
 
     Raises:
-        SystemExit: If there is no such file.
+        SystemExit: If there is no such file, or --cfg-options has a key that
+            looks like a slip.
     """
     if not osp.isfile(args.config):
         raise SystemExit(_no_config(args.config))
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
+        _check_keys(args.cfg_options, cfg)
         cfg.merge_from_dict(args.cfg_options)
     if 'launcher' in args:
         cfg.launcher = args.launcher
@@ -93,6 +103,17 @@ def read_config(args: argparse.Namespace) -> Config:
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', Path(args.config).stem)
     return cfg
+
+
+def _check_keys(options: dict, cfg: Config) -> None:
+    """Tell keys that nobody reads, but are nearly those of the config."""
+    known = {*cfg, *inspect.signature(Runner.__init__).parameters}
+    for key in options:
+        name = key.partition('.')[0]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name not in known and near:
+            raise SystemExit(f"--cfg-options {key}: the config has no '{name}'"
+                             f". Did you mean '{near[0]}'?")
 
 
 def _no_config(path: str) -> str:
@@ -128,6 +149,20 @@ def check_writable(folder: str, option: str) -> None:
         raise SystemExit(
             f"cannot write in '{folder}': {error.strerror}. Name a folder "
             f'that you may write in with {option}') from error
+
+
+def check_model(cfg: Config, path: str) -> None:
+    """Check that a config has a model.
+
+    Args:
+        cfg (Config): The config.
+        path (str): Where it comes from.
+
+    Raises:
+        SystemExit: If it has none.
+    """
+    if 'model' not in cfg:
+        raise SystemExit(f"config '{path}' has no model")
 
 
 def data_paths(data_set: ConfigDict) -> dict[str, str]:
@@ -222,6 +257,85 @@ def check_file(path: str, what: str) -> None:
     if '://' not in path and not osp.isfile(path):
         raise SystemExit(f"{what} '{path}' does not exist (working directory "
                          f'{os.getcwd()})')
+
+
+def read_file(path: str, what: str) -> dict:
+    """Read a checkpoint.
+
+    Args:
+        path (str): File or URL.
+        what (str): What it is, for the message.
+
+    Returns:
+        dict: What it holds.
+
+    Raises:
+        SystemExit: If there is none, or it cannot be read.
+    """
+    check_file(path, what)
+    try:
+        checkpoint = read_checkpoint(path)
+        model_weights(checkpoint)
+    except CheckpointError as error:
+        raise SystemExit(f'{what}: {error}' if path in str(error) else
+                         f"{what} '{path}': {error}") from error
+    return checkpoint
+
+
+def check_weights(model: nn.Module, path: str) -> None:
+    """Check that a checkpoint has all weights of a model.
+
+    mmengine would go on with random ones in place of others. What else is in
+    the file does no harm.
+
+    Args:
+        model (nn.Module): The model, which gets the weights.
+        path (str): File or URL.
+
+    Raises:
+        SystemExit: If it has not.
+    """
+    checkpoint = read_file(path, 'the checkpoint')
+    weights = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(weights, dict):
+        weights, _ = model_weights(checkpoint)
+    state = OrderedDict((key.removeprefix('module.'), value)
+                        for key, value in weights.items())
+    if hasattr(weights, '_metadata'):  # versions of layers, to load old files
+        state._metadata = weights._metadata
+    while hasattr(model, 'module'):  # DDP, test-time augmentation
+        model = model.module
+    try:
+        missing = [key for key in model.load_state_dict(
+            state, strict=False).missing_keys
+                   if not key.endswith('num_batches_tracked')]
+        reason = missing and (f'{len(missing)} tensors are missing, such as '
+                              f'{missing[0]}')
+    except RuntimeError as error:
+        reason = str(error)[:1000]
+    if reason:
+        raise SystemExit(
+            f"the checkpoint '{path}' does not fit the config: {reason}. Name "
+            'the config that it was trained with; official classifiers are '
+            'converted with tools/convert_checkpoint.py')
+
+
+def check_resumable(path: str) -> None:
+    """Check that training can go on from a checkpoint.
+
+    Args:
+        path (str): File or URL.
+
+    Raises:
+        SystemExit: If it has weights alone, or cannot be read.
+    """
+    checkpoint = read_file(path, 'the checkpoint to resume')
+    missing = {'meta', 'optimizer', 'state_dict'} - {*checkpoint}
+    if missing:
+        raise SystemExit(
+            f"the checkpoint to resume, '{path}', has no "
+            f'{" and no ".join(sorted(missing))}, as a training saves them; '
+            f'to start from its weights: --cfg-options load_from={path}')
 
 
 def evaluators(cfg: Config, part: str) -> list[ConfigDict]:

@@ -49,6 +49,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     Raises:
         SystemExit: If an option cannot be followed.
     """
+    launch.check_model(cfg, args.config)
     launch.check_file(args.checkpoint, 'the checkpoint')
     cfg.load_from = args.checkpoint
     if args.tta:
@@ -138,7 +139,9 @@ def main(argv: list[str] | None = None) -> None:
     launch.check_data(cfg, ('test', ))
     launch.check_writable(cfg.work_dir, '--work-dir')
     with data_checks.one_message():
-        launch.build_runner(cfg).test()
+        runner = launch.build_runner(cfg)
+        launch.check_weights(runner.model, args.checkpoint)
+        runner.test()
 
 
 if __name__ == '__main__':

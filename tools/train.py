@@ -11,7 +11,7 @@ import data_checks
 import launch
 from amp import BoxesInFloat32, CPUAmpOptimWrapper
 from fsdp import ShardedStrategy
-from mmconv2former.checkpoint import find_checkpoint
+from mmconv2former.checkpoint import CheckpointError, find_checkpoint
 
 # What --amp may be given, and the name that torch has for it.
 DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
@@ -96,6 +96,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     Raises:
         SystemExit: If an option cannot be followed.
     """
+    launch.check_model(cfg, args.config)
     if args.amp:
         settings = cfg.optim_wrapper
         settings.type = 'AmpOptimWrapper'
@@ -123,7 +124,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     if checkpoint == 'auto':
         checkpoint = find_latest_checkpoint(cfg.work_dir)
     if checkpoint is not None:
-        launch.check_file(checkpoint, 'the checkpoint to resume,')
+        launch.check_resumable(checkpoint)
         cfg.resume = True
         cfg.load_from = checkpoint
         # The checkpoint has all weights: those of init_cfg are not needed.
@@ -233,7 +234,10 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.optim_wrapper.get('dtype') == 'bfloat16' or \
                 cfg.optim_wrapper.get('type') == CPUAmpOptimWrapper.__name__:
             runner.register_hook(BoxesInFloat32())
-        runner.train()
+        try:
+            runner.train()
+        except CheckpointError as error:  # of an init_cfg
+            raise SystemExit(str(error)) from error
 
 
 if __name__ == '__main__':
