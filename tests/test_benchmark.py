@@ -2,7 +2,9 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import benchmark_models
 import plot_benchmark
 from benchmark import Candidate, Case, differences, rounding, worst
 
+ROOT = Path(__file__).resolve().parents[1]
 OFFICIAL = 'conv2former-n@official'
 CASE = Case('classifier', 'train', 'fp32', 2, 64, 48, 'cpu')
 
@@ -288,3 +291,58 @@ def test_plot_of_single_cases_has_bars(tmp_path):
 def test_plot_needs_a_step_of_a_model(tmp_path):
     with pytest.raises(SystemExit, match='nothing to plot'):
         plot_benchmark.plot([make_row(mode='optimizer')], tmp_path / 'no.png')
+
+
+@pytest.mark.parametrize('content', [
+    'no JSON', '[]', '{"rows": []}', '{"machine": {}, "rows": ["a"]}',
+    '{"machine": {}, "rows": [{"kernel": "norm", "ms": 1}]}',
+])
+def test_file_of_another_shape_is_told(content, tmp_path):
+    path = tmp_path / 'kernels.json'
+    path.write_text(content)
+    with pytest.raises(SystemExit, match='kernels.json. holds no measure'):
+        plot_benchmark.main([str(path)])
+
+
+def test_missing_file_says_what_writes_it(tmp_path):
+    with pytest.raises(SystemExit, match='cannot read .*benchmark.py --json'):
+        plot_benchmark.main([str(tmp_path / 'none.json')])
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('x.xyz', 'ends in .*png'), ('x', 'ends in .*png'),
+    ('nothere/x.png', 'a folder that exists')])
+def test_picture_that_cannot_be_written_is_told_first(name, expected,
+                                                      tmp_path):
+    with pytest.raises(SystemExit, match=expected):
+        plot_benchmark.main(['unread.json', '--plot', str(tmp_path / name)])
+
+
+def test_gpu_checks_end_with_the_summary(tmp_path):
+    """A stand-in for python measures something and fails to plot it."""
+    tools, out = tmp_path / 'tools', tmp_path / 'benchmarks/gpu'
+    tools.mkdir()
+    (tools / 'gpu_checks.sh').write_bytes(
+        (ROOT / 'tools/gpu_checks.sh').read_bytes())
+    (tools / 'setup_env.sh').touch()
+    python = tmp_path / '.venv-gpu/bin/python'
+    python.parent.mkdir(parents=True)
+    python.write_text(f"""#!/bin/sh
+case $1 in
+    -c) echo {tmp_path}/site ;;
+    *plot*) echo "plotting $2" && exit 1 ;;
+    *benchmark*) touch {out}/growth.json ;;
+esac
+""")
+    python.chmod(0o755)
+    out.mkdir(parents=True)
+    (out / 'kernels.json').touch()
+    done = subprocess.run(
+        ['bash', tools / 'gpu_checks.sh', '--only', 'growth'],
+        env=dict(os.environ, PYTHON=str(python)), capture_output=True,
+        text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    printed = done.stdout[done.stdout.index('plotting'):].splitlines()
+    assert printed[0] == f'plotting {out}/growth.json'
+    assert [line.split()[:2] for line in printed[1:]] == [
+        ['environment', 'passed'], ['growth', 'passed']]

@@ -377,6 +377,15 @@ def test_conversion_errors_are_one_message_without_traceback(tmp_path):
     assert 'Traceback' not in done.stderr
 
 
+def test_directory_is_no_file_to_convert_to(tmp_path):
+    src, dst = tmp_path / 'a.pth', tmp_path / 'folder'
+    torch.save(GOOD, src)
+    dst.mkdir()
+    with pytest.raises(IsADirectoryError, match='folder is a directory; name'):
+        convert_checkpoint.convert(src, dst)
+    assert sorted(tmp_path.iterdir()) == [src, dst]
+
+
 class Settings:
     """Stands for an object of the training code."""
 

@@ -147,17 +147,37 @@ def test_second_run_does_nothing(few_sources, tmp_path):
     assert (dest / 'scenes/val/0000.png').read_bytes() == b'untouched'
 
 
-@pytest.mark.parametrize('lost', ['manifest.json', 'scenes/val/0003.png'])
-def test_half_made_folder_is_remade(few_sources, tmp_path, lost):
+def test_folder_that_lost_a_picture_is_remade(few_sources, tmp_path):
     dest = tmp_path / 'digits'
     make.make_digits(dest, **SETTINGS, report=silent)
     whole = contents(dest)
-    (dest / lost).unlink()
-    partial = tmp_path / 'digits.partial'
-    partial.mkdir()
-    (partial / 'left').write_text('from a run that was stopped')
+    (dest / 'scenes/val/0003.png').unlink()
     assert make.make_digits(dest, **SETTINGS, report=silent)
-    assert contents(dest) == whole and not partial.exists()
+    assert contents(dest) == whole and [*tmp_path.iterdir()] == [dest]
+
+
+def test_folder_beside_the_data_is_not_touched(few_sources, tmp_path):
+    kept = tmp_path / 'digits.partial/mine.txt'
+    kept.parent.mkdir()
+    kept.write_text('of the user')
+    make.make_digits(tmp_path / 'digits', **SETTINGS, report=silent)
+    assert kept.read_text() == 'of the user'
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_stopped_run_leaves_the_older_data(few_sources, tmp_path,
+                                           monkeypatch):
+    dest = tmp_path / 'digits'
+    make.make_digits(dest, **SETTINGS, report=silent)
+    whole = contents(dest)
+
+    def write_scenes(*_):
+        raise OSError('no space left')
+
+    monkeypatch.setattr(make, 'write_scenes', write_scenes)
+    with pytest.raises(SystemExit, match='no space left'):
+        make.main([str(dest), '--seed', '1'])
+    assert contents(dest) == whole and [*tmp_path.iterdir()] == [dest]
 
 
 def test_other_settings_are_made_anew(few_sources, tmp_path):
@@ -170,11 +190,53 @@ def test_other_settings_are_made_anew(few_sources, tmp_path):
     assert len(list((dest / 'scenes/val').iterdir())) == 2
 
 
-def test_folder_with_other_things_is_not_touched(tmp_path):
-    (tmp_path / 'thesis.tex').write_text('all of it')
-    with pytest.raises(FileExistsError, match='thesis.tex.*empty folder'):
-        make.make_digits(tmp_path, report=silent)
-    assert (tmp_path / 'thesis.tex').read_text() == 'all of it'
+@pytest.mark.parametrize('name, manifest', [
+    ('thesis.tex', None),
+    ('scenes/beach.jpg', None),
+    ('classification/train/0/mine.png', '{"settings": {}}'),
+    ('scenes/train.json', '{"settings'),
+    ('scenes/train/0000.png', '[]'),
+])
+def test_folder_of_another_origin_is_not_touched(name, manifest, tmp_path):
+    path = tmp_path / 'mine' / name
+    path.parent.mkdir(parents=True)
+    path.write_text('all of it')
+    if manifest:
+        (tmp_path / 'mine/manifest.json').write_text(manifest)
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match=f'{name}.* no manifest.*empty'):
+        make.main([str(tmp_path / 'mine')])
+    assert contents(tmp_path) == before
+
+
+def test_file_that_was_put_into_the_data_is_not_lost(few_sources, tmp_path):
+    dest = tmp_path / 'digits'
+    make.make_digits(dest, **SETTINGS, report=silent)
+    (dest / 'scenes/val/notes.txt').write_text('of the user')
+    before = contents(dest)
+    with pytest.raises(SystemExit, match='notes.txt, which no manifest'):
+        make.main([str(dest), '--seed', '1'])
+    assert contents(dest) == before
+
+
+def test_path_that_cannot_become_a_folder_is_told(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit, match='is a file'):
+        make.main([str(tmp_path / 'file')])
+    with pytest.raises(SystemExit, match='cannot make the data'):
+        make.main([str(tmp_path / 'file/digits')])
+
+
+@pytest.mark.parametrize('option, value', [
+    ('--train-scenes', '0'), ('--train-scenes', '-1'), ('--val-scenes', '0'),
+    ('--views', '0'), ('--seed', '-1'), ('--seed', str(2**32)),
+])
+def test_numbers_that_make_no_data_are_refused(option, value, tmp_path,
+                                               capsys):
+    with pytest.raises(SystemExit):
+        make.main([str(tmp_path / 'digits'), f'{option}={value}'])
+    assert f'{option}: {value} is not ' in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.fixture(scope='module')
@@ -308,6 +370,17 @@ def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
     assert (tmp_path / 'docs/digits.png').stat().st_size < 300_000
 
 
-def test_report_says_what_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match='quickstart.sh makes it'):
-        report.read_metrics(tmp_path)
+@pytest.mark.parametrize('seconds, missing', [
+    (None, 'seconds.tsv'),
+    ('data\t3\n', 'no total in'),
+    ('total\t3\n', r'no \*/\*\.json in'),
+])
+def test_report_says_what_is_missing(seconds, missing, tmp_path, monkeypatch):
+    (tmp_path / 'digits').mkdir()
+    if seconds:
+        (tmp_path / 'digits/seconds.tsv').write_text(seconds)
+    monkeypatch.setattr(
+        sys, 'argv', ['report.py', '--compare', '--work-dirs', str(tmp_path)])
+    with pytest.raises(
+            SystemExit, match=f'{missing}.*quickstart.sh --compare first'):
+        report.main()

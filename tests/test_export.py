@@ -178,9 +178,20 @@ def test_missing_package_names_the_command(tool, monkeypatch):
         tool.main(['config.py', 'checkpoint.pth'])
 
 
-def test_operator_set_below_the_lowest_is_refused(tool):
-    with pytest.raises(SystemExit, match='at least 18.* got 11'):
-        tool.main(['config.py', 'checkpoint.pth', '--opset', '11'])
+@pytest.mark.parametrize('opset', ['11', '99'])
+def test_operator_set_out_of_range_is_refused(tool, opset):
+    with pytest.raises(
+            SystemExit, match=f'at least 18 and at most 25.* got {opset}'):
+        tool.main(['config.py', 'checkpoint.pth', '--opset', opset])
+
+
+def test_folder_in_the_place_of_the_file_is_told_first(tool, classifier,
+                                                       tmp_path, monkeypatch):
+    (tmp_path / 'model.pt2').mkdir()
+    monkeypatch.delattr(tool, 'export')
+    with pytest.raises(SystemExit, match='model.pt2. is a folder'):
+        tool.main([*classifier[:2], '--format', 'torch', '--out',
+                   str(tmp_path / 'model.pt2')])
 
 
 def test_operator_set_that_torch_does_not_write_is_refused(
@@ -238,12 +249,12 @@ def quantize(quantizer, tool, classifier, photographs, tmp_path_factory):
     model = folder / 'model.onnx'
     tool.export(classifier[2], ['logits'], [model])
 
-    def run():
-        options = []
+    def run(*options, model=model, config=()):
+        config = [*config]
         for part in ('train', 'test'):
-            options.append(
-                f'{part}_dataloader.dataset.data_root={photographs}')
-        quantizer.main([classifier[0], str(model), '--cfg-options', *options])
+            config.append(f'{part}_dataloader.dataset.data_root={photographs}')
+        quantizer.main([classifier[0], str(model), *options, '--cfg-options',
+                        *config])
 
     return run, model, folder / 'model_int8.onnx'
 
@@ -261,6 +272,25 @@ def test_int8_classifier_of_any_size(quantizer, tool, quantize, monkeypatch,
         out, = tool.load(str(written))(image)
         expected, = tool.load(str(model))(image)
         assert torch.cosine_similarity(out, expected).min() > 0.98
+    with pytest.raises(SystemExit, match='is quantised already; expected'):
+        run(model=written)
+
+
+def test_model_is_not_written_over(quantize):
+    run, model, _ = quantize
+    before = model.read_bytes()
+    for same in (model, model.parent / '..' / model.parent.name / model.name):
+        with pytest.raises(SystemExit, match='is the model itself'):
+            run('--out', str(same))
+    with pytest.raises(SystemExit, match='is a folder; name a file'):
+        run('--out', str(model.parent))
+    assert model.read_bytes() == before
+
+
+def test_model_of_another_number_of_classes_is_refused(quantize):
+    run = quantize[0]
+    with pytest.raises(SystemExit, match='has 7 classes.* has 1000; give'):
+        run(config=['model.head.num_classes=1000'])
 
 
 def test_file_that_is_no_classifier_is_told(quantizer, tool, classifier,

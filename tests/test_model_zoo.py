@@ -191,6 +191,18 @@ def test_kernel_size_can_be_set_on_the_command_line(get_flops, capsys):
     assert f'{parameters:,}' in capsys.readouterr().out
 
 
+def test_stem_of_grey_images_is_smaller(get_flops, capsys):
+    config = str(ROOT / 'configs/classification/conv2former_mini_digits.py')
+    totals = []
+    for channels in (3, 1):
+        get_flops.main([config, '--cfg-options',
+                        f'model.backbone.in_channels={channels}'])
+        totals.append(re.search(r'total +([\d,]+)',
+                                capsys.readouterr().out).group(1))
+    colour, grey = (int(total.replace(',', '')) for total in totals)
+    assert grey < colour
+
+
 @pytest.mark.parametrize('text, options, expected', [
     ('', [], 'no model'),
     ('model = dict(head=1)', [], 'give it with --shape H W'),

@@ -716,7 +716,11 @@ def test_batch_norm_is_not_synchronised_without_a_gpu(tool):
 
 @pytest.mark.parametrize('script, given', [
     ('dist_train.sh', ['c.py']),
+    ('dist_train.sh', ['c.py', '0']),
+    ('dist_train.sh', ['8', 'c.py']),
+    ('dist_train.sh', ['c.py', '--amp']),
     ('dist_test.sh', ['c.py', 'p.pth']),
+    ('dist_test.sh', ['c.py', 'p.pth', '-1']),
     ('slurm_train.sh', ['part', 'job', 'c.py', '--amp']),
     ('slurm_test.sh', ['part', 'job', 'c.py']),
 ])

@@ -51,7 +51,8 @@ TRACED = 2, 96, 128
 SIZES = (TRACED, (1, 224, 224), (3, 65, 97), (1, 131, 64))
 SMALL_SIZES = ((2, 33, 47), )  # ONNX does not keep MIN_SIDE
 TOLERANCE = 1e-4  # difference over the largest value
-MIN_OPSET = 18  # of torch's exporter
+# Of onnxscript 0.7, to which torch leaves the conversion.
+MIN_OPSET, MAX_OPSET = 18, 25
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 
@@ -89,8 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--opset',
         type=int,
         default=20,
-        help='ONNX operator set, at least 18; defaults to 20, the first '
-        'with GELU')
+        help=f'ONNX operator set, {MIN_OPSET} to {MAX_OPSET}; defaults to 20, '
+        'the first with GELU')
     parser.add_argument(
         '--out',
         type=Path,
@@ -234,7 +235,8 @@ def write(program: ExportedProgram, path: str, outputs: list[str],
     written = onnx.load(path).opset_import[0].version
     if written != opset:
         raise SystemExit(f'--opset {opset}: torch {torch.__version__} writes '
-                         f'this model with operator set {written} only')
+                         f'this model with operator set {written} only; give '
+                         'another, such as the default')
 
 
 def load(path: str) -> Run:
@@ -376,10 +378,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if 'onnx' in args.format:
         check_packages()
-        if args.opset < MIN_OPSET:
+        if not MIN_OPSET <= args.opset <= MAX_OPSET:
             raise SystemExit(
-                f'--opset must be at least {MIN_OPSET}, the lowest that torch '
-                f'exports; got {args.opset}')
+                f'--opset must be at least {MIN_OPSET} and at most '
+                f'{MAX_OPSET}, which is what torch exports; got {args.opset}')
     cfg = launch.read_config(args)
     if 'model' not in cfg:
         raise SystemExit(f"config '{args.config}' has no model")
@@ -389,9 +391,14 @@ def main(argv: list[str] | None = None) -> None:
         name = 'classifier' if outputs == ['logits'] else 'backbone'
         out = Path(cfg.work_dir, f'{Path(args.config).stem}_{name}.onnx')
     launch.check_writable(str(out.parent), '--out')
+    paths = [out.with_suffix(SUFFIXES[kind]) for kind in args.format]
+    for path in paths:
+        if path.is_dir():
+            raise SystemExit(f"'{path}' is a folder, and the model would be "
+                             'written there; name another file with --out')
     backbone = getattr(model, 'backbone', model)
     report = export(
-        model, outputs, [out.with_suffix(SUFFIXES[k]) for k in args.format],
+        model, outputs, paths,
         getattr(backbone, 'in_channels', 3), args.opset, args.fuse)
     settings = preprocessing(cfg)
     order = 'RGB' if settings.get('to_rgb') or settings.get(

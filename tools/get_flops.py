@@ -174,7 +174,9 @@ def count(cfg: Config, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """
     model = build_model(cfg)
     rows, total = {}, 0
-    feats = torch.empty(1, 3, *shape, device='meta')
+    # Of the config: backbones that keep it mean what they like by it.
+    channels = cfg.model.backbone.get('in_channels', 3)
+    feats = torch.empty(1, channels, *shape, device='meta')
     for name in PARTS:
         part = getattr(model, name, None)
         if part is None:

@@ -78,6 +78,8 @@ runs=$root/work_dirs/gpu_checks
 mkdir -p "$runs"
 summary=$out/summary.tsv
 : >"$summary"
+started=$runs/started
+: >"$started"
 status=0
 
 wanted() {
@@ -211,7 +213,10 @@ for name in operators speed growth digits amp; do
         $name"; fi
 done
 for file in "$out"/*.json; do
-    if [ -e "$file" ]; then "$python" tools/plot_benchmark.py "$file"; fi
+    # What is older comes from another run, or from another tool.
+    if [ "$file" -nt "$started" ]; then
+        "$python" tools/plot_benchmark.py "$file" || status=1
+    fi
 done
-column -t -s "$(printf '\t')" "$summary"
+column -t -s "$(printf '\t')" "$summary" || cat "$summary"
 exit $status

@@ -21,18 +21,19 @@ masks, boxes, areas and label maps hold the pixels that stay visible.
     python tools/make_digits.py data/digits
 
 A second run with the same settings does nothing. The data is written beside
-DEST and renamed when it is complete.
+DEST and renamed when it is complete. A DEST that holds anything but what its
+manifest names is left alone.
 """
 import argparse
 import json
-import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from make_mini_dataset import run_lengths, save
+from make_mini_dataset import positive, run_lengths, save, seed_number
 
 # Part of the settings in the manifest: raise it when the pictures change, so
 # that data made by an older version of this file is made anew.
@@ -277,14 +278,53 @@ def write_scenes(root, split, images, labels, indices, settings):
     return shown
 
 
-def is_complete(dest, settings):
-    """Whether ``dest`` holds the whole data of just these settings."""
-    manifest_file = dest / 'manifest.json'
-    if not manifest_file.is_file():
-        return False
-    manifest = json.loads(manifest_file.read_text())
-    return manifest['settings'] == settings and all(
-        (dest / name).is_file() for name in manifest['files'])
+def read_manifest(dest):
+    """Read what this tool noted in ``dest``.
+
+    Returns:
+        dict | None: The manifest; None without a readable one of this tool.
+    """
+    try:
+        manifest = json.loads((dest / 'manifest.json').read_text())
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(manifest, dict) and all(
+        isinstance(manifest.get(key), dict)
+        for key in ('settings', 'sources', 'files'))
+    return manifest if is_ours else None
+
+
+def check_replaceable(dest, manifest):
+    """Check that replacing ``dest`` destroys nothing but Digits data.
+
+    Args:
+        dest (Path): A folder or file.
+        manifest (dict | None): Of :func:`read_manifest`.
+
+    Raises:
+        FileExistsError: If it is no folder, or holds a file that the
+            manifest does not name.
+        OSError: If it cannot be read.
+    """
+    if not dest.is_dir():
+        raise FileExistsError(
+            f"'{dest}' is a file; give a new or empty folder")
+    made = set()
+    if manifest:
+        made = {'manifest.json', *manifest['files']}
+        made |= {f'scenes/{split}.json' for split in SPLITS}
+        made |= {name.replace('scenes/', 'scenes/labels/', 1)
+                 for name in manifest['files']}
+    foreign = sorted(
+        name for name in (path.relative_to(dest).as_posix()
+                          for path in dest.rglob('*')
+                          if path.is_symlink() or not path.is_dir())
+        if name not in made)
+    if foreign:
+        raise FileExistsError(
+            f"'{dest}' holds {', '.join(foreign[:3])}, which no manifest.json "
+            'of this tool names; give a new or empty folder, or remove this '
+            'one first')
 
 
 def make_digits(dest,
@@ -296,8 +336,8 @@ def make_digits(dest,
     """Make the Digits data in ``dest``, unless it is there already.
 
     Args:
-        dest (str | Path): Folder to make. What an older or interrupted run
-            left there is replaced; a folder with other things is not touched.
+        dest (str | Path): Folder to make. What an older run made there is
+            replaced; a folder with other things is not touched.
         train_scenes (int): Number of training scenes. Defaults to 1000.
         val_scenes (int): Number of validation scenes. Defaults to 100.
         views (int): Pictures of each training digit in the classification
@@ -310,66 +350,73 @@ def make_digits(dest,
 
     Raises:
         FileExistsError: If ``dest`` holds anything that is not Digits data.
+        OSError: If it cannot be written.
     """
-    dest = Path(dest)
+    dest = Path(dest).resolve()
     settings = dict(
         version=VERSION,
         train_scenes=train_scenes,
         val_scenes=val_scenes,
         views=views,
         seed=seed)
-    if is_complete(dest, settings):
+    manifest = read_manifest(dest)
+    if manifest and manifest['settings'] == settings and all(
+            (dest / name).is_file() for name in manifest['files']):
         report(f'{dest} is complete, nothing to do')
         return False
     if dest.exists():
-        own = {'classification', 'scenes', 'manifest.json'}
-        foreign = sorted({entry.name for entry in dest.iterdir()} - own)
-        if foreign:
-            raise FileExistsError(
-                f'{dest} holds {", ".join(foreign[:3])}, which is not Digits '
-                'data; give a new or empty folder')
+        check_replaceable(dest, manifest)
 
-    partial = dest.with_name(dest.name + '.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    images, labels = load_sources()
-    sources = split_sources(labels, seed)
-    shown = {}
-    for split in SPLITS:
-        for kind, write in (('classification', write_classification),
-                            ('scenes', write_scenes)):
-            files = write(partial, split, images, labels, sources[split],
-                          settings)
-            report(f'{len(files):5} images in {kind}/{split}')
-            shown.update(files)
-    manifest = dict(settings=settings, sources=sources, files=shown)
-    (partial / 'manifest.json').write_text(json.dumps(manifest))
-    if dest.exists():
-        shutil.rmtree(dest)
-    partial.rename(dest)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    # A name that no folder has yet, so that nothing is in the way.
+    with tempfile.TemporaryDirectory(
+            prefix=f'{dest.name}.', dir=dest.parent) as folder:
+        partial = Path(folder, 'new')
+        images, labels = load_sources()
+        sources = split_sources(labels, seed)
+        shown = {}
+        for split in SPLITS:
+            for kind, write in (('classification', write_classification),
+                                ('scenes', write_scenes)):
+                files = write(partial, split, images, labels, sources[split],
+                              settings)
+                report(f'{len(files):5} images in {kind}/{split}')
+                shown.update(files)
+        manifest = dict(settings=settings, sources=sources, files=shown)
+        (partial / 'manifest.json').write_text(json.dumps(manifest))
+        if dest.exists():
+            # Others may have written there meanwhile. What is replaced is
+            # deleted with the folder, when the new data is in its place.
+            check_replaceable(dest, read_manifest(dest))
+            dest.rename(Path(folder, 'old'))
+        partial.rename(dest)
     return True
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description='Make the Digits data: classification, instance and '
         'semantic segmentation from 1,797 real handwritten digits.')
     parser.add_argument('dest', help='folder to make, such as data/digits')
-    parser.add_argument('--train-scenes', type=int, default=1000)
-    parser.add_argument('--val-scenes', type=int, default=100)
+    parser.add_argument('--train-scenes', type=positive, default=1000)
+    parser.add_argument('--val-scenes', type=positive, default=100)
     parser.add_argument(
         '--views',
-        type=int,
+        type=positive,
         default=3,
         help='pictures of each training digit for classification')
-    parser.add_argument('--seed', type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument('--seed', type=seed_number, default=0)
+    return parser.parse_args(argv)
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     start = time.time()
-    if make_digits(**vars(args)):
+    try:
+        made = make_digits(**vars(args))
+    except OSError as error:
+        raise SystemExit(f'cannot make the data: {error}') from error
+    if made:
         print(f'made {args.dest} in {time.time() - start:.0f} s')
 
 

@@ -416,6 +416,15 @@ def positive(text: str) -> int:
     return number
 
 
+def seed_number(text: str) -> int:
+    """Parse a seed that numpy takes for argparse."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(
+            f'{number} is not between 0 and {2**32 - 1}')
+    return number
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line.
 
@@ -443,7 +452,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='pictures per split (default 8; with fewer, some special cases '
         'of COCO are missing); for imagenet per split and class (default 1)')
     parser.add_argument(
-        '--seed', type=int, metavar='S', help='seed (default 0)')
+        '--seed', type=seed_number, metavar='S', help='seed (default 0)')
     parser.add_argument(
         '--classes',
         type=positive,

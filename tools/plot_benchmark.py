@@ -19,6 +19,7 @@ from statistics import median
 
 import matplotlib
 from matplotlib import pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
@@ -225,6 +226,52 @@ def plot(rows: list[dict], path: Path) -> None:
     plt.close(fig)
 
 
+def read(path: Path) -> dict:
+    """Read what ``--json`` of tools/benchmark.py wrote.
+
+    Args:
+        path (Path): The file.
+
+    Returns:
+        dict: ``machine`` and ``rows``.
+
+    Raises:
+        SystemExit: If it is missing, or something else.
+    """
+    hint = 'tools/benchmark.py --json writes such files'
+    try:
+        results = json.loads(path.read_text())
+        needed = {*CASE, 'model', 'samples'}
+        is_ours = isinstance(results['machine'], dict) and all(
+            needed <= row.keys() for row in results['rows'])
+    except OSError as error:
+        raise SystemExit(
+            f"cannot read '{path}': {error.strerror}; {hint}") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise SystemExit(f"'{path}' holds no measurements of models; {hint}")
+    return results
+
+
+def check_picture(path: Path) -> None:
+    """Check that a picture can be written, before anything is drawn.
+
+    Args:
+        path (Path): The picture to write.
+
+    Raises:
+        SystemExit: If its ending is unknown, or its folder does not exist.
+    """
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise SystemExit(f"--plot '{path}': expected a file that ends in ." +
+                         ', .'.join(sorted(known)))
+    if path.is_dir() or not path.parent.is_dir():
+        raise SystemExit(f"--plot '{path}': expected a file in a folder that "
+                         'exists')
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the tables and write the plot.
 
@@ -238,15 +285,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--plot', type=Path, metavar='FILE',
                         help='the picture to write')
     args = parser.parse_args(argv)
-    found = []
-    for path in args.files:
-        if not path.is_file():
-            parser.error(f"'{path}' does not exist; tools/benchmark.py "
-                         '--json writes such files')
-        found.append(json.loads(path.read_text()))
+    if args.plot:
+        check_picture(args.plot)
+    found = [read(path) for path in args.files]
     print('\n\n'.join(map(report, found)))
     if args.plot:
-        plot([row for results in found for row in results['rows']], args.plot)
+        rows = [row for results in found for row in results['rows']]
+        try:
+            plot(rows, args.plot)
+        except OSError as error:
+            raise SystemExit(f"cannot write '{args.plot}': {error.strerror}; "
+                             'name another file with --plot') from error
 
 
 if __name__ == '__main__':

@@ -99,11 +99,14 @@ def batches(cfg: Config, part: str,
             return
 
 
-def check_model(path: Path) -> None:
-    """Check that a file is a model of ONNX with images as its input.
+def check_model(path: Path) -> int:
+    """Check that a file is a classifier in ONNX that is not quantised yet.
 
     Args:
         path (Path): The file.
+
+    Returns:
+        int: Number of its classes.
 
     Raises:
         SystemExit: If it is not.
@@ -122,6 +125,10 @@ def check_model(path: Path) -> None:
             f"'{path}' turns {', '.join(inputs) or 'nothing'} into "
             f"{', '.join(outputs) or 'nothing'}; expected a classifier that "
             f'turns images into logits: {hint}')
+    if any(node.op_type.endswith('QuantizeLinear') for node in graph.node):
+        raise SystemExit(f"'{path}' is quantised already; expected a model in "
+                         f'fp32: {hint}')
+    return graph.output[0].type.tensor_type.shape.dim[1].dim_value
 
 
 def quantize(model: Path, out: str, data: Iterator[Tensor]) -> None:
@@ -185,14 +192,25 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     export.check_packages()
     launch.check_file(str(args.model), 'the ONNX file')
-    check_model(args.model)
     cfg = launch.read_config(args)
     if cfg.get('default_scope') != 'mmpretrain' or not cfg.get(
             'test_dataloader'):
         raise SystemExit('only a classifier with test data can be quantised; '
                          f"'{args.config}' is the config of none")
-    launch.check_data(cfg, ('train', 'test'))
+    found = check_model(args.model)
+    expected = cfg.model.get('head', {}).get('num_classes')
+    if found != expected:
+        raise SystemExit(
+            f"'{args.model}' has {found} classes, and the config "
+            f"'{args.config}' has {expected}; give the config that the model "
+            'was exported with')
     out = args.out or args.model.with_stem(f'{args.model.stem}_int8')
+    if out.resolve() == args.model.resolve():
+        raise SystemExit(f"--out '{out}' is the model itself, which would be "
+                         'lost; name another file')
+    if out.is_dir():
+        raise SystemExit(f"--out '{out}' is a folder; name a file")
+    launch.check_data(cfg, ('train', 'test'))
     launch.check_writable(str(out.parent), '--out')
     init_default_scope(cfg.default_scope)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:

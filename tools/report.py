@@ -6,7 +6,7 @@ HTML page that needs no other file::
 
     python tools/report.py --work-dirs work_dirs --data data/digits
 
-tools/quickstart.sh runs it; by hand it can be run again at any time.
+tools/quickstart.sh runs it; after that it can be run again at any time.
 """
 import argparse
 import base64
@@ -79,8 +79,7 @@ def newest(folder: Path, pattern: str) -> Path:
     """
     found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(
-            f'no {pattern} in {folder}; bash tools/quickstart.sh makes it')
+        raise FileNotFoundError(f'no {pattern} in {folder}')
     return found[-1]
 
 
@@ -98,9 +97,16 @@ def read_losses(run: Path) -> tuple[list[int], list[float]]:
 
 
 def read_seconds(path: Path) -> dict[str, float]:
-    """Seconds of each step, from lines 'name<TAB>seconds'."""
+    """Seconds of each step, from lines 'name<TAB>seconds'.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or it has no total.
+    """
     pairs = (line.split('\t') for line in path.read_text().splitlines())
-    return {name: float(seconds) for name, seconds in pairs}
+    seconds = {name: float(taken) for name, taken in pairs}
+    if 'total' not in seconds:
+        raise FileNotFoundError(f'no total in {path}: that run has not ended')
+    return seconds
 
 
 def read_predictions(run: Path) -> list[dict]:
@@ -453,8 +459,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def make_report(args: argparse.Namespace) -> None:
+    """Print the table and write the page, and the picture if it is wanted.
+
+    Args:
+        args (Namespace): The options.
+
+    Raises:
+        FileNotFoundError: If a run or the data is missing.
+    """
     out = args.out or args.work_dirs / 'digits/report.html'
     seconds = read_seconds(args.work_dirs / 'digits/seconds.tsv')
     rows = make_rows(args.work_dirs, seconds, args.compare)
@@ -474,6 +487,18 @@ def main() -> None:
         args.picture.write_bytes(to_png(overview, 100))
     print(format_text(rows))
     print(f'report: {out}')
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        make_report(args)
+    except FileNotFoundError as error:
+        compare = ' --compare' * args.compare
+        raise SystemExit(
+            f'there is no report to make: {error}. Run bash '
+            f'tools/quickstart.sh{compare} first, or say with --work-dirs and '
+            '--data where its runs and data are') from error
 
 
 if __name__ == '__main__':
