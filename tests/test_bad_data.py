@@ -287,6 +287,132 @@ def test_incomplete_entry_of_a_coco_file_is_named(entries, key, coco, copy):
         check(COCO, data)
 
 
+@pytest.mark.parametrize('part', ['train', 'val'])
+@pytest.mark.parametrize('content, reason', [
+    ('{}', 'has no list of categories'), ('[]', 'holds a list; expected')])
+def test_json_that_is_no_coco_file_is_named(
+        content, reason, part, coco, copy):
+    data = copy(coco)
+    path = data / f'annotations/instances_{part}2017.json'
+    path.write_text(content)
+    with pytest.raises(data_checks.DataError, match=f"'{path}' {reason}"):
+        check(COCO, data, part)
+
+
+def of_other_images(content):
+    for annotation in content['annotations']:
+        annotation['image_id'] += 1000
+
+
+def images_as_text(content):
+    for annotation in content['annotations']:
+        annotation['image_id'] = str(annotation['image_id'])
+
+
+def no_area(content):
+    for annotation in content['annotations']:
+        annotation['area'] = 0
+
+
+def in_fractions(content):
+    for annotation in content['annotations']:
+        annotation['bbox'] = [0.1, 0.2, 0.3, 0.4]
+
+
+def no_annotations(content):
+    content['annotations'].clear()
+
+
+def no_images(content):
+    content['images'].clear()
+
+
+@pytest.mark.parametrize('filter_cfg', [None, dict(filter_empty_gt=True)])
+@pytest.mark.parametrize('change, reason', [
+    (of_other_images, 'none is of one of its images: .* image_id 1[0-9]{3}'),
+    (images_as_text, "image_id '.* the id .* a text is not the number"),
+    (no_area, 'no object to train on.*entry 0 has area=0 and bbox='),
+    (in_fractions, r'no object to train on.*bbox=\[0.1, 0.2, 0.3, 0.4\]'),
+    (no_annotations, "has no 'annotations'"),
+    (no_images, "lists no 'images'"),
+])
+def test_coco_file_without_an_object_to_train_on_is_refused(
+        change, reason, filter_cfg, coco, copy):
+    data = copy(coco)
+    path = data / 'annotations/instances_train2017.json'
+    edit(path, change)
+    with pytest.raises(data_checks.DataError, match=f"'{path}' .*{reason}"):
+        check(COCO, data, filter_cfg=filter_cfg)
+
+
+def test_images_without_annotations_are_taken_for_testing(coco, copy):
+    data = copy(coco)
+    edit(data / 'annotations/instances_val2017.json', no_annotations)
+    check(COCO, data, 'val')
+
+
+def test_pictures_of_nothing_may_be_a_part_of_the_data(coco, copy):
+    data = copy(coco)
+    folder = data / 'annotations'
+    edit(folder / 'instances_val2017.json', no_annotations)
+    cfg = Config.fromfile(write_config(COCO, data))
+    init_default_scope('mmdet')
+    inner = cfg.train_dataloader.dataset
+    inner.filter_cfg = None
+    nothing = {**inner, 'ann_file': 'annotations/instances_val2017.json',
+               'data_prefix': dict(img='val2017/')}
+    loader = type('Loader', (), dict(dataset=DATASETS.build(
+        dict(type='ConcatDataset', datasets=[inner, nothing]))))
+    data_checks.check_loader(loader, {}, True)
+
+
+def boxes_only(content):
+    for annotation in content['annotations']:
+        del annotation['segmentation']
+
+
+def empty_mask(content):
+    content['annotations'][-1]['segmentation'] = []
+
+
+@pytest.fixture
+def boxes(coco, copy):
+    """Data without masks."""
+    data = copy(coco)
+    for split in ('train', 'val'):
+        edit(data / f'annotations/instances_{split}2017.json', boxes_only)
+    return data
+
+
+def test_boxes_without_masks_are_named_before_training(
+        boxes, refusal, tmp_path):
+    message = refusal(COCO, boxes)
+    assert f"the image '{boxes}/train2017/" in message
+    assert "annotations without 'segmentation'" in message
+    assert 'model.roi_head.mask_head=None' in message
+    assert 'Epoch(train)' not in log(tmp_path)
+
+
+def test_message_about_boxes_without_masks_says_what_makes_it_run(
+        boxes, train, tmp_path):
+    train(COCO, boxes, 'model.roi_head.mask_head=None',
+          'train_dataloader.dataset.pipeline.1.with_mask=False',
+          'val_dataloader.dataset.pipeline.2.with_mask=False',
+          'val_evaluator.metric=bbox')
+    assert 'Epoch(train)' in log(tmp_path)
+
+
+def test_box_without_a_mask_is_named_when_it_is_read(
+        coco, copy, monkeypatch):
+    monkeypatch.setattr(data_checks, 'SAMPLE', 0)
+    data = copy(coco)
+    edit(data / 'annotations/instances_train2017.json', empty_mask)
+    data_set = check(COCO, data).dataset
+    with pytest.raises(data_checks.DataError, match="without 'segmentation'"):
+        for i in range(len(data_set)):
+            data_set[i]
+
+
 def test_other_key_errors_are_left_alone(coco, copy):
     with pytest.raises(KeyError, match='NoSuchTransform'):
         build(COCO, copy(coco), pipeline=[dict(type='NoSuchTransform')])
@@ -332,7 +458,9 @@ def test_metric_with_the_file_of_other_data_is_named_before_training(
 
 def test_metric_with_the_file_of_other_data_is_named_before_testing(
         own_coco, coco, load_tool, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, 'launch', load_tool('launch'))
+    launch = load_tool('launch')
+    monkeypatch.setitem(sys.modules, 'launch', launch)
+    monkeypatch.setattr(launch, 'check_weights', lambda *args: None)
     checkpoint = tmp_path / 'weights.pth'
     checkpoint.touch()
     with pytest.raises(SystemExit, match='Set test_evaluator.ann_file='):
@@ -428,7 +556,9 @@ def test_message_about_other_classes_says_what_makes_it_run(
         'model.roi_head.bbox_head.num_classes=2',
         'model.roi_head.mask_head.num_classes=2'
     }
-    shutil.rmtree(tmp_path / 'work')
+    # Of the folder no more: mmengine keeps its visualizer, which writes there.
+    for path in tmp_path.glob('work/*/*.log'):
+        path.unlink()
     train(COCO, data, *classes, *options, 'val_cfg=None',
           'val_dataloader=None', 'val_evaluator=None')
     assert 'Epoch(train)' in log(tmp_path)
@@ -459,6 +589,103 @@ def test_classifier_may_have_more_classes_than_the_data(pictures):
     with pytest.raises(
             data_checks.DataError, match='2 classes.*model.head.num_cla'):
         check(IN1K, pictures, sizes={'model.head.num_classes': 1}, exact=False)
+
+
+def test_length_of_one_hot_labels_is_a_size_of_the_model():
+    cfg = Config.fromfile(IN1K)
+    assert data_checks.model_sizes(cfg) == {
+        'model.head.num_classes': 1000,
+        'data_preprocessor.num_classes': 1000
+    }
+    cfg.model.data_preprocessor = dict(num_classes=7)
+    assert data_checks.model_sizes(cfg) == {
+        'model.head.num_classes': 1000,
+        'model.data_preprocessor.num_classes': 7
+    }
+    cfg.model.train_cfg = None  # the labels stay numbers
+    assert data_checks.model_sizes(cfg) == {'model.head.num_classes': 1000}
+    assert data_checks.model_sizes(Config.fromfile(
+        ADE20K)) == data_checks.head_sizes(Config.fromfile(ADE20K).model)
+
+
+@pytest.mark.parametrize('head, preprocessor, named', [
+    (2, 1, ['data_preprocessor']), (1, 1, ['model.head', 'data_preprocessor']),
+    (2, 9, ['data_preprocessor']), (9, 2, ['model.head'])])
+def test_one_hot_labels_of_another_length_are_refused(
+        head, preprocessor, named, pictures):
+    sizes = {
+        'model.head.num_classes': head,
+        'data_preprocessor.num_classes': preprocessor
+    }
+    with pytest.raises(data_checks.DataError, match='has 2 classes') as raised:
+        check(IN1K, pictures, sizes=sizes, exact=False)
+    options = str(raised.value).partition('--cfg-options ')[2].split()
+    assert options == [f'{name}.num_classes=2' for name in named]
+    sizes = dict.fromkeys(sizes, 9)
+    check(IN1K, pictures, sizes=sizes, exact=False)
+
+
+def compare(data, sizes=None):
+    """Check data whose folders are taken for the classes."""
+    loaders = [
+        check(IN1K, data, part, sizes, exact=False, type='ImageNet21k',
+              split='', data_prefix=part, metainfo=None)
+        for part in ('train', 'val')
+    ]
+    data_checks.check_agreement(*loaders)
+
+
+def test_class_folder_that_only_one_part_of_the_data_has_is_named(pictures):
+    compare(pictures)
+    shutil.copytree(pictures / 'val/a', pictures / 'val/c')
+    with pytest.raises(
+            data_checks.DataError,
+            match="same classes.*only the second of the two has 'c'. Add the"):
+        compare(pictures)
+    for split in ('train', 'val'):
+        (pictures / split / 'empty').mkdir()  # in both, so not the cause
+    shutil.rmtree(pictures / 'train/a')
+    with pytest.raises(data_checks.DataError, match="has 'a', 'c'. Add the"):
+        compare(pictures)
+
+
+def test_classes_in_another_order_than_in_training_are_refused(pictures):
+    train = check(IN1K, pictures)
+    val = check(IN1K, pictures, 'val', metainfo=dict(classes=['b', 'a']))
+    with pytest.raises(data_checks.DataError, match='in another order'):
+        data_checks.check_agreement(train, val)
+
+
+@pytest.mark.parametrize('name', ['.ipynb_checkpoints', 'c'])
+def test_class_folder_that_is_hidden_or_empty_is_named(name, pictures):
+    (pictures / 'train' / name).mkdir()
+    reason = f"'{name}' is hidden or holds no image. Delete such a folder"
+    with pytest.raises(data_checks.DataError, match=reason):
+        compare(pictures)
+    with pytest.raises(
+            data_checks.DataError, match=f'has 3 classes.*{reason}') as raised:
+        compare(pictures, {'model.head.num_classes': 2})
+    assert '--cfg-options' not in str(raised.value)
+    with pytest.raises(
+            data_checks.DataError, match=f'3 class folders.*{reason}'):
+        check(IN1K, pictures)
+
+
+def test_empty_folder_of_a_class_that_is_listed_is_taken(pictures):
+    (pictures / 'val/c').mkdir()
+    check(IN1K, pictures, 'val', metainfo=dict(classes=['a', 'b', 'c']))
+
+
+def test_label_maps_that_are_numbered_in_another_way_are_refused(
+        ade20k, copy):
+    data = copy(ade20k)
+    train = check(ADE20K, data)
+    val = check(ADE20K, data, 'val')
+    data_checks.check_agreement(train, val)
+    val.dataset.reduce_zero_label = False
+    with pytest.raises(
+            data_checks.DataError, match=r'reduce_zero_label \(True and Fal'):
+        data_checks.check_agreement(train, val)
 
 
 def test_class_folders_that_are_not_as_many_as_the_classes_are_named(

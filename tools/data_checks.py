@@ -2,9 +2,10 @@
 
 Before the first iteration, when the runner has built a data loader,
 :func:`check_loader` compares its classes with the heads and its categories
-with the classes, and looks at a sample of its files; :func:`check_metric`
-compares the data with what will measure it. :class:`CheckedLoad` looks at each
-file when it is read: is it whole, and are its labels classes?
+with the classes, and looks at a sample of its files; :func:`check_agreement`
+compares it with the data of training, and :func:`check_metric` with what will
+measure it. :class:`CheckedLoad` looks at each file when it is read: is it
+whole, and are its labels classes?
 """
 import json
 import mmap
@@ -100,6 +101,31 @@ def head_sizes(model: Any, where: str = 'model') -> dict[str, int]:
     return sizes
 
 
+def model_sizes(cfg: ConfigDict) -> dict[str, int]:
+    """Numbers of classes that a model and its preprocessing are made for.
+
+    Args:
+        cfg (Config): The whole config.
+
+    Returns:
+        dict[str, int]: Those of :func:`head_sizes` and, of a classifier that
+        trains on one-hot labels, the length of those.
+    """
+    model = cfg.model.get('module', cfg.model)  # test.py --tta wraps it
+    sizes = head_sizes(model)
+    # As mmengine does: that of the model goes before that of the config.
+    where = 'data_preprocessor'
+    settings = cfg.get(where)
+    if 'data_preprocessor' in model:
+        where, settings = f'model.{where}', model.data_preprocessor
+    settings = settings or {}
+    one_hot = settings.get('to_onehot') or settings.get('batch_augments') or (
+        model.get('train_cfg') or {}).get('augments')
+    if one_hot and settings.get('num_classes'):
+        sizes[f'{where}.num_classes'] = settings['num_classes']
+    return sizes
+
+
 def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
     """Build a data loader; say why where there is nothing to load.
 
@@ -113,8 +139,9 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
 
     Raises:
         DataError: If an annotation file is no JSON or incomplete, if there
-            is no image, if there are not as many class folders as classes,
-            or if the type of the data set has classes of its own.
+            is no image or no object to train on, if there are not as many
+            class folders as classes, or if the type of the data set has
+            classes of its own.
     """
     try:
         return build(cfg, *args, **kwargs)
@@ -126,6 +153,10 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
             raise
         if isinstance(error, json.JSONDecodeError):
             reason = f'an annotation file that is no JSON ({error})'
+        elif 'annotation file format' in str(error):  # pycocotools
+            for path in _coco_files(cfg['dataset']):
+                _read_json(path)
+            raise
         elif 'at least one array' in str(error):  # NumPy, asked by mmengine
             _explain_no_images(cfg['dataset'])
             reason = no_images
@@ -152,6 +183,13 @@ def _unread(cfg: ConfigDict) -> Iterator[Any]:
         yield DATASETS.build({**leaf, 'lazy_init': True})
 
 
+def _coco_files(cfg: ConfigDict) -> Iterator[str]:
+    """Annotation files in COCO's format of data sets that are not read."""
+    for data_set in _unread(cfg):
+        if hasattr(data_set, 'COCOAPI') and osp.isfile(data_set.ann_file):
+            yield data_set.ann_file
+
+
 def _read_json(path: str) -> dict:
     """Read an annotation file, the whole of it.
 
@@ -171,32 +209,32 @@ def _read_json(path: str) -> dict:
 
 
 def _explain_missing_key(cfg: ConfigDict, key: Any) -> None:
-    """Find the entry of a COCO file that made mmdet raise a KeyError.
+    """Find what a COCO file lacks that made mmdet raise a KeyError.
 
     Args:
         cfg (ConfigDict): Config of the data set.
         key (object): What was not found.
 
     Raises:
-        DataError: If an entry of a file lacks it.
+        DataError: If a file has no categories, or an entry of it no such
+            key.
     """
     lists = [name for name, keys in _COCO_KEYS.items() if key in keys]
-    for data_set in _unread(cfg) if lists else ():
-        if not hasattr(data_set, 'COCOAPI') or not osp.isfile(
-                data_set.ann_file):
-            continue
-        content = _read_json(data_set.ann_file)
+    for path in _coco_files(cfg) if lists or key == 'categories' else ():
+        content = _read_json(path)
+        if key == 'categories':
+            read_categories(path)
         for name in lists:
             for i, entry in enumerate(content.get(name, ())):
                 if key not in entry:
                     raise DataError(
-                        f"'{data_set.ann_file}' is incomplete: entry {i} of "
+                        f"'{path}' is incomplete: entry {i} of "
                         f"'{name}' (id {entry.get('id')}) has no '{key}'. Add "
                         'it, or take the entry out of the file')
 
 
 def _explain_no_images(cfg: ConfigDict) -> None:
-    """Where no object of a COCO file is of a class, mmdet filters all images.
+    """Where no object of a COCO file can be used, mmdet filters all images.
 
     Args:
         cfg (ConfigDict): Config of the data set without images.
@@ -213,6 +251,69 @@ def _explain_no_images(cfg: ConfigDict) -> None:
                  for entry in content.get('annotations', ())
                  if 'category_id' in entry},
                 _compare_categories(data_set))
+            reason = _without_objects(content)
+            if reason is not None:
+                raise DataError(f"'{data_set.ann_file}' {reason}")
+
+
+def _without_objects(content: dict) -> str | None:
+    """Say why no image of a COCO file can have an object.
+
+    Args:
+        content (dict): The file.
+
+    Returns:
+        str | None: What follows its name in a message. None if there are
+        annotations of its images.
+    """
+    images = content.get('images') or []
+    annotations = content.get('annotations') or []
+    ids, used = (
+        sorted({entry.get(key) for entry in entries}, key=str)
+        for entries, key in ((images, 'id'), (annotations, 'image_id')))
+    if not images:
+        return "lists no 'images'. Add them to the file"
+    if not annotations:
+        return ("has no 'annotations', so there is no object to train on. "
+                'Add them, or give the file that has them as ann_file')
+    if not set(ids) & set(used):
+        return (f'has {len(annotations)} annotations, and none is of one of '
+                f'its images: they have the image_id {_some(used, 5)}, '
+                f'and the images the id {_some(ids, 5)}. Correct the '
+                'ids; a text is not the number that it spells')
+    return None
+
+
+def _check_objects(data_set: Any, alone: bool) -> None:
+    """Look for an object to train on; mmdet would train without any.
+
+    Args:
+        data_set (CocoDataset): The data set, loaded.
+        alone (bool): Whether it is all the data. Otherwise it may be
+            pictures of nothing, by intention.
+
+    Raises:
+        DataError: If there is none.
+    """
+    for info in map(data_set.get_data_info, range(len(data_set))):
+        # Panoptic segments, or frames of a video, are objects too.
+        if info.get('segments_info') or 'instances' not in info or not all(
+                instance.get('ignore_flag') for instance in info['instances']):
+            return
+    path = data_set.ann_file
+    content = _read_json(path)
+    if not alone and not content.get('annotations'):
+        return
+    reason = _without_objects(content)
+    if reason is None:
+        entry = content['annotations'][0]
+        reason = (
+            'has no object to train on. mmdet leaves out an annotation whose '
+            'area is 0, whose bbox (x, y, width and height, in pixels) is '
+            'less than a pixel wide or high or outside the image, and one '
+            'that is ignore or iscrowd. Correct them; entry 0 has '
+            f'area={entry.get("area")} and bbox={entry.get("bbox")}')
+    raise DataError(f"'{path}' {reason}")
 
 
 def _explain_class_folders(cfg: ConfigDict) -> None:
@@ -225,12 +326,9 @@ def _explain_class_folders(cfg: ConfigDict) -> None:
         DataError: If there is none, or if there are not as many as classes.
     """
     for data_set in _unread(cfg):
-        folder = getattr(data_set, 'img_prefix', '')
-        if data_set.ann_file or not getattr(
-                data_set, 'with_label', False) or not osp.isdir(folder):
+        found = _class_folders(data_set)
+        if found is None:
             continue
-        found = sorted(
-            entry.name for entry in os.scandir(folder) if entry.is_dir())
         name, classes = describe(data_set), data_set.metainfo.get('classes')
         _check_names(name, classes)
         if not found:
@@ -239,14 +337,60 @@ def _explain_class_folders(cfg: ConfigDict) -> None:
                 'folder per class, or list them with their labels in an '
                 'ann_file (docs/data.md)')
         if classes is not None and len(found) != len(classes):
+            advice = (
+                'Add the folders that are missing, or set metainfo.classes of '
+                'the data sets of train, val and test to the names of the '
+                'folders, in alphabetical order, and model.head.num_classes '
+                'and data_preprocessor.num_classes to their number '
+                '(docs/data.md, Images in class folders)')
+            if len(found) > len(classes):
+                advice = _odd_folders(data_set, found) or advice
             raise DataError(
                 f'{name} has {len(found)} class folders ({_some(found, 5)}), '
-                f'and there are {len(classes)} classes. Add the folders that '
-                'are missing, or set metainfo.classes of the data sets of '
-                'train, val and test to the names of the folders, in '
-                'alphabetical order, and model.head.num_classes and '
-                'data_preprocessor.num_classes to their number (docs/data.md, '
-                'Images in class folders)')
+                f'and there are {len(classes)} classes. {advice}')
+
+
+def _class_folders(data_set: Any) -> list[str] | None:
+    """Folders that mmpretrain takes for the classes of a data set.
+
+    Args:
+        data_set (object): The data set, loaded or not.
+
+    Returns:
+        list[str] | None: Their names, in the order of the labels. None if
+        the labels come from elsewhere, or if it is not on this machine.
+    """
+    folder = getattr(data_set, 'img_prefix', '')
+    if not getattr(data_set, 'with_label', False) or data_set.ann_file or \
+            not osp.isdir(folder):
+        return None
+    return sorted(entry.name for entry in os.scandir(folder)
+                  if entry.is_dir())
+
+
+def _odd_folders(data_set: Any, among: Any) -> str:
+    """Name the class folders that are most likely no classes.
+
+    Args:
+        data_set (object): The data set, loaded or not.
+        among (Collection[str]): Names of those that do not fit.
+
+    Returns:
+        str: What to do with those that are hidden, such as Jupyter's, or
+        hold no image. Empty if there are none.
+    """
+    odd = [
+        name for name in _class_folders(data_set) or ()
+        if name in among and (name.startswith('.') or not any(
+            data_set.is_valid_file(file) for _, _, files in os.walk(
+                osp.join(data_set.img_prefix, name), followlinks=True)
+            for file in files))
+    ]
+    if not odd:
+        return ''
+    return (f'Each folder in {data_set.img_prefix} counts as a class, and '
+            f'{_some(odd, 5)} is hidden or holds no image. Delete such a '
+            'folder, or put its images there')
 
 
 def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
@@ -262,22 +406,80 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
     Raises:
         DataError: If something does not fit.
     """
-    for data_set in _leaves(loader.dataset):
+    leaves = list(_leaves(loader.dataset))
+    for data_set in leaves:
         meta = getattr(data_set, 'metainfo', {})
         classes = meta.get('classes')
         name = describe(data_set)
         _check_names(name, classes)
         if classes is not None:
-            _check_sizes(name, len(classes), sizes, exact)
+            _check_sizes(data_set, classes, sizes, exact)
             if hasattr(data_set, 'cat_ids') and osp.isfile(data_set.ann_file):
                 _check_ids(data_set.ann_file, set(data_set.cat_img_map),
                            _compare_categories(data_set))
+                if not data_set.test_mode:
+                    _check_objects(data_set, len(leaves) == 1)
         # Only mmseg computes its loss from label maps as they are.
         limit = None
         if hasattr(data_set, 'reduce_zero_label'):
             limit = len(classes or ()) or max(sizes.values(), default=None)
         loads = list(_check_loads(getattr(data_set, 'pipeline', None), limit))
         _check_sample(data_set, loads)
+
+
+def check_agreement(first: Any, second: Any) -> None:
+    """Check that labels mean the same in two data loaders.
+
+    A label is the place of a name in the classes of its data set, and without
+    a list of classes mmpretrain numbers the folders that it finds.
+
+    Args:
+        first (DataLoader): The one that was built first, that of training.
+        second (DataLoader): A later one, of val or test.
+
+    Raises:
+        DataError: If they have other classes, or another reduce_zero_label.
+    """
+    one = next(_leaves(first.dataset))
+    for other in _leaves(second.dataset):
+        pair = one, other
+        names = ' and '.join(describe(data_set) for data_set in pair)
+        classes = [
+            list(getattr(data_set, 'metainfo', {}).get('classes') or ())
+            for data_set in pair
+        ]
+        if all(classes) and classes[0] != classes[1]:
+            unshared = set(classes[0]).symmetric_difference(classes[1])
+            raise DataError(
+                f'{names} do not have the same classes, so that a label '
+                'means one thing here and another there: '
+                f'{_difference(*classes)}. ' +
+                (_odd_folders(one, unshared) or _odd_folders(other, unshared)
+                 or 'Add the class folders that are missing, or set '
+                 'metainfo.classes of the data sets of train, val and test to '
+                 'the same list of names'))
+        shifts = [
+            getattr(data_set, 'reduce_zero_label', None) for data_set in pair
+        ]
+        if None not in shifts and shifts[0] != shifts[1]:
+            raise DataError(
+                f'{names} differ in reduce_zero_label ({shifts[0]} and '
+                f'{shifts[1]}), so that the labels of one are shifted '
+                'against those of the other. Set it to the same in the data '
+                'sets of train, val and test: True if 0 is no class in the '
+                'label maps')
+
+
+def _difference(first: list[str], second: list[str]) -> str:
+    """Say in words how two lists of classes differ."""
+    only = [
+        f'only the {which} of the two has {_some(extra, 5)}'
+        for which, extra in (
+            ('first', [name for name in first if name not in second]),
+            ('second', [name for name in second if name not in first]))
+        if extra
+    ]
+    return ', and '.join(only) or 'they have them in another order'
 
 
 def check_metric(metric: dict, loader: Any, where: str) -> None:
@@ -364,18 +566,26 @@ def _check_ids(path: str, used: set, categories: dict[int, str]) -> None:
             'or add the categories to the file')
 
 
-def _check_sizes(name: str, count: int, sizes: dict[str, int],
+def _check_sizes(data_set: Any, classes: Any, sizes: dict[str, int],
                  exact: bool) -> None:
-    """Compare the number of classes with those of the heads."""
-    wanted = count if exact else max(count, *sizes.values(), 0)
-    wrong = {key: size for key, size in sizes.items() if size != wanted}
+    """Compare the number of classes with those that the model is made for."""
+    count, found = len(classes), set(sizes.values())
+    # A classifier may have more, as long as all of it has the same number.
+    if not exact and len(found) == 1 and count <= min(found):
+        return
+    wrong = {key: size for key, size in sizes.items() if size != count}
     if wrong:
-        raise DataError(
-            f'{name} has {count} classes, and the model is made for others: ' +
-            ', '.join(f'{key}={size}' for key, size in wrong.items()) +
-            '. Give the names of the classes with metainfo.classes of the '
+        advice = (
+            'Give the names of the classes with metainfo.classes of the '
             'data sets, or --cfg-options ' +
-            ' '.join(f'{key}={wanted}' for key in wrong))
+            ' '.join(f'{key}={count}' for key in wrong))
+        if count > min(found) and list(classes) == _class_folders(data_set):
+            advice = _odd_folders(data_set, classes) or advice
+        raise DataError(
+            f'{describe(data_set)} has {count} classes, and the model is made '
+            'for others: ' +
+            ', '.join(f'{key}={size}' for key, size in wrong.items()) +
+            f'. {advice}')
 
 
 def _compare_categories(data_set: Any) -> dict[int, str]:
@@ -478,6 +688,8 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad']) -> None:
     for i in range(count):
         info = data_set.get_data_info(i * len(data_set) // count)
         path = info.get('img_path')
+        if any(getattr(load.load, 'with_mask', False) for load in loads):
+            _check_masks(info)
         local = path and _is_local(path, data_set)
         if local and not osp.isfile(path):
             raise DataError(f"{describe(data_set)} names the image '{path}', "
@@ -488,6 +700,20 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad']) -> None:
                 if local:
                     _check_header(info, labels)
                 break
+
+
+def _check_masks(info: dict) -> None:
+    """Look for objects without a mask, where a pipeline loads masks."""
+    # The masks of panoptic segments are in an image.
+    if 'segments_info' not in info and not all(
+            'mask' in instance for instance in info.get('instances', ())):
+        raise DataError(
+            f"the image '{info.get('img_path')}' has annotations without "
+            "'segmentation' (or it is empty), and the config trains masks "
+            '(LoadAnnotations, with_mask=True). Add the masks to the '
+            'annotation file, or train boxes alone: '
+            'model.roi_head.mask_head=None, with_mask=False in the pipelines, '
+            "and metric='bbox' of val_evaluator and test_evaluator")
 
 
 def _is_local(path: str, reader: Any) -> bool:
@@ -536,7 +762,8 @@ def _check_loads(step: Any, num_classes: int | None) -> Iterator[Any]:
         for i, part in enumerate(inner):
             if type(part).__name__.startswith('LoadImage'):
                 inner[i] = CheckedLoad(part, 'img_path')
-            elif getattr(part, 'with_seg', False):
+            elif getattr(part, 'with_seg', False) or getattr(
+                    part, 'with_mask', False):
                 inner[i] = CheckedLoad(part, 'seg_map_path', num_classes)
             else:
                 yield from _check_loads(part, num_classes)
@@ -572,12 +799,17 @@ class CheckedLoad(BaseTransform):
 
         Raises:
             DataError: If the file is missing or damaged, if its labels are no
-                classes, or if it is not as large as its image.
+                classes, if it is not as large as its image, or if an object
+                has no mask.
         """
         path = results.get(self.key)
+        if getattr(self.load, 'with_mask', False):
+            _check_masks(results)
         try:
             results = self.load(results)
         except _UNREADABLE as error:
+            if path is None:  # no file of its own, but the annotations
+                raise
             reason = 'it does not exist' if isinstance(
                 error, FileNotFoundError) else f'it is damaged ({error})'
             kind = 'image' if self.key == 'img_path' else 'label map'

@@ -401,19 +401,20 @@ def build_runner(cfg: Config) -> Runner:
             'find_unused_parameters': cfg.get('find_unused_parameters', False),
             **cfg.get('model_wrapper_cfg', {}), 'device_ids': None
         }
-    # test.py --tta wraps the model.
-    sizes = data_checks.head_sizes(cfg.model.get('module', cfg.model))
+    sizes = data_checks.model_sizes(cfg)
     if 'runner_type' in cfg:
         runner = RUNNERS.build(cfg)
     else:
         runner = Runner.from_cfg(cfg)
-    build_dataloader = runner.build_dataloader
+    build_dataloader, built = runner.build_dataloader, []
 
     def build_and_check(*args: Any, **kwargs: Any) -> Any:
         loader = data_checks.build_loader(build_dataloader, *args, **kwargs)
         # A classifier may have more classes than the data.
         data_checks.check_loader(
             loader, sizes, exact=cfg.get('default_scope') != 'mmpretrain')
+        built.append(loader)
+        data_checks.check_agreement(built[0], loader)
         return loader
 
     def checked(part: str, build_loop: Callable) -> Callable:
