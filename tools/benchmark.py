@@ -49,7 +49,6 @@ from mmengine.optim import build_optim_wrapper
 from torch import Tensor
 from torch.utils import collect_env
 
-import launch
 from benchmark_models import (
     PATHS,
     arch_of,
@@ -604,7 +603,12 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_args(argv)
     if args.json:
-        launch.check_writable(str(args.json.parent), '--json')
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.touch()
+        except OSError as error:
+            raise SystemExit(f"cannot write '{args.json}': {error.strerror}. "
+                             'Name another file with --json') from error
     torch.set_num_threads(args.threads)
     # fp32 is fp32, for convolutions as for matrix products.
     torch.backends.cudnn.allow_tf32 = False
