@@ -133,7 +133,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 # The operators of the Triton kernels once they are needed, and the module of
 # their functions. A global, of which torch.compile knows where it comes from.
 TRITON = SimpleNamespace()
-_MAKING = threading.Lock()
+_REGISTERING = threading.Lock()
 
 
 @cache
@@ -147,7 +147,7 @@ def _make_triton_operators() -> str:
         from . import triton_kernels
     except ImportError as error:
         return f'Triton cannot be imported ({error})'
-    with _MAKING:  # torch refuses a second definition, of another thread
+    with _REGISTERING:  # torch refuses a second definition, of another thread
         if not hasattr(TRITON, 'functions'):
             _register(triton_kernels)
             TRITON.functions = triton_kernels

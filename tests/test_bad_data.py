@@ -363,6 +363,9 @@ def test_pictures_of_nothing_may_be_a_part_of_the_data(coco, copy):
                'data_prefix': dict(img='val2017/')}
     loader = type('Loader', (), dict(dataset=DATASETS.build(
         dict(type='ConcatDataset', datasets=[inner, nothing]))))
+    objects = [bool(info['instances']) for info in map(
+        loader.dataset.get_data_info, range(len(loader.dataset)))]
+    assert any(objects) and not all(objects)
     data_checks.check_loader(loader, {}, True)
 
 
@@ -376,12 +379,22 @@ def empty_mask(content):
 
 
 @pytest.fixture
-def boxes(coco, copy):
+def changed_coco(coco, copy):
+    """Copy the data with both annotation files changed."""
+
+    def change(function):
+        data = copy(coco)
+        for split in ('train', 'val'):
+            edit(data / f'annotations/instances_{split}2017.json', function)
+        return data
+
+    return change
+
+
+@pytest.fixture
+def boxes(changed_coco):
     """Data without masks."""
-    data = copy(coco)
-    for split in ('train', 'val'):
-        edit(data / f'annotations/instances_{split}2017.json', boxes_only)
-    return data
+    return changed_coco(boxes_only)
 
 
 def test_boxes_without_masks_are_named_before_training(
@@ -435,12 +448,9 @@ OWN_CLASSES = [
 
 
 @pytest.fixture
-def own_coco(coco, copy):
+def own_coco(changed_coco):
     """Data of two classes."""
-    data = copy(coco)
-    for split in ('train', 'val'):
-        edit(data / f'annotations/instances_{split}2017.json', two_classes)
-    return data
+    return changed_coco(two_classes)
 
 
 def test_metric_with_the_file_of_other_data_is_named_before_training(

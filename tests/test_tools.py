@@ -184,6 +184,13 @@ def digits(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def in_digits(digits, monkeypatch):
+    """The folder of Digits as working directory, with its hook in reach."""
+    monkeypatch.chdir(digits)
+    monkeypatch.syspath_prepend(digits)
+
+
 @pytest.fixture(scope='module')
 def two_processes(digits):
     """What dist_train.sh printed; the run lies in digits/work."""
@@ -415,8 +422,7 @@ def test_pretrained_file_is_looked_for_in_the_named_folder(tool, tmp_path,
      r'backbone.downsample_layers.0.0.weight'),
 ])
 def test_checkpoint_without_the_weights_is_not_tested(
-        tool, digits, tmp_path, monkeypatch, content, reason):
-    monkeypatch.chdir(digits)
+        tool, in_digits, tmp_path, content, reason):
     path = tmp_path / 'weights.pth'
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -427,9 +433,7 @@ def test_checkpoint_without_the_weights_is_not_tested(
     assert str(path) in message and reason in message
 
 
-def test_checkpoint_of_another_width_is_not_tested(tool, digits, tmp_path,
-                                                   monkeypatch):
-    monkeypatch.chdir(digits)
+def test_checkpoint_of_another_width_is_not_tested(tool, in_digits, tmp_path):
     path = untrained('digits.py', tmp_path / 'weights.pth')
     message = refusal(
         tool('test').main, 'digits.py', path, '--work-dir', tmp_path,
@@ -438,8 +442,7 @@ def test_checkpoint_of_another_width_is_not_tested(tool, digits, tmp_path,
 
 
 def test_pretrained_weights_that_do_not_fit_end_in_one_message(
-        tool, digits, tmp_path, monkeypatch):
-    monkeypatch.chdir(digits)
+        tool, in_digits, tmp_path):
     path = untrained('digits.py', tmp_path / 'weights.pth')
     message = refusal(
         tool('train').main, 'digits.py', '--work-dir', tmp_path,
@@ -450,8 +453,7 @@ def test_pretrained_weights_that_do_not_fit_end_in_one_message(
     assert 'and so is the model: compare in_channels, mlp_ratio' in message
 
 
-def test_weights_alone_are_not_resumed(tool, digits, tmp_path, monkeypatch):
-    monkeypatch.chdir(digits)
+def test_weights_alone_are_not_resumed(tool, in_digits, tmp_path):
     path = untrained('digits.py', tmp_path / 'weights.pth')
     message = refusal(tool('train').main, 'digits.py', '--resume', path)
     assert 'has no meta and no optimizer' in message

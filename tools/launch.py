@@ -297,8 +297,6 @@ def check_weights(model: nn.Module, path: str) -> None:
     """
     checkpoint = read_file(path, 'the checkpoint')
     weights = checkpoint.get('state_dict', checkpoint)
-    if not isinstance(weights, dict):
-        weights, _ = model_weights(checkpoint)
     state = OrderedDict((key.removeprefix('module.'), value)
                         for key, value in weights.items())
     if hasattr(weights, '_metadata'):  # versions of layers, to load old files
