@@ -36,7 +36,6 @@ from torch.export import Dim, ExportedProgram
 
 import launch
 from mmconv2former import fuse_for_inference
-from mmconv2former.checkpoint import CheckpointError, read_checkpoint
 
 SUFFIXES = dict(onnx='.onnx', torch='.pt2')
 # torch.export takes sides that the model reduces to 1 for a special case.
@@ -130,11 +129,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
         SystemExit: If the checkpoint cannot be read or does not fit the
             config completely.
     """
-    launch.check_file(checkpoint, 'the checkpoint')
-    try:
-        read_checkpoint(checkpoint)
-    except CheckpointError as error:
-        raise SystemExit(str(error)) from error
+    launch.read_file(checkpoint, 'the checkpoint')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(cfg.model)
     try:
@@ -383,8 +378,7 @@ def main(argv: list[str] | None = None) -> None:
                 f'--opset must be at least {MIN_OPSET} and at most '
                 f'{MAX_OPSET}, which is what torch exports; got {args.opset}')
     cfg = launch.read_config(args)
-    if 'model' not in cfg:
-        raise SystemExit(f"config '{args.config}' has no model")
+    launch.check_model(cfg, args.config)
     model, outputs = select(load_model(cfg, args.checkpoint), args.part)
     out = args.out
     if out is None:

@@ -208,8 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit('--shape must be at least 32 32, which the stride '
                          f'of 32 needs; got {args.shape[0]} {args.shape[1]}')
     cfg = launch.read_config(args)
-    if 'model' not in cfg:
-        raise SystemExit(f"config '{args.config}' has no model")
+    launch.check_model(cfg, args.config)
     shape = args.shape or default_shape(cfg)
     rows = count(cfg, shape)
     print(f'input: {shape[1]}x{shape[0]} (width x height)')
