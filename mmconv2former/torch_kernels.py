@@ -6,6 +6,7 @@ same names, and what runs on CPUs.
 Tensors are (N, H, W, C). No function here builds a graph for autograd.
 """
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import repeat
 
 import torch
@@ -20,6 +21,16 @@ aten = torch.ops.aten
 # Largest temporary tensor where a batch is processed in parts; that of a
 # single sample may exceed it.
 PART_BYTES = 2**22
+
+
+@cache
+def _raise_trim_threshold() -> None:
+    """Have the C library keep up to 64 MB of freed memory for the next tensor.
+
+    glibc keeps twice the size of the largest block, up to 32 MB, that it once
+    mapped for a tensor and got back. The pages of this one are never touched.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device='cpu')
 
 
 def in_parts(sample: int, size: int, *tensors: Tensor | None
@@ -42,6 +53,7 @@ def in_parts(sample: int, size: int, *tensors: Tensor | None
     x = tensors[0]
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
         return [tensors]
+    _raise_trim_threshold()
     samples = max(size // max(sample, 1), 1)
     if samples >= len(x):
         return [tensors]

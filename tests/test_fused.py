@@ -1,6 +1,8 @@
 """The fused operators against the plain path."""
 import copy
 import functools
+import os
+import platform
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -204,6 +206,28 @@ def test_samples_may_be_processed_in_parts(dtype, samples, monkeypatch):
     for name, value in whole.items():
         error = (parts[name] - value).norm() / value.norm()
         assert error <= 4 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
+def test_memory_of_a_branch_serves_the_next_one():
+    code = """
+import resource, torch
+from mmconv2former.torch_kernels import in_parts
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**23, dtype=torch.uint8) for _ in range(5)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+in_parts(1, 1, torch.zeros(1))
+print(min(faults() for _ in range(5)))
+"""
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
+    process = subprocess.run([sys.executable, '-c', code], text=True,
+                             env=environment, capture_output=True)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) < 100  # of 10,240 pages
 
 
 @pytest.mark.parametrize('gelu_in_onednn', [True, False])

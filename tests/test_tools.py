@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pickle
+import platform
 import re
 import subprocess
 import sys
@@ -655,6 +656,35 @@ def test_slurm_without_a_gpu_is_refused(tool):
     launch.get_device = lambda: 'cpu'
     with pytest.raises(SystemExit, match='--launcher slurm needs GPUs'):
         launch.build_runner(Config(dict(launcher='slurm')))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
+@pytest.mark.parametrize('environment, faults', [
+    ({}, range(100)),
+    # The user's own settings are left alone.
+    ({'MALLOC_MMAP_THRESHOLD_': '131072'}, range(8192, 10**6)),
+])
+def test_freed_memory_serves_the_next_tensors(environment, faults):
+    code = """
+import resource, sys
+sys.path.insert(0, 'tools')
+import launch, torch
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**25, dtype=torch.uint8)  # 8,192 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+launch.keep_freed_memory()
+print(min(faults() for _ in range(5)))
+"""
+    others = {name: value for name, value in os.environ.items()
+              if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
+    process = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True,
+                             env={**others, **environment},
+                             capture_output=True)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout.split()[-1]) in faults
 
 
 @pytest.mark.parametrize('spelling', ['--local-rank', '--local_rank'])

@@ -113,10 +113,6 @@ wait_for_all() {
 # Two models side by side use two cores better than two threads of one: the
 # layers are so small that threads wait for each other more than they work.
 export OMP_NUM_THREADS=1
-# glibc would hand the memory of each step back to the system, and get it again
-# page by page: ten thousand page faults a step.
-export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=33554432 \
-    MALLOC_TRIM_THRESHOLD_=17179869184
 begin=$SECONDS
 step data "$python" tools/make_digits.py data/digits
 train "$classifier" "$(name_of "$classifier")"
