@@ -16,7 +16,10 @@ from mmengine.runner import Runner
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import checked_load
+import coco_checks
 import data_checks
+from data_error import DataError, one_message
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 COCO = CONFIGS / 'detection/mask_rcnn_conv2former_t_coco.py'
@@ -213,14 +216,14 @@ def test_categories_in_another_order_are_refused(coco, copy):
     data = copy(coco)
     edit(data / 'annotations/instances_train2017.json', reverse)
     with pytest.raises(
-            data_checks.DataError, match="another order.*'toothbrush'"):
+            DataError, match="another order.*'toothbrush'"):
         check(COCO, data)
 
 
 def test_annotations_of_no_category_are_refused(coco, copy):
     data = copy(coco)
     edit(data / 'annotations/instances_train2017.json', stray)
-    with pytest.raises(data_checks.DataError, match='category_id 12,'):
+    with pytest.raises(DataError, match='category_id 12,'):
         check(COCO, data)
 
 
@@ -229,7 +232,7 @@ def test_file_with_none_of_the_classes_is_refused(coco, copy):
     data = copy(coco)
     edit(data / 'annotations/instances_train2017.json', only_cells)
     with pytest.raises(
-            data_checks.DataError,
+            DataError,
             match=r"no category 'person'.*\(80\).*Its categories: 'cell'\."):
         check(COCO, data)
 
@@ -270,7 +273,7 @@ def test_categories_that_cannot_be_told_apart_are_refused(
     data = copy(coco)
     path = data / f'annotations/instances_{part}2017.json'
     edit(path, change)
-    with pytest.raises(data_checks.DataError, match=f"'{path}' .*{reason}"):
+    with pytest.raises(DataError, match=f"'{path}' .*{reason}"):
         check(COCO, data, part)
 
 
@@ -282,7 +285,7 @@ def test_incomplete_entry_of_a_coco_file_is_named(entries, key, coco, copy):
     path = data / 'annotations/instances_train2017.json'
     edit(path, lambda content: content[entries][1].pop(key))
     with pytest.raises(
-            data_checks.DataError,
+            DataError,
             match=f"'{path}' .* entry 1 of '{entries}' .* has no '{key}'"):
         check(COCO, data)
 
@@ -295,7 +298,7 @@ def test_json_that_is_no_coco_file_is_named(
     data = copy(coco)
     path = data / f'annotations/instances_{part}2017.json'
     path.write_text(content)
-    with pytest.raises(data_checks.DataError, match=f"'{path}' {reason}"):
+    with pytest.raises(DataError, match=f"'{path}' {reason}"):
         check(COCO, data, part)
 
 
@@ -341,7 +344,7 @@ def test_coco_file_without_an_object_to_train_on_is_refused(
     data = copy(coco)
     path = data / 'annotations/instances_train2017.json'
     edit(path, change)
-    with pytest.raises(data_checks.DataError, match=f"'{path}' .*{reason}"):
+    with pytest.raises(DataError, match=f"'{path}' .*{reason}"):
         check(COCO, data, filter_cfg=filter_cfg)
 
 
@@ -421,7 +424,7 @@ def test_box_without_a_mask_is_named_when_it_is_read(
     data = copy(coco)
     edit(data / 'annotations/instances_train2017.json', empty_mask)
     data_set = check(COCO, data).dataset
-    with pytest.raises(data_checks.DataError, match="without 'segmentation'"):
+    with pytest.raises(DataError, match="without 'segmentation'"):
         for i in range(len(data_set)):
             data_set[i]
 
@@ -502,10 +505,10 @@ def test_metric_with_other_images_is_refused(change, coco, copy, tmp_path):
     loader = check(COCO, copy(coco), 'val')
     path = shutil.copy(loader.dataset.ann_file, tmp_path / 'other.json')
     metric = dict(type='CocoMetric', ann_file=str(path))
-    data_checks.check_metric(metric, loader, 'val_evaluator')
+    coco_checks.check_metric(metric, loader, 'val_evaluator')
     edit(path, change)
-    with pytest.raises(data_checks.DataError, match='images are not the 4'):
-        data_checks.check_metric(metric, loader, 'val_evaluator')
+    with pytest.raises(DataError, match='images are not the 4'):
+        coco_checks.check_metric(metric, loader, 'val_evaluator')
 
 
 def test_link_to_the_file_of_the_data_is_not_read(
@@ -513,8 +516,8 @@ def test_link_to_the_file_of_the_data_is_not_read(
     loader = check(COCO, copy(coco), 'val')
     path = tmp_path / 'link.json'
     path.symlink_to(loader.dataset.ann_file)
-    monkeypatch.delattr(data_checks, 'read_categories')
-    data_checks.check_metric(dict(ann_file=str(path)), loader, 'val_evaluator')
+    monkeypatch.delattr(coco_checks, 'read_categories')
+    coco_checks.check_metric(dict(ann_file=str(path)), loader, 'val_evaluator')
 
 
 @pytest.mark.parametrize('content, reason', [
@@ -527,8 +530,8 @@ def test_metric_file_that_is_damaged_is_told(coco, copy, tmp_path, content,
     loader.dataset._metainfo['classes'] = ('a', )
     path = tmp_path / 'file.json'
     path.write_text(content)
-    with pytest.raises(data_checks.DataError, match=reason):
-        data_checks.check_metric(dict(ann_file=str(path)), loader,
+    with pytest.raises(DataError, match=reason):
+        coco_checks.check_metric(dict(ann_file=str(path)), loader,
                                  'val_evaluator')
 
 
@@ -540,14 +543,14 @@ def test_metric_file_that_is_damaged_is_told(coco, copy, tmp_path, content,
 def test_categories_are_read_wherever_they_stand(content, expected, tmp_path):
     path = tmp_path / 'file.json'
     path.write_text(content, encoding='utf-8')
-    assert data_checks.read_categories(str(path)) == expected
+    assert coco_checks.read_categories(str(path)) == expected
 
 
 def test_file_without_categories_is_named(tmp_path):
     path = tmp_path / 'file.json'
     path.write_text('{"images": []}')
-    with pytest.raises(data_checks.DataError, match=f"'{path}' has no list"):
-        data_checks.read_categories(str(path))
+    with pytest.raises(DataError, match=f"'{path}' has no list"):
+        coco_checks.read_categories(str(path))
 
 
 def test_message_about_other_classes_says_what_makes_it_run(
@@ -576,7 +579,7 @@ def test_message_about_other_classes_says_what_makes_it_run(
 
 def test_text_in_place_of_a_list_of_classes_is_refused(coco, copy):
     with pytest.raises(
-            data_checks.DataError, match=r'classes="\[person\]"'):
+            DataError, match=r'classes="\[person\]"'):
         check(COCO, copy(coco), metainfo=dict(classes='person'))
 
 
@@ -597,7 +600,7 @@ def test_heads_are_found_wherever_they_are():
 def test_classifier_may_have_more_classes_than_the_data(pictures):
     check(IN1K, pictures, sizes={'model.head.num_classes': 9}, exact=False)
     with pytest.raises(
-            data_checks.DataError, match='2 classes.*model.head.num_cla'):
+            DataError, match='2 classes.*model.head.num_cla'):
         check(IN1K, pictures, sizes={'model.head.num_classes': 1}, exact=False)
 
 
@@ -627,7 +630,7 @@ def test_one_hot_labels_of_another_length_are_refused(
         'model.head.num_classes': head,
         'data_preprocessor.num_classes': preprocessor
     }
-    with pytest.raises(data_checks.DataError, match='has 2 classes') as raised:
+    with pytest.raises(DataError, match='has 2 classes') as raised:
         check(IN1K, pictures, sizes=sizes, exact=False)
     options = str(raised.value).partition('--cfg-options ')[2].split()
     assert options == [f'{name}.num_classes=2' for name in named]
@@ -649,20 +652,20 @@ def test_class_folder_that_only_one_part_of_the_data_has_is_named(pictures):
     compare(pictures)
     shutil.copytree(pictures / 'val/a', pictures / 'val/c')
     with pytest.raises(
-            data_checks.DataError,
+            DataError,
             match="same classes.*only the second of the two has 'c'. Add the"):
         compare(pictures)
     for split in ('train', 'val'):
         (pictures / split / 'empty').mkdir()  # in both, so not the cause
     shutil.rmtree(pictures / 'train/a')
-    with pytest.raises(data_checks.DataError, match="has 'a', 'c'. Add the"):
+    with pytest.raises(DataError, match="has 'a', 'c'. Add the"):
         compare(pictures)
 
 
 def test_classes_in_another_order_than_in_training_are_refused(pictures):
     train = check(IN1K, pictures)
     val = check(IN1K, pictures, 'val', metainfo=dict(classes=['b', 'a']))
-    with pytest.raises(data_checks.DataError, match='in another order'):
+    with pytest.raises(DataError, match='in another order'):
         data_checks.check_agreement(train, val)
 
 
@@ -670,14 +673,14 @@ def test_classes_in_another_order_than_in_training_are_refused(pictures):
 def test_class_folder_that_is_hidden_or_empty_is_named(name, pictures):
     (pictures / 'train' / name).mkdir()
     reason = f"'{name}' is hidden or holds no image. Delete such a folder"
-    with pytest.raises(data_checks.DataError, match=reason):
+    with pytest.raises(DataError, match=reason):
         compare(pictures)
     with pytest.raises(
-            data_checks.DataError, match=f'has 3 classes.*{reason}') as raised:
+            DataError, match=f'has 3 classes.*{reason}') as raised:
         compare(pictures, {'model.head.num_classes': 2})
     assert '--cfg-options' not in str(raised.value)
     with pytest.raises(
-            data_checks.DataError, match=f'3 class folders.*{reason}'):
+            DataError, match=f'3 class folders.*{reason}'):
         check(IN1K, pictures)
 
 
@@ -694,7 +697,7 @@ def test_label_maps_that_are_numbered_in_another_way_are_refused(
     data_checks.check_agreement(train, val)
     val.dataset.reduce_zero_label = False
     with pytest.raises(
-            data_checks.DataError, match=r'reduce_zero_label \(True and Fal'):
+            DataError, match=r'reduce_zero_label \(True and Fal'):
         data_checks.check_agreement(train, val)
 
 
@@ -720,30 +723,30 @@ def test_folder_without_class_folders_is_named(kind, metainfo, pictures):
     for name in 'ab':
         shutil.rmtree(folder / name)
     with pytest.raises(
-            data_checks.DataError,
+            DataError,
             match=rf'\({folder}\) has no class folders. Sort its images'):
         check(IN1K, pictures, type=kind, metainfo=metainfo)
 
 
 def test_class_folders_without_images_are_refused(pictures):
-    with pytest.raises(data_checks.DataError, match='has no images. Compare'):
+    with pytest.raises(DataError, match='has no images. Compare'):
         check(IN1K, pictures, extensions=['.tiff'])
 
 
 def test_text_in_place_of_the_classes_of_folders_is_refused(pictures):
-    with pytest.raises(data_checks.DataError, match=r'classes="\[dog\]"'):
+    with pytest.raises(DataError, match=r'classes="\[dog\]"'):
         check(IN1K, pictures, metainfo=dict(classes='dog'))
 
 
 def test_suffix_that_no_image_has_is_refused(ade20k, copy):
     with pytest.raises(
-            data_checks.DataError, match='img_suffix.*has no images'):
+            DataError, match='img_suffix.*has no images'):
         check(ADE20K, copy(ade20k), img_suffix='.tiff')
 
 
 def test_classes_that_ade20k_does_not_have_are_refused(ade20k, copy):
     with pytest.raises(
-            data_checks.DataError, match="does not have.*'BaseSegDataset'"):
+            DataError, match="does not have.*'BaseSegDataset'"):
         check(ADE20K, copy(ade20k), metainfo=dict(classes=['cell', 'none']))
 
 
@@ -752,7 +755,7 @@ def test_annotation_file_that_is_cut_off_is_named(coco, copy):
     path = data / 'annotations/instances_train2017.json'
     damage(path, 'cut')
     with pytest.raises(
-            data_checks.DataError, match=f'{path.name}.* is no JSON'):
+            DataError, match=f'{path.name}.* is no JSON'):
         check(COCO, data)
 
 
@@ -761,7 +764,7 @@ def test_image_that_an_annotation_file_names_and_that_is_not_there(
     data = copy(coco)
     gone = sorted((data / 'val2017').iterdir())[0]
     gone.unlink()
-    with pytest.raises(data_checks.DataError, match=f"'{gone}', which does"):
+    with pytest.raises(DataError, match=f"'{gone}', which does"):
         check(COCO, data, part='val')
 
 
@@ -820,7 +823,7 @@ def test_labels_of_other_data_sets_start_at_zero(ade20k, copy):
     check(ADE20K, data, **settings)
     paint(label_maps(data)[1], 3)
     with pytest.raises(
-            data_checks.DataError, match='label 3 .* 0 to 2, and 255 for'):
+            DataError, match='label 3 .* 0 to 2, and 255 for'):
         check(ADE20K, data, **settings)
 
 
@@ -843,7 +846,7 @@ def test_label_that_takes_two_bytes_is_named_when_it_is_read(
     path = label_maps(data)[0]
     paint(path, 300, 'uint16')
     data_set = check(ADE20K, data).dataset
-    with pytest.raises(data_checks.DataError, match=f"'{path}' .*label 300 "):
+    with pytest.raises(DataError, match=f"'{path}' .*label 300 "):
         data_set[0]
 
 
@@ -876,7 +879,7 @@ def test_label_map_of_another_size_than_its_image_is_named_when_it_is_read(
     data = copy(ade20k)
     message = other_size(data, split, width, height)
     data_set = check(ADE20K, data, part).dataset
-    with pytest.raises(data_checks.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         data_set[0]
 
 
@@ -884,7 +887,7 @@ def test_label_map_of_another_size_than_its_image_is_named_before_training(
         ade20k, copy):
     data = copy(ade20k)
     message = other_size(data, 'training', 90, 64)
-    with pytest.raises(data_checks.DataError, match=message):
+    with pytest.raises(DataError, match=message):
         check(ADE20K, data)
 
 
@@ -903,7 +906,7 @@ def test_label_map_of_colours_is_refused(ade20k, copy):
     path = label_maps(data)[2]
     Image.fromarray(np.zeros((64, 96, 3), 'uint8')).save(path)
     with pytest.raises(
-            data_checks.DataError, match=f"'{path}' has 3 channels"):
+            DataError, match=f"'{path}' has 3 channels"):
         check(ADE20K, data)
 
 
@@ -931,7 +934,7 @@ def test_damaged_file_is_named_when_it_is_read(
     path = sorted((root / folder).iterdir())[0]
     damage(path, how)
     data_set = check(base, root).dataset
-    with pytest.raises(data_checks.DataError) as raised:
+    with pytest.raises(DataError) as raised:
         for i in range(len(data_set)):
             data_set[i]
     assert f"cannot read the {kind} '{path}': it is damaged" in str(
@@ -954,7 +957,7 @@ def test_workers_that_are_spawned_name_the_file_too(ade20k, copy):
     loader = DataLoader(
         check(ADE20K, data).dataset, num_workers=1, collate_fn=pseudo_collate,
         multiprocessing_context='spawn')
-    with pytest.raises(SystemExit) as raised, data_checks.one_message():
+    with pytest.raises(SystemExit) as raised, one_message():
         list(loader)
     assert raised.value.code.startswith(
         f"cannot read the image '{path}': it is damaged")
@@ -965,7 +968,7 @@ def test_steps_inside_test_time_augmentation_are_checked(ade20k, copy):
     pipeline = Config.fromfile(ADE20K).tta_pipeline
     loader = check(ADE20K, data, part='val', pipeline=pipeline)
     damage(label_maps(data, 'validation')[0], 'cut')
-    with pytest.raises(data_checks.DataError, match='label map'):
+    with pytest.raises(DataError, match='label map'):
         loader.dataset[0]
 
 
@@ -984,7 +987,7 @@ def test_wrapped_data_sets_are_checked_once(ade20k, copy):
     for leaf in data_set.dataset.datasets:
         first, second = leaf.pipeline.transforms[:2]
         for step in (first, second):
-            assert type(step) is data_checks.CheckedLoad
+            assert type(step) is checked_load.CheckedLoad
             assert type(step.load).__name__.startswith('Load')
 
 

@@ -26,6 +26,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
+import coco_checks
 import data_checks
 from mmconv2former.checkpoint import (
     CheckpointError,
@@ -443,7 +444,7 @@ def build_runner(cfg: Config) -> Runner:
         def build_and_compare(loop: Any) -> Any:
             loop = build_loop(loop)
             for metric in evaluators(cfg, part):
-                data_checks.check_metric(metric, loop.dataloader,
+                coco_checks.check_metric(metric, loop.dataloader,
                                          f'{part}_evaluator')
             return loop
 

@@ -6,6 +6,7 @@ from mmengine.config import Config, ConfigDict
 
 import data_checks
 import launch
+from data_error import one_message
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = merge_args(launch.read_config(args), args)
     launch.check_data(cfg, ('test', ))
     launch.check_writable(cfg.work_dir, '--work-dir')
-    with data_checks.one_message():
+    with one_message():
         runner = launch.build_runner(cfg)
         launch.check_weights(runner.model, args.checkpoint)
         runner.test()

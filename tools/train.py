@@ -7,9 +7,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.runner import find_latest_checkpoint
 
-import data_checks
 import launch
 from amp import BoxesInFloat32, CPUAmpOptimWrapper
+from data_error import one_message
 from fsdp import ShardedStrategy
 from mmconv2former.checkpoint import CheckpointError, find_checkpoint
 
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     launch.check_data(cfg, ('train', 'val'))
     launch.check_writable(cfg.work_dir, '--work-dir')
     note = fit_lr(cfg)
-    with data_checks.one_message():
+    with one_message():
         runner = launch.build_runner(cfg)
         if note is not None:
             runner.logger.log(*note)

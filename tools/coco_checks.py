@@ -1,0 +1,324 @@
+"""What the checks know of annotation files in COCO's format.
+
+pycocotools and mmdet take such a file as it is: they leave out what does not
+fit without a word, or end in a KeyError.
+"""
+import json
+import mmap
+import os.path as osp
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from data_error import DataError, some
+
+# What pycocotools and mmdet take for granted.
+_KEYS = {
+    'images': ('id', 'file_name', 'height', 'width'),
+    'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
+    'categories': ('id', 'name')
+}
+
+
+def _read_json(path: str) -> dict:
+    """Read an annotation file, the whole of it.
+
+    Raises:
+        DataError: If it is none.
+    """
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+    except ValueError as error:  # of JSON or UTF-8
+        raise DataError(f"'{path}' is no JSON file ({error}); expected the "
+                        'annotations of a data set in COCO format') from error
+    if not isinstance(content, dict):
+        raise DataError(f"'{path}' holds a {type(content).__name__}; expected "
+                        'the annotations of a data set in COCO format')
+    return content
+
+
+def read_categories(path: str) -> dict[int, str]:
+    """Read the categories of a COCO file, and nothing else of it.
+
+    The whole of COCO's own file takes ten seconds and more.
+
+    Args:
+        path (str): The file.
+
+    Returns:
+        dict[int, str]: Names by id, in the order of the file.
+
+    Raises:
+        DataError: If it has no list of categories, or if one of them has no
+            number and name of its own.
+    """
+    if not osp.getsize(path):  # which cannot be mapped
+        raise DataError(f"'{path}' is empty; expected the annotations of a "
+                        'data set in COCO format')
+    with open(path, 'rb') as file, mmap.mmap(
+            file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        found = re.search(rb'"categories"\s*:\s*(?=\[)', text)
+        if found is None:
+            raise DataError(f"'{path}' has no list of categories, so it is "
+                            'no COCO annotation file')
+        # Even the 1203 categories of LVIS are less than a megabyte.
+        start = text[found.end():found.end() + 2**24].decode(errors='replace')
+    try:
+        categories, _ = json.JSONDecoder().raw_decode(start)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"the categories of '{path}' are no JSON ({error})") from error
+    names = {}
+    for category in categories:
+        key, name = category.get('id'), category.get('name')
+        if not isinstance(key, (int, float)) or not isinstance(name, str):
+            raise DataError(
+                f"'{path}' has the category {category}. Its id must be a "
+                'number, the category_id of its annotations, and its name a '
+                'text')
+        if key in names:
+            raise DataError(
+                f"'{path}' has more than one category with the id {key}: "
+                f"'{names[key]}' and '{name}'. Give each an id of its own, "
+                'and correct category_id of the annotations')
+        names[key] = name
+    return names
+
+
+def _with_files(data_sets: Iterable[Any]) -> Iterator[Any]:
+    """Those data sets that read a COCO file of this machine."""
+    for data_set in data_sets:
+        if hasattr(data_set, 'COCOAPI') and osp.isfile(data_set.ann_file):
+            yield data_set
+
+
+def explain_format(data_sets: Iterable[Any]) -> None:
+    """Find what made pycocotools refuse the format of a file.
+
+    Args:
+        data_sets (Iterable[object]): The data sets, not loaded.
+
+    Raises:
+        DataError: If a file is no JSON, or no dictionary.
+    """
+    for data_set in _with_files(data_sets):
+        _read_json(data_set.ann_file)
+
+
+def explain_missing_key(data_sets: Iterable[Any], key: Any) -> None:
+    """Find what a file lacks that made mmdet raise a KeyError.
+
+    Args:
+        data_sets (Iterable[object]): The data sets, not loaded.
+        key (object): What was not found.
+
+    Raises:
+        DataError: If a file has no categories, or an entry of it no such
+            key.
+    """
+    lists = [name for name, keys in _KEYS.items() if key in keys]
+    if not lists and key != 'categories':
+        return
+    for data_set in _with_files(data_sets):
+        path = data_set.ann_file
+        content = _read_json(path)
+        if key == 'categories':
+            read_categories(path)
+        for name in lists:
+            for i, entry in enumerate(content.get(name, ())):
+                if key not in entry:
+                    raise DataError(
+                        f"'{path}' is incomplete: entry {i} of "
+                        f"'{name}' (id {entry.get('id')}) has no '{key}'. Add "
+                        'it, or take the entry out of the file')
+
+
+def explain_no_images(data_sets: Iterable[Any]) -> None:
+    """Where no object of a file can be used, mmdet filters all images.
+
+    Args:
+        data_sets (Iterable[object]): The data sets, not loaded.
+
+    Raises:
+        DataError: If that is why.
+    """
+    for data_set in _with_files(data_sets):
+        content = _read_json(data_set.ann_file)
+        check_ids(
+            data_set.ann_file,
+            {entry['category_id'] for entry in content.get('annotations', ())
+             if 'category_id' in entry},
+            compare_categories(data_set))
+        reason = _without_objects(content)
+        if reason is not None:
+            raise DataError(f"'{data_set.ann_file}' {reason}")
+
+
+def _without_objects(content: dict) -> str | None:
+    """Say why no image of a COCO file can have an object.
+
+    Args:
+        content (dict): The file.
+
+    Returns:
+        str | None: What follows its name in a message. None if there are
+        annotations of its images.
+    """
+    images = content.get('images') or []
+    annotations = content.get('annotations') or []
+    ids, used = (
+        sorted({entry.get(key) for entry in entries}, key=str)
+        for entries, key in ((images, 'id'), (annotations, 'image_id')))
+    if not images:
+        return "lists no 'images'. Add them to the file"
+    if not annotations:
+        return ("has no 'annotations', so there is no object to train on. "
+                'Add them, or give the file that has them as ann_file')
+    if not set(ids) & set(used):
+        return (f'has {len(annotations)} annotations, and none is of one of '
+                f'its images: they have the image_id {some(used, 5)}, '
+                f'and the images the id {some(ids, 5)}. Correct the '
+                'ids; a text is not the number that it spells')
+    return None
+
+
+def compare_categories(data_set: Any) -> dict[int, str]:
+    """Compare the categories of a COCO file with the classes.
+
+    mmdet leaves out, without a word, classes that the file does not have and
+    annotations of other categories, and numbers the labels in the order of
+    the file.
+
+    Args:
+        data_set (CocoDataset): The data set, loaded or not.
+
+    Returns:
+        dict[int, str]: The categories.
+
+    Raises:
+        DataError: If they are not the classes.
+    """
+    path, classes = data_set.ann_file, list(data_set.metainfo['classes'])
+    names = read_categories(path)
+    ids = getattr(data_set, 'cat_ids', names)
+    found = [names[key] for key in ids if names[key] in classes]
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"'{path}' has more than one category of the name {some(twice)}. "
+            'Give each a name of its own, or merge them')
+    if found != classes:
+        missing = [name for name in classes if name not in found]
+        raise DataError(
+            f"'{path}' does not fit the classes of the config. " +
+            (f'It has no category {some(missing)}. '
+             if missing else 'It has them in another order. ') +
+            f'Its categories: {some(list(names.values()))}. Set '
+            'metainfo.classes of the data sets of train, val and test to '
+            'those names, in that order, and num_classes of the heads to '
+            'their number')
+    return names
+
+
+def check_ids(path: str, used: set, categories: dict[int, str]) -> None:
+    """Look for annotations of a COCO file that are of no category."""
+    stray = sorted(used - set(categories), key=str)
+    if stray:
+        raise DataError(
+            f"'{path}' has annotations with category_id {some(stray)}, and "
+            f'its categories are {some(list(categories))}. Correct the ids, '
+            'or add the categories to the file')
+
+
+def check_objects(data_set: Any, alone: bool) -> None:
+    """Look for an object to train on; mmdet would train without any.
+
+    Args:
+        data_set (CocoDataset): The data set, loaded.
+        alone (bool): Whether it is all the data. Otherwise it may be
+            pictures of nothing, by intention.
+
+    Raises:
+        DataError: If there is none.
+    """
+    for info in map(data_set.get_data_info, range(len(data_set))):
+        # Panoptic segments, or frames of a video, are objects too.
+        if info.get('segments_info') or 'instances' not in info or not all(
+                instance.get('ignore_flag') for instance in info['instances']):
+            return
+    path = data_set.ann_file
+    content = _read_json(path)
+    if not alone and not content.get('annotations'):
+        return
+    reason = _without_objects(content)
+    if reason is None:
+        entry = content['annotations'][0]
+        reason = (
+            'has no object to train on. mmdet leaves out an annotation whose '
+            'area is 0, whose bbox (x, y, width and height, in pixels) is '
+            'less than a pixel wide or high or outside the image, and one '
+            'that is ignore or iscrowd. Correct them; entry 0 has '
+            f'area={entry.get("area")} and bbox={entry.get("bbox")}')
+    raise DataError(f"'{path}' {reason}")
+
+
+def check_masks(info: dict) -> None:
+    """Look for objects without a mask, where a pipeline loads masks."""
+    # The masks of panoptic segments are in an image.
+    if 'segments_info' not in info and not all(
+            'mask' in instance for instance in info.get('instances', ())):
+        raise DataError(
+            f"the image '{info.get('img_path')}' has annotations without "
+            "'segmentation' (or it is empty), and the config trains masks "
+            '(LoadAnnotations, with_mask=True). Add the masks to the '
+            'annotation file, or train boxes alone: '
+            'model.roi_head.mask_head=None, with_mask=False in the pipelines, '
+            "and metric='bbox' of val_evaluator and test_evaluator")
+
+
+def check_metric(metric: dict, loader: Any, where: str) -> None:
+    """Compare the COCO file of a metric with the data that it will measure.
+
+    The metric turns labels into categories and looks for images by its own
+    file. With another one it fails after an epoch, or measures nonsense.
+
+    Args:
+        metric (dict): Its config.
+        loader (DataLoader): The data. Wrapped data sets are left alone, and
+            so are files that are not on this machine.
+        where (str): Name of the setting, such as 'val_evaluator'.
+
+    Raises:
+        DataError: If the file has other categories or images.
+    """
+    path, data_set = metric.get('ann_file'), loader.dataset
+    if not path or not hasattr(data_set, 'cat_ids'):
+        return
+    own = data_set.ann_file
+    if not osp.isfile(path) or not osp.isfile(own) or \
+            osp.realpath(path) == osp.realpath(own):
+        return
+    classes = list(data_set.metainfo['classes'])
+    names = list(read_categories(path).values())
+    reason = None
+    if [name for name in names if name in classes] != classes:
+        reason = (f'its categories are {some(names)}, and the classes are '
+                  f'{some(classes)}')
+    else:
+        # Ids alone do not tell: most files count their images from 0 or 1.
+        images = {
+            image['id']: image.get('file_name', '')
+            for image in _read_json(path).get('images', ())
+        }
+        infos = map(data_set.get_data_info, range(len(data_set)))
+        paths = {info['img_id']: info['img_path'] for info in infos}
+        if images.keys() != paths.keys() or not all(
+                paths[key].endswith(osp.basename(name))
+                for key, name in images.items()):
+            reason = (f'its {len(images)} images are not the {len(paths)} '
+                      'of the data set')
+    if reason is not None:
+        raise DataError(
+            f"{where} measures with '{path}', and its data set reads "
+            f"'{own}': {reason}. Set {where}.ann_file={own}")
