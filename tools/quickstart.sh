@@ -110,12 +110,18 @@ wait_for_all() {
     [ $status -eq 0 ] || exit $status
 }
 
-# Two models side by side use two cores better than two threads of one: the
-# layers are so small that threads wait for each other more than they work.
-export OMP_NUM_THREADS=1
+# threads JOBS: let each of so many at a time have its share of the cores. Two
+# threads at most: the layers are so small that more would wait for each other.
+threads() {
+    local share=$(($(getconf _NPROCESSORS_ONLN) / $1))
+    export OMP_NUM_THREADS=$((share >= 2 ? 2 : 1))
+}
+
 begin=$SECONDS
 step data "$python" tools/make_digits.py data/digits
+threads 1
 train "$classifier" "$(name_of "$classifier")"
+threads 2
 beside evaluate "$classifier" "$(name_of "$classifier")"
 for config in "${dense[@]}"; do
     beside train_and_evaluate "$config" "$(name_of "$config")"
