@@ -110,8 +110,8 @@ wait_for_all() {
     [ $status -eq 0 ] || exit $status
 }
 
-# threads JOBS: let each of so many at a time have its share of the cores. Two
-# threads at most: the layers are so small that more would wait for each other.
+# threads JOBS: two threads for each of so many at a time, if there are the
+# cores. The layers are small: threads that share a core wait for each other.
 threads() {
     local share=$(($(getconf _NPROCESSORS_ONLN) / $1))
     export OMP_NUM_THREADS=$((share >= 2 ? 2 : 1))
