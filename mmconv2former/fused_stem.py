@@ -9,7 +9,7 @@ maps have a multiple of 8 channels from the start, GELU is part of the passes
 of the batch norm, and the last convolution is a matrix product over the
 patches that the pass before it writes. The functions down to
 :func:`gelu_norm_backward` are the reference of those of the same names in
-:mod:`mmconv2former.triton_stem`.
+:mod:`mmconv2former.triton_kernels.stem`.
 
 On CPUs only the batch norms are replaced: torch's take more than twice as
 long where channels are last in memory.
@@ -396,10 +396,10 @@ def stem(x: Tensor, layers: nn.Sequential) -> Tensor:
     Returns:
         Tensor: (N, C', H', W'), in channels-last memory.
     """
-    from . import triton_stem
+    from .triton_kernels import stem as kernels
 
     conv1, _, norm1, conv2, _, norm2, conv3 = layers
     return StemFunction.apply(
-        x, triton_stem, (conv1, norm1, conv2, norm2, conv3), conv1.weight,
+        x, kernels, (conv1, norm1, conv2, norm2, conv3), conv1.weight,
         norm1.weight, norm1.bias, conv2.weight, norm2.weight, norm2.bias,
         conv3.weight)

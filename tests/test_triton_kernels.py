@@ -23,7 +23,9 @@ from mmconv2former import dispatch, fake_kernels, fused_stem, torch_kernels
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
-triton_launch = importlib.import_module('mmconv2former.triton_launch')
+common, depthwise, pointwise, launches = (
+    importlib.import_module(f'mmconv2former.triton_kernels.{name}')
+    for name in ('common', 'depthwise', 'pointwise', 'launch'))
 
 EPS = 1e-6
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -202,14 +204,15 @@ def test_images_too_large_for_offsets_of_32_bits(kernels, monkeypatch):
     calls = [lambda: kernels.gate(zv, weight, bias),
              lambda: kernels.scale_residual(x, y, scale, keep)]
     expected = [call() for call in calls]
-    monkeypatch.setattr(kernels, 'MAX_OFFSETS', w * 2 * c + 1)
-    assert kernels._small_images((n, h, w, c), 2 * c) == (n * h, 1, w, c)
-    for launch in (kernels._gelu_launch, kernels._scale_residual_launch):
-        launch.cache_clear()
+    monkeypatch.setattr(common, 'MAX_OFFSETS', w * 2 * c + 1)
+    assert common.small_images((n, h, w, c), 2 * c) == (n * h, 1, w, c)
+    plans = depthwise._gelu_launch, pointwise._scale_residual_launch
+    for function in plans:
+        function.cache_clear()
     for call, out in zip(calls, expected):
         assert torch.equal(call(), out)
-    for launch in (kernels._gelu_launch, kernels._scale_residual_launch):
-        launch.cache_clear()
+    for function in plans:
+        function.cache_clear()
 
 
 @device_test
@@ -245,8 +248,8 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
 
 @pytest.fixture
 def stem_kernels(kernels):
-    from mmconv2former import triton_stem
-    return triton_stem
+    from mmconv2former.triton_kernels import stem
+    return stem
 
 
 @device_test
@@ -383,15 +386,17 @@ def test_number_of_splits_changes_nothing_but_the_rounding(
                      weight, bias)]
 
     def forget_plans():
-        for function in vars(kernels).values():
-            if hasattr(function, 'cache_clear'):
-                function.cache_clear()
+        for module in (common, depthwise, pointwise):
+            for function in vars(module).values():
+                if hasattr(function, 'cache_clear'):
+                    function.cache_clear()
 
-    assert kernels._splits(6, 1) == 6
+    assert common.split_count(6, 1) == 6
     many = results()
-    monkeypatch.setattr(kernels, 'PROGRAMS', 1)
+    for module in (common, depthwise):
+        monkeypatch.setattr(module, 'PROGRAMS', 1)
     forget_plans()
-    assert kernels._splits(6, 1) == 1
+    assert common.split_count(6, 1) == 1
     one = results()
     forget_plans()
     for own, other in zip(one, many, strict=True):
@@ -526,7 +531,7 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
         return compile_only
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(triton_launch, 'COMPILED', {})
+    monkeypatch.setattr(launches, 'COMPILED', {})
     monkeypatch.setattr(triton.JITFunction, '__getitem__', launch)
     monkeypatch.setattr(
         triton.runtime.jit, 'driver', SimpleNamespace(active=SimpleNamespace(
@@ -553,8 +558,8 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
     stem_kernels.gelu_norm(x, vector, vector, vector, vector, 2, 16)
     stem_kernels.gelu_norm_backward(x, x, vector, vector, vector, True, 1, 16)
     assert compiled == {
-        name for name in (*vars(kernels), *vars(stem_kernels))
-        if name.endswith('_kernel')}
+        name for module in (common, depthwise, pointwise, stem_kernels)
+        for name in vars(module) if name.endswith('_kernel')}
 
 
 @pytest.mark.skipif(INTERPRETED, reason='compiles')
@@ -568,7 +573,7 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
     calls = []
     compiled = triton.compiler.CompiledKernel
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(triton_launch, 'COMPILED', {})
+    monkeypatch.setattr(launches, 'COMPILED', {})
     for module in (triton.runtime.jit, triton.compiler.compiler):
         monkeypatch.setattr(module, 'driver', SimpleNamespace(active=stub))
     monkeypatch.setattr(compiled, '_init_handles', lambda self: None)
@@ -590,12 +595,12 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
     with monkeypatch.context() as patch:
         patch.delattr(triton.JITFunction, 'run')
         assert launch(x, y, scale, keep) == first
-    assert len(triton_launch.COMPILED) == 1
+    assert len(launches.COMPILED) == 1
     # Other types, no drop path, pointers that are not aligned.
     others = [launch(x.float(), y, scale, keep), launch(x, y, scale, None),
               launch(x, y, short[1:], keep)]
     assert len({kernel for kernel, *_ in [first, *others]}) == 4
-    assert len(triton_launch.COMPILED) == 3
+    assert len(launches.COMPILED) == 3
 
 
 def test_signatures_are_those_of_the_plain_functions(kernels):
@@ -605,10 +610,10 @@ def test_signatures_are_those_of_the_plain_functions(kernels):
                 getattr(torch_kernels, name)).parameters), name
 
 
-def test_an_old_triton_is_named(kernels, monkeypatch):
+def test_an_old_triton_is_named(monkeypatch):
     monkeypatch.setattr('triton.__version__', '3.2.0')
     with pytest.raises(ImportError, match='found Triton 3.2.0; expected 3.3'):
-        importlib.reload(kernels)
+        importlib.reload(common)
 
 
 @gpu_test

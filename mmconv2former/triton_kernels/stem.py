@@ -10,17 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_kernels import (
-    _ceil_div,
-    _column_place,
-    _column_tiles,
-    _gelu,
-    _gelu_and_slope,
-    _norm_tile,
-    _patch,
-    _sums,
+from .common import (
+    ceil_div,
+    column_place,
+    column_tiles,
+    gelu,
+    gelu_and_slope,
+    norm_tile,
+    patch_index,
+    sum_partials,
 )
-from .triton_launch import Launch, plan
+from .launch import Launch, plan
 
 
 @triton.jit(do_not_specialize=[
@@ -46,7 +46,7 @@ def _pixels_first_launch(shape: tuple[int, ...], strides: tuple[int, ...],
     n, c, height, width = shape
     block = 2048 // channels
     return Launch(
-        _pixels_first_kernel, n * _ceil_div(height * width, block), height,
+        _pixels_first_kernel, n * ceil_div(height * width, block), height,
         width, *strides, IN=c, OUT=channels, BLOCK=block)
 
 
@@ -64,7 +64,7 @@ def _gelu_moments_kernel(x_ptr, partial_ptr, pixels, tiles, C: tl.constexpr,
     """For each part and channel the number of values, their mean, and the
     sum of the squares of their distances from it."""
     exact: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-    channel, part, parts = _column_place(C, BLOCK)
+    channel, part, parts = column_place(C, BLOCK)
     used = channel < C
     sums = tl.zeros((PIXELS, BLOCK), tl.float32)
     squares = tl.zeros((PIXELS, BLOCK), tl.float32)
@@ -74,14 +74,14 @@ def _gelu_moments_kernel(x_ptr, partial_ptr, pixels, tiles, C: tl.constexpr,
     x = tl.load(x_ptr + pixel * C + channel, used & (pixel < pixels),
                 0.).to(tl.float32)
     rows = tl.minimum(pixels - part * PIXELS, PIXELS)
-    centre = tl.sum(_gelu(x, exact), 0)[None, :] / rows
+    centre = tl.sum(gelu(x, exact), 0)[None, :] / rows
     count = 0
     for tile in range(part, tiles, parts):
         pixel = tl.cast(tile, tl.int64) * PIXELS \
             + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
         x = tl.load(x_ptr + pixel * C + channel, inside, 0.).to(tl.float32)
-        x = tl.where(inside, _gelu(x, exact) - centre, 0.)
+        x = tl.where(inside, gelu(x, exact) - centre, 0.)
         sums += x
         squares += x * x
         count += tl.minimum(pixels - tile * PIXELS, PIXELS)
@@ -129,11 +129,11 @@ def _moments_kernel(partial_ptr, mean_ptr, rstd_ptr, running_mean_ptr,
 @plan
 def _moments_launches(shape: tuple[int, ...], used: int, eps: float,
                       momentum: float) -> tuple[Launch, Launch, int]:
-    tile, pixels, tiles, parts = _column_tiles(shape, 16)
+    tile, pixels, tiles, parts = column_tiles(shape, 16)
     c, columns = shape[3], 8
-    return (Launch(_gelu_moments_kernel, parts * _ceil_div(c, tile['BLOCK']),
+    return (Launch(_gelu_moments_kernel, parts * ceil_div(c, tile['BLOCK']),
                    pixels, tiles, **tile),
-            Launch(_moments_kernel, _ceil_div(c, columns), pixels, parts, eps,
+            Launch(_moments_kernel, ceil_div(c, columns), pixels, parts, eps,
                    momentum, C=c, USED=used, COLUMNS=columns, ROWS=256), parts)
 
 
@@ -169,9 +169,9 @@ def _gelu_norm_kernel(x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, out_ptr,
     inside = pixel < pixels
     x = tl.load(x_ptr + pixel * C + channel, inside & (channel < C),
                 0.).to(tl.float32)
-    out = (_gelu(x, exact) - mean) * scale + bias
+    out = (gelu(x, exact) - mean) * scale + bias
     if PATCH > 1:
-        pixel, is_used = _patch(pixel, height, width, PATCH)
+        pixel, is_used = patch_index(pixel, height, width, PATCH)
         inside &= is_used
     tl.store(out_ptr + pixel * OUT + channel, out, inside & (channel < OUT))
 
@@ -180,9 +180,9 @@ def _gelu_norm_kernel(x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, out_ptr,
 def _gelu_norm_launch(shape: tuple[int, ...], used: int, patch: int,
                       channels: int) -> Launch:
     n, height, width, c = shape
-    tile, pixels = dict(_norm_tile(channels), C=c), n * height * width
+    tile, pixels = dict(norm_tile(channels), C=c), n * height * width
     return Launch(
-        _gelu_norm_kernel, _ceil_div(pixels, tile['PIXELS']), pixels, height,
+        _gelu_norm_kernel, ceil_div(pixels, tile['PIXELS']), pixels, height,
         width, USED=used, OUT=channels, PATCH=patch, **tile)
 
 
@@ -204,7 +204,7 @@ def _gelu_norm_sums_kernel(grad_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr,
                            BLOCK: tl.constexpr, PIXELS: tl.constexpr):
     """Sums of the gradient, and of its products with what was normalized."""
     exact: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-    channel, part, parts = _column_place(C, BLOCK)
+    channel, part, parts = column_place(C, BLOCK)
     used = channel < C
     mean = tl.load(mean_ptr + channel, used, 0.)
     rstd = tl.load(rstd_ptr + channel, used, 0.)
@@ -216,12 +216,12 @@ def _gelu_norm_sums_kernel(grad_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr,
         inside = used & (pixel < pixels)
         x = tl.load(x_ptr + pixel * C + channel, inside, 0.).to(tl.float32)
         if PATCH > 1:
-            pixel, is_used = _patch(pixel, height, width, PATCH)
+            pixel, is_used = patch_index(pixel, height, width, PATCH)
             inside &= is_used
         grad = tl.load(grad_ptr + pixel * GRAD + channel, inside,
                        0.).to(tl.float32)
         sums += grad
-        products += grad * ((_gelu(x, exact) - mean) * rstd)
+        products += grad * ((gelu(x, exact) - mean) * rstd)
     out = partial_ptr + part * (2 * C) + channel
     tl.store(out, tl.sum(products, 0)[None, :], used)
     tl.store(out + C, tl.sum(sums, 0)[None, :], used)
@@ -248,11 +248,11 @@ def _gelu_norm_backward_kernel(grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr,
                 0.).to(tl.float32)
     place, has_grad = pixel, inside & used
     if PATCH > 1:
-        place, is_used = _patch(pixel, height, width, PATCH)
+        place, is_used = patch_index(pixel, height, width, PATCH)
         has_grad &= is_used
     grad = tl.load(grad_ptr + place * GRAD + channel, has_grad,
                    0.).to(tl.float32)
-    h, slope = _gelu_and_slope(x, exact)
+    h, slope = gelu_and_slope(x, exact)
     if sums_ptr is not None:  # through the moments
         products = tl.load(sums_ptr + channel, used, 0.)
         total = tl.load(sums_ptr + C + channel, used, 0.)
@@ -267,13 +267,13 @@ def _gelu_norm_backward_launches(
         channels: int) -> tuple[Launch, Launch, tuple[int, ...]]:
     _, height, width, c = shape
     options = dict(GRAD=grad_channels, PATCH=patch)
-    tile, pixels, tiles, parts = _column_tiles(shape, 16)
+    tile, pixels, tiles, parts = column_tiles(shape, 16)
     first = Launch(
-        _gelu_norm_sums_kernel, parts * _ceil_div(c, tile['BLOCK']), pixels,
+        _gelu_norm_sums_kernel, parts * ceil_div(c, tile['BLOCK']), pixels,
         tiles, height, width, **options, **tile)
-    tile = dict(_norm_tile(channels), C=c)
+    tile = dict(norm_tile(channels), C=c)
     second = Launch(
-        _gelu_norm_backward_kernel, _ceil_div(pixels, tile['PIXELS']), pixels,
+        _gelu_norm_backward_kernel, ceil_div(pixels, tile['PIXELS']), pixels,
         height, width, USED=used, OUT=channels, **options, **tile)
     return first, second, (parts, 2, 1, c)
 
@@ -287,7 +287,7 @@ def gelu_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
     partial = x.new_empty(partial, dtype=torch.float32)
     grad, out = grad.contiguous(), x.new_empty((*x.shape[:3], channels))
     first(grad, x, mean, rstd, partial)
-    sums = _sums(partial)
+    sums = sum_partials(partial)
     second(grad, x, mean, rstd, weight, sums if training else None, out)
     grad_weight, grad_bias = sums.view(2, -1)[:, :len(weight)].unbind()
     return out, grad_weight, grad_bias

@@ -1,0 +1,37 @@
+"""Triton kernels of the residual branches, and of the stem in ``stem``.
+
+The functions listed here stand in for those of the same names in
+:mod:`mmconv2former.torch_kernels`, which describes them and is their
+reference.
+
+Tensors are (N, H, W, C) with the channels last in memory. Inputs may have any
+strides; what the kernels cannot read in place (anything but a slice of the
+channels) is copied first. Outputs are contiguous. Arithmetic is in fp32,
+each output is rounded once, and sums are taken in a fixed order, so that two
+runs give the same bits. Nothing here builds a graph for autograd, and the
+device of the tensors has to be the current one.
+"""
+from .depthwise import (
+    filters,
+    gate,
+    gate_backward,
+    gate_forward,
+    position,
+    position_backward,
+)
+from .pointwise import (
+    drop_backward,
+    layer_norm,
+    layer_norm_backward,
+    operands,
+    scale_backward,
+    scale_residual,
+    scaled_linear_backward,
+)
+
+__all__ = [
+    'drop_backward', 'filters', 'gate', 'gate_backward', 'gate_forward',
+    'layer_norm', 'layer_norm_backward', 'operands', 'position',
+    'position_backward', 'scale_backward', 'scale_residual',
+    'scaled_linear_backward'
+]

@@ -1,0 +1,407 @@
+"""Layer norm, layer scale with the residual, and copies of the weights."""
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..torch_kernels import patches_shape
+from .common import (
+    as_pixels,
+    ceil_div,
+    column_place,
+    column_tiles,
+    norm_tile,
+    patch_index,
+    row_tiles,
+    small_images,
+    sum_partials,
+)
+from .launch import Launch, plan
+
+
+@triton.jit
+def _copy(source_ptr, target_ptr, block, SIZE: tl.constexpr,
+          BLOCK: tl.constexpr):
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target_ptr + at, tl.load(source_ptr + at, at < SIZE), at < SIZE)
+
+
+@triton.jit
+def _operands_kernel(
+        weight0_ptr, weight1_ptr, bias0_ptr, bias1_ptr, dw_ptr, out_weight_ptr,
+        out_bias_ptr, in_weight_to, in_bias_to, taps_to, out_weight_to,
+        out_bias_to, SIZE0: tl.constexpr, SIZE1: tl.constexpr,
+        ROWS0: tl.constexpr, ROWS1: tl.constexpr, C: tl.constexpr,
+        TAPS: tl.constexpr, OUT_SIZE: tl.constexpr, OUT_ROWS: tl.constexpr,
+        BLOCK: tl.constexpr):
+    """Copies of all weights of a branch, a block by each program."""
+    first: tl.constexpr = (SIZE0 + BLOCK - 1) // BLOCK
+    second: tl.constexpr = first + (SIZE1 + BLOCK - 1) // BLOCK
+    third: tl.constexpr = second + (OUT_SIZE + BLOCK - 1) // BLOCK
+    fourth: tl.constexpr = third + (C * TAPS + BLOCK - 1) // BLOCK
+    block = tl.program_id(0)
+    if block < first:
+        _copy(weight0_ptr, in_weight_to, block, SIZE0, BLOCK)
+    elif block < second:
+        if weight1_ptr is not None:
+            _copy(weight1_ptr, in_weight_to + SIZE0, block - first, SIZE1,
+                  BLOCK)
+    elif block < third:
+        _copy(out_weight_ptr, out_weight_to, block - second, OUT_SIZE, BLOCK)
+    elif block < fourth:
+        at = (block - third) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < C * TAPS
+        tap = tl.load(dw_ptr + at % C * TAPS + at // C, inside)
+        tl.store(taps_to + at, tap, inside)
+    else:
+        for i in range((ROWS0 + BLOCK - 1) // BLOCK):
+            _copy(bias0_ptr, in_bias_to, i, ROWS0, BLOCK)
+        if bias1_ptr is not None:
+            for i in range((ROWS1 + BLOCK - 1) // BLOCK):
+                _copy(bias1_ptr, in_bias_to + ROWS0, i, ROWS1, BLOCK)
+        for i in range((OUT_ROWS + BLOCK - 1) // BLOCK):
+            _copy(out_bias_ptr, out_bias_to, i, OUT_ROWS, BLOCK)
+
+
+@plan
+def _operands_launch(rows0: int, rows1: int, columns: int, c: int, k: int,
+                     out_rows: int, out_columns: int) -> Launch:
+    sizes = [rows0 * columns, rows1 * columns, out_rows * out_columns,
+             c * k * k]
+    block = 1024
+    return Launch(
+        _operands_kernel, sum(ceil_div(size, block) for size in sizes) + 1,
+        SIZE0=sizes[0], SIZE1=sizes[1], ROWS0=rows0, ROWS1=rows1, C=c,
+        TAPS=k * k, OUT_SIZE=sizes[2], OUT_ROWS=out_rows, BLOCK=block)
+
+
+def operands(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """See :func:`mmconv2former.torch_kernels.operands`.
+
+    In one launch, where each of so many small copies would cost as much as a
+    pass over megabytes.
+    """
+    *linears, dw_weight, dw_bias, out_weight, out_bias = (
+        p.detach().contiguous() for p in parameters)
+    weight0, bias0, weight1, bias1 = *linears, *(4 - len(linears)) * (None, )
+    rows0, columns = weight0.shape[:2]
+    rows1 = 0 if weight1 is None else len(weight1)
+    c, _, k, _ = dw_weight.shape
+    out_rows, out_columns = out_weight.shape[:2]
+    in_weight = weight0.new_empty((rows0 + rows1, columns), dtype=dtype)
+    in_bias = bias0.new_empty(rows0 + rows1, dtype=dtype)
+    taps = dw_weight.new_empty((k, k, c, 1), dtype=torch.float32)
+    out = out_weight.new_empty((out_rows, out_columns), dtype=dtype)
+    copied_bias = out_bias.new_empty(out_rows, dtype=dtype)
+    _operands_launch(rows0, rows1, columns, c, k, out_rows, out_columns)(
+        weight0, weight1, bias0, bias1, dw_weight, out_weight, out_bias,
+        in_weight, in_bias, taps, out, copied_bias)
+    return [in_weight, in_bias, taps.permute(2, 3, 0, 1), dw_bias, out,
+            copied_bias]
+
+
+@triton.jit
+def _normalize(x, used, eps, C: tl.constexpr):
+    """Rows of mean 0 and variance 1, and their inverse standard deviation."""
+    x = x.to(tl.float32)
+    normed = tl.where(used, x - tl.sum(x, 1)[:, None] / C, 0.)
+    rstd = tl.rsqrt(tl.sum(normed * normed, 1)[:, None] / C + eps)
+    return normed * rstd, rstd
+
+
+@triton.jit(do_not_specialize=['pixels', 'height', 'width'])
+def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, height,
+                       width, eps, C: tl.constexpr, X_STRIDE: tl.constexpr,
+                       PATCH: tl.constexpr, BLOCK: tl.constexpr,
+                       PIXELS: tl.constexpr):
+    """out = (x - mean) * rstd * weight + bias, as patches."""
+    channel = tl.arange(0, BLOCK)[None, :]
+    used = channel < C
+    pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
+        + tl.arange(0, PIXELS)[:, None]
+    inside = used & (pixel < pixels)
+    x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.)
+    normed, _ = _normalize(x, used, eps, C)
+    if weight_ptr is not None:
+        normed *= tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
+        normed += tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
+    if PATCH > 1:
+        pixel, is_used = patch_index(pixel, height, width, PATCH)
+        inside &= is_used
+    tl.store(out_ptr + pixel * C + channel, normed, inside)
+
+
+@plan
+def _layer_norm_launch(shape: tuple[int, ...], stride: int, eps: float,
+                       patch: int) -> Launch:
+    n, height, width, c = shape
+    tile, pixels = norm_tile(c), n * height * width
+    return Launch(_layer_norm_kernel, ceil_div(pixels, tile['PIXELS']),
+                  pixels, height, width, eps, X_STRIDE=stride, PATCH=patch,
+                  **tile)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
+               eps: float, dtype: torch.dtype, patch: int = 1) -> Tensor:
+    """See :func:`mmconv2former.torch_kernels.layer_norm`.
+
+    That of torch gives each pixel a block of threads, most of which have
+    nothing to do where channels are few.
+    """
+    out = _patches_like(x, patch, dtype)
+    if weight is not None:
+        weight, bias = weight.contiguous(), bias.contiguous()
+    shape, (x, stride) = x.shape, as_pixels(x)
+    _layer_norm_launch(shape, stride, float(eps), patch)(x, weight, bias, out)
+    return out
+
+
+def _patches_like(x: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+    shape = x.shape if patch == 1 else patches_shape(x, patch)
+    return x.new_empty(shape, dtype=dtype)
+
+
+@triton.jit(do_not_specialize=['pixels', 'tiles', 'height', 'width'])
+def _layer_norm_backward_kernel(
+        grad_ptr, x_ptr, weight_ptr, bias_ptr, residual_ptr, grad_x_ptr,
+        normed_ptr, partial_ptr, pixels, tiles, height, width, eps,
+        C: tl.constexpr, GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+        RESIDUAL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
+        BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+    """With g = grad * weight and n = (x - mean) * rstd,
+
+    grad_x = (g - mean(g) - n * mean(g * n)) * rstd + residual, the output
+    once more, and sums of grad * n and of grad for each program.
+    """
+    pid = tl.program_id(0)
+    channel = tl.arange(0, BLOCK)[None, :]
+    used = channel < C
+    weight = tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
+    weight_sums = tl.zeros((PIXELS, BLOCK), tl.float32)
+    bias_sums = tl.zeros((PIXELS, BLOCK), tl.float32)
+    for tile in range(pid, tiles, tl.num_programs(0)):
+        pixel = tl.cast(tile, tl.int64) * PIXELS \
+            + tl.arange(0, PIXELS)[:, None]
+        inside = used & (pixel < pixels)
+        x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.)
+        place, has_grad = pixel, inside
+        if PATCH > 1:
+            place, is_used = patch_index(pixel, height, width, PATCH)
+            has_grad = inside & is_used
+        grad = tl.load(grad_ptr + place * GRAD_STRIDE + channel, has_grad, 0.)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + pixel * RESIDUAL_STRIDE
+                               + channel, inside, 0.)
+        normed, rstd = _normalize(x, used, eps, C)
+        tl.store(normed_ptr + place * C + channel, normed * weight + bias,
+                 has_grad)
+        grad = grad.to(tl.float32)
+        weight_sums += grad * normed
+        bias_sums += grad
+        grad *= weight
+        grad -= tl.sum(grad, 1)[:, None] / C \
+            + normed * (tl.sum(grad * normed, 1)[:, None] / C)
+        grad *= rstd
+        if residual_ptr is not None:
+            grad += residual.to(tl.float32)
+        tl.store(grad_x_ptr + pixel * C + channel, grad, inside)
+    out = partial_ptr + pid * (2 * C) + channel
+    tl.store(out, tl.sum(weight_sums, 0)[None, :], used)
+    tl.store(out + C, tl.sum(bias_sums, 0)[None, :], used)
+
+
+@plan
+def _layer_norm_backward_launch(
+        shape: tuple[int, ...], grad_stride: int, stride: int,
+        residual_stride: int, eps: float,
+        patch: int) -> tuple[Launch, tuple[int, ...]]:
+    _, height, width, c = shape
+    tile, pixels, tiles, programs = row_tiles(shape)
+    launch = Launch(_layer_norm_backward_kernel, programs, pixels, tiles,
+                    height, width, eps, GRAD_STRIDE=grad_stride,
+                    X_STRIDE=stride, RESIDUAL_STRIDE=residual_stride,
+                    PATCH=patch, maxnreg=128,  # all programs at a time
+                    **tile)
+    return launch, (programs, 2, 1, c)
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+                        eps: float, residual: Tensor | None, patch: int = 1
+                        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.layer_norm_backward`."""
+    grad_x = x.new_empty(x.shape)
+    normed = _patches_like(x, patch, grad.dtype)
+    shape, step = x.shape, 0
+    if patch == 1:
+        grad, grad_stride = as_pixels(grad)
+    else:
+        grad, grad_stride = grad.contiguous(), shape[3]
+    x, stride = as_pixels(x)
+    if residual is not None:
+        residual, step = as_pixels(residual)
+    launch, partial = _layer_norm_backward_launch(
+        shape, grad_stride, stride, step, float(eps), patch)
+    partial = x.new_empty(partial, dtype=torch.float32)
+    launch(grad, x, weight.contiguous(), bias.contiguous(), residual, grad_x,
+           normed, partial)
+    return grad_x, *sum_partials(partial).chunk(2), normed
+
+
+@triton.jit(do_not_specialize=['area'])
+def _scale_residual_kernel(
+        x_ptr, y_ptr, scale_ptr, keep_ptr, out_ptr, area, C: tl.constexpr,
+        X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+        PIXELS: tl.constexpr):
+    """out = x + keep * scale * y."""
+    tiles = tl.cdiv(area, PIXELS)
+    n = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    # In full shape, so that the vectors come in the layout of the tensors.
+    channel = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (PIXELS, BLOCK))
+    used = channel < C
+    pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)[:, None]
+    inside = used & (pixel < area)
+    x = tl.load(x_ptr + n * area * X_STRIDE + pixel * X_STRIDE + channel,
+                inside, 0.)
+    y = tl.load(y_ptr + n * area * Y_STRIDE + pixel * Y_STRIDE + channel,
+                inside, 0.)
+    scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
+    if keep_ptr is not None:
+        scale *= tl.load(keep_ptr + n).to(tl.float32)
+    out = (x.to(tl.float32) + y.to(tl.float32) * scale).to(x.dtype)
+    tl.store(out_ptr + n * area * C + pixel * C + channel, out, inside)
+
+
+@plan
+def _scale_residual_launch(shape: tuple[int, ...], x_stride: int,
+                           y_stride: int) -> Launch:
+    n, height, width, c = shape
+    area, tile = height * width, norm_tile(c)
+    return Launch(_scale_residual_kernel,
+                  n * ceil_div(area, tile['PIXELS']), area,
+                  X_STRIDE=x_stride, Y_STRIDE=y_stride, **tile)
+
+
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+                   keep: Tensor | None) -> Tensor:
+    """See :func:`mmconv2former.torch_kernels.scale_residual`."""
+    out = x.new_empty(x.shape)
+    shape, (x, x_stride), (y, y_stride) = x.shape, as_pixels(x), as_pixels(y)
+    images = small_images(shape, max(x_stride, y_stride))
+    if keep is not None:
+        keep = keep.contiguous()
+        if images is not shape:
+            keep = keep.repeat_interleave(shape[1])
+    _scale_residual_launch(images, x_stride, y_stride)(
+        x, y, scale.contiguous(), keep, out)
+    return out
+
+
+@triton.jit(do_not_specialize=['pixels', 'tiles', 'area'])
+def _scale_backward_kernel(grad_ptr, scale_ptr, keep_ptr, y_ptr, out_ptr,
+                           partial_ptr, pixels, tiles, area, C: tl.constexpr,
+                           GRAD_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+                           PIXELS: tl.constexpr):
+    """y = grad * keep, out = y * scale, and sums of y for each part."""
+    channel, part, parts = column_place(C, BLOCK)
+    used = channel < C
+    scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
+    sums = tl.zeros((PIXELS, BLOCK), tl.float32)
+    for tile in range(part, tiles, parts):
+        pixel = tl.cast(tile, tl.int64) * PIXELS \
+            + tl.arange(0, PIXELS)[:, None]
+        inside = used & (pixel < pixels)
+        at = pixel * C + channel
+        grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside,
+                       0.).to(tl.float32)
+        if keep_ptr is not None:
+            grad *= tl.load(keep_ptr + pixel.to(tl.int32) // area,
+                            pixel < pixels, 0.).to(tl.float32)
+            # Rounded as the gradient of the weight will find it.
+            grad = grad.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + at, grad, inside)
+            grad = grad.to(tl.float32)
+        tl.store(out_ptr + at, grad * scale, inside)
+        sums += grad
+    tl.store(partial_ptr + part * C + channel,
+             tl.sum(sums, 0)[None, :], used)
+
+
+@plan
+def _scale_backward_launch(shape: tuple[int, ...], grad_stride: int
+                           ) -> tuple[Launch, tuple[int, ...]]:
+    c = shape[3]
+    tile, pixels, tiles, parts = column_tiles(shape, 32 if c > 128 else 128)
+    launch = Launch(
+        _scale_backward_kernel, parts * ceil_div(c, tile['BLOCK']), pixels,
+        tiles, shape[1] * shape[2], GRAD_STRIDE=grad_stride, **tile)
+    return launch, (parts, 1, 1, c)
+
+
+def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.scale_backward`."""
+    _, out, total = _scale_backward(grad, scale, None, grad.dtype)
+    return out, total
+
+
+def drop_backward(grad: Tensor, scale: Tensor, keep: Tensor,
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.drop_backward`."""
+    return _scale_backward(grad, scale, keep, dtype)
+
+
+def _scale_backward(
+        grad: Tensor, scale: Tensor, keep: Tensor | None,
+        dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+    out = grad.new_empty(grad.shape, dtype=dtype)
+    y = None if keep is None else torch.empty_like(out)
+    keep = None if keep is None else keep.contiguous()
+    shape, (grad, stride) = grad.shape, as_pixels(grad)
+    launch, partial = _scale_backward_launch(shape, stride)
+    partial = grad.new_empty(partial, dtype=torch.float32)
+    launch(grad, scale.contiguous(), keep, y, out, partial)
+    return y, out, sum_partials(partial)
+
+
+@triton.jit
+def _scaled_linear_backward_kernel(
+        grad_weight_ptr, grad_bias_ptr, weight_ptr, bias_ptr, scale_ptr,
+        out_weight_ptr, out_bias_ptr, out_scale_ptr, COLUMNS: tl.constexpr,
+        BLOCK: tl.constexpr):
+    """Gradients times scale; that of the scale is the sum of grad * weight
+    over a row, and grad * bias."""
+    row = tl.program_id(0)
+    scale = tl.load(scale_ptr + row).to(tl.float32)
+    total = tl.zeros((BLOCK, ), tl.float32)
+    for start in range(0, COLUMNS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        at, inside = row * COLUMNS + column, column < COLUMNS
+        grad = tl.load(grad_weight_ptr + at, inside, 0.).to(tl.float32)
+        weight = tl.load(weight_ptr + at, inside, 0.).to(tl.float32)
+        total += grad * weight
+        tl.store(out_weight_ptr + at, grad * scale, inside)
+    grad = tl.load(grad_bias_ptr + row).to(tl.float32)
+    bias = tl.load(bias_ptr + row).to(tl.float32)
+    tl.store(out_bias_ptr + row, grad * scale)
+    tl.store(out_scale_ptr + row, tl.sum(total, 0) + grad * bias)
+
+
+@plan
+def _scaled_linear_backward_launch(rows: int, columns: int) -> Launch:
+    return Launch(_scaled_linear_backward_kernel, rows, COLUMNS=columns,
+                  BLOCK=min(triton.next_power_of_2(columns), 1024))
+
+
+def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,
+                         weight: Tensor, bias: Tensor,
+                         scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.scaled_linear_backward`."""
+    outs = tuple(
+        scale.new_empty(shape, dtype=torch.float32)
+        for shape in (weight.shape, scale.shape, scale.shape))
+    _scaled_linear_backward_launch(*weight.shape)(
+        *(t.contiguous()
+          for t in (grad_weight, grad_bias, weight, bias, scale)), *outs)
+    return outs
