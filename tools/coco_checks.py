@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from data_error import DataError, some
+from data_error import DataError, some_of
 
 # What pycocotools and mmdet take for granted.
 _KEYS = {
@@ -177,8 +177,8 @@ def _without_objects(content: dict) -> str | None:
                 'Add them, or give the file that has them as ann_file')
     if not set(ids) & set(used):
         return (f'has {len(annotations)} annotations, and none is of one of '
-                f'its images: they have the image_id {some(used, 5)}, '
-                f'and the images the id {some(ids, 5)}. Correct the '
+                f'its images: they have the image_id {some_of(used, 5)}, '
+                f'and the images the id {some_of(ids, 5)}. Correct the '
                 'ids; a text is not the number that it spells')
     return None
 
@@ -206,15 +206,15 @@ def compare_categories(data_set: Any) -> dict[int, str]:
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
         raise DataError(
-            f"'{path}' has more than one category of the name {some(twice)}. "
-            'Give each a name of its own, or merge them')
+            f"'{path}' has more than one category of the name "
+            f'{some_of(twice)}. Give each a name of its own, or merge them')
     if found != classes:
         missing = [name for name in classes if name not in found]
         raise DataError(
             f"'{path}' does not fit the classes of the config. " +
-            (f'It has no category {some(missing)}. '
+            (f'It has no category {some_of(missing)}. '
              if missing else 'It has them in another order. ') +
-            f'Its categories: {some(list(names.values()))}. Set '
+            f'Its categories: {some_of(list(names.values()))}. Set '
             'metainfo.classes of the data sets of train, val and test to '
             'those names, in that order, and num_classes of the heads to '
             'their number')
@@ -226,9 +226,9 @@ def check_ids(path: str, used: set, categories: dict[int, str]) -> None:
     stray = sorted(used - set(categories), key=str)
     if stray:
         raise DataError(
-            f"'{path}' has annotations with category_id {some(stray)}, and "
-            f'its categories are {some(list(categories))}. Correct the ids, '
-            'or add the categories to the file')
+            f"'{path}' has annotations with category_id {some_of(stray)}, "
+            f'and its categories are {some_of(list(categories))}. Correct the '
+            'ids, or add the categories to the file')
 
 
 def check_objects(data_set: Any, alone: bool) -> None:
@@ -303,8 +303,8 @@ def check_metric(metric: dict, loader: Any, where: str) -> None:
     names = list(read_categories(path).values())
     reason = None
     if [name for name in names if name in classes] != classes:
-        reason = (f'its categories are {some(names)}, and the classes are '
-                  f'{some(classes)}')
+        reason = (f'its categories are {some_of(names)}, and the classes are '
+                  f'{some_of(classes)}')
     else:
         # Ids alone do not tell: most files count their images from 0 or 1.
         images = {

@@ -11,7 +11,7 @@ import json
 import os
 import os.path as osp
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mmengine.config import ConfigDict
@@ -19,7 +19,7 @@ from mmengine.registry import DATASETS
 
 import coco_checks
 from checked_load import CheckedLoad, check_header, is_local, wrap_loads
-from data_error import DataError, describe, some
+from data_error import DataError, describe, some_of
 
 # Files of a data set that are looked at before the first iteration.
 SAMPLE = 100
@@ -131,7 +131,7 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
             coco_checks.explain_no_images(_unread(cfg['dataset']))
             reason = no_images
         elif 'subfolders' in str(error):  # mmpretrain
-            _explain_class_folders(cfg['dataset'])
+            _explain_class_folders(_unread(cfg['dataset']))
             reason = no_images
         elif 'subset of classes' in str(error):  # mmseg
             reason = ('classes that its type does not have. Data of your own '
@@ -153,16 +153,16 @@ def _unread(cfg: ConfigDict) -> Iterator[Any]:
         yield DATASETS.build({**leaf, 'lazy_init': True})
 
 
-def _explain_class_folders(cfg: ConfigDict) -> None:
+def _explain_class_folders(unread: Iterable[Any]) -> None:
     """mmpretrain takes each folder of a data set without a list for a class.
 
     Args:
-        cfg (ConfigDict): Config of the data set.
+        unread (Iterable[object]): The data sets, not loaded.
 
     Raises:
         DataError: If there is none, or if there are not as many as classes.
     """
-    for data_set in _unread(cfg):
+    for data_set in unread:
         found = _class_folders(data_set)
         if found is None:
             continue
@@ -183,8 +183,9 @@ def _explain_class_folders(cfg: ConfigDict) -> None:
             if len(found) > len(classes):
                 advice = _odd_folders(data_set, found) or advice
             raise DataError(
-                f'{name} has {len(found)} class folders ({some(found, 5)}), '
-                f'and there are {len(classes)} classes. {advice}')
+                f'{name} has {len(found)} class folders '
+                f'({some_of(found, 5)}), and there are {len(classes)} '
+                f'classes. {advice}')
 
 
 def _class_folders(data_set: Any) -> list[str] | None:
@@ -226,7 +227,7 @@ def _odd_folders(data_set: Any, among: Any) -> str:
     if not odd:
         return ''
     return (f'Each folder in {data_set.img_prefix} counts as a class, and '
-            f'{some(odd, 5)} is hidden or holds no image. Delete such a '
+            f'{some_of(odd, 5)} is hidden or holds no image. Delete such a '
             'folder, or put its images there')
 
 
@@ -311,7 +312,7 @@ def check_agreement(first: Any, second: Any) -> None:
 def _difference(first: list[str], second: list[str]) -> str:
     """Say in words how two lists of classes differ."""
     only = [
-        f'only the {which} of the two has {some(extra, 5)}'
+        f'only the {which} of the two has {some_of(extra, 5)}'
         for which, extra in (
             ('first', [name for name in first if name not in second]),
             ('second', [name for name in second if name not in first]))

@@ -31,7 +31,7 @@ def describe(data_set: Any) -> str:
             f'({", ".join(str(path) for path in paths if path)})')
 
 
-def some(values: list, count: int = 20) -> str:
+def some_of(values: list, count: int = 20) -> str:
     """The first of a list, as text."""
     return (', '.join(repr(value) for value in values[:count]) +
             (f', ... ({len(values)})' if len(values) > count else ''))

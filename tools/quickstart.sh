@@ -110,18 +110,18 @@ wait_for_all() {
     [ $status -eq 0 ] || exit $status
 }
 
-# threads JOBS: two threads for each of so many at a time, if there are the
+# share_cores JOBS: two threads for each of so many at a time, if there are the
 # cores. The layers are small: threads that share a core wait for each other.
-threads() {
+share_cores() {
     local share=$(($(getconf _NPROCESSORS_ONLN) / $1))
     export OMP_NUM_THREADS=$((share >= 2 ? 2 : 1))
 }
 
 begin=$SECONDS
 step data "$python" tools/make_digits.py data/digits
-threads 1
+share_cores 1
 train "$classifier" "$(name_of "$classifier")"
-threads 2
+share_cores 2
 beside evaluate "$classifier" "$(name_of "$classifier")"
 for config in "${dense[@]}"; do
     beside train_and_evaluate "$config" "$(name_of "$config")"
