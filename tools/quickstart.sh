@@ -110,11 +110,12 @@ wait_for_all() {
     [ $status -eq 0 ] || exit $status
 }
 
-# share_cores JOBS: two threads for each of so many at a time, if there are the
-# cores. The layers are small: threads that share a core wait for each other.
+# share_cores JOBS: two threads for each of so many at a time, if that leaves a
+# core for others. The layers are small: two threads wait for each other all the
+# time, and if one has to share its core, are slower than one alone.
 share_cores() {
     local share=$(($(getconf _NPROCESSORS_ONLN) / $1))
-    export OMP_NUM_THREADS=$((share >= 2 ? 2 : 1))
+    export OMP_NUM_THREADS=$((share > 2 ? 2 : 1))
 }
 
 begin=$SECONDS
