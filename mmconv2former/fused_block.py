@@ -31,10 +31,10 @@ from .dispatch import (
 from .operators import LayerNorm2d, at_least_fp32
 from .products import (
     depthwise,
+    depthwise3_gelu,
     linear,
     linear_grad_input,
     linear_grad_params,
-    onednn_depthwise3_gelu,
     onednn_linear,
     onednn_takes_gelu,
 )
@@ -282,4 +282,4 @@ def _onednn_gate(y: Tensor, z_weight: Tensor, z_bias: Tensor,
 def _onednn_position(y: Tensor, weight: Tensor, bias: Tensor,
                      dw_weight: Tensor, dw_bias: Tensor) -> Tensor:
     h = onednn_linear(y, weight, bias, 'gelu')
-    return onednn_depthwise3_gelu(h, dw_weight, dw_bias).add_(h)
+    return depthwise3_gelu(h, dw_weight, dw_bias).add_(h)

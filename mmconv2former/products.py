@@ -56,7 +56,7 @@ def onednn_takes_gelu(device: torch.device, dtype: torch.dtype) -> bool:
         dtype (torch.dtype): Of the operands.
 
     Returns:
-        bool: And :func:`onednn_depthwise3_gelu` with it.
+        bool: And :func:`depthwise3_gelu` with it in one pass.
     """
     return _onednn_fp32(device, dtype) or _onednn_bf16(device, dtype)
 
@@ -221,8 +221,10 @@ def depthwise_backward(grad: Tensor, x: Tensor,
             at_least_fp32(grad_bias))
 
 
-def onednn_depthwise3_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def depthwise3_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of a 3x3 depthwise convolution, (N, H, W, C) -> (N, H, W, C)."""
+    if not onednn_takes_gelu(x.device, x.dtype):
+        return aten.gelu_(depthwise(x, weight, bias))
     return to_nhwc(
         torch.ops.mkldnn._convolution_pointwise(
             to_nchw(x), weight, bias, [1, 1], [1, 1], [1, 1], len(weight),
