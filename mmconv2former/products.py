@@ -185,6 +185,16 @@ def depthwise_grad_weight(grad: Tensor, x: Tensor,
         Tensor: (C, 1, k, k), in fp32 where the input has less.
     """
     n, h, w, c = x.shape
+    # Taps that meet nothing but the padding have no gradient. Of maps of one
+    # pixel one tap is left; a convolution for it took a hundred times as long.
+    size = min(kernel_size, 2 * max(h, w) - 1)
+    if size < kernel_size:
+        if size == 1:
+            out = (at_least_fp32(x) * at_least_fp32(grad)).sum(0).view(
+                c, 1, 1, 1)
+        else:
+            out = depthwise_grad_weight(grad, x, size)
+        return F.pad(out, 4 * ((kernel_size - size) // 2, ))
     padding = kernel_size // 2
     x, grad = to_nchw(x), to_nchw(grad)
     if x.dtype != torch.bfloat16 or h * w < 1024:
