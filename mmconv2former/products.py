@@ -56,7 +56,7 @@ def onednn_takes_gelu(device: torch.device, dtype: torch.dtype) -> bool:
         dtype (torch.dtype): Of the operands.
 
     Returns:
-        bool: And :func:`depthwise3_gelu` with it in one pass.
+        bool: Whether it can; :func:`depthwise3_gelu` is one pass then, too.
     """
     return _onednn_fp32(device, dtype) or _onednn_bf16(device, dtype)
 
@@ -184,17 +184,20 @@ def depthwise_grad_weight(grad: Tensor, x: Tensor,
     Returns:
         Tensor: (C, 1, k, k), in fp32 where the input has less.
     """
-    n, h, w, c = x.shape
-    # Taps that meet nothing but the padding have no gradient. Of maps of one
-    # pixel one tap is left; a convolution for it took a hundred times as long.
+    _, h, w, c = x.shape
+    # Taps that meet nothing but the padding have no gradient.
     size = min(kernel_size, 2 * max(h, w) - 1)
-    if size < kernel_size:
-        if size == 1:
-            out = (at_least_fp32(x) * at_least_fp32(grad)).sum(0).view(
-                c, 1, 1, 1)
-        else:
-            out = depthwise_grad_weight(grad, x, size)
-        return F.pad(out, 4 * ((kernel_size - size) // 2, ))
+    if size == 1:  # a convolution of one tap takes a thousand times as long
+        out = (at_least_fp32(x) * at_least_fp32(grad)).sum(0).view(c, 1, 1, 1)
+    else:
+        out = _correlate(grad, x, size)
+    border = (kernel_size - size) // 2
+    return F.pad(out, (border, border, border, border)) if border else out
+
+
+def _correlate(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
+    """:func:`depthwise_grad_weight` by a convolution."""
+    n, h, w, c = x.shape
     padding = kernel_size // 2
     x, grad = to_nchw(x), to_nchw(grad)
     if x.dtype != torch.bfloat16 or h * w < 1024:

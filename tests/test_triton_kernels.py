@@ -23,9 +23,9 @@ from mmconv2former import dispatch, fake_kernels, fused_stem, torch_kernels
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
-common, depthwise, pointwise, launches = (
+depthwise, pointwise, sums, tiling, launches = (
     importlib.import_module(f'mmconv2former.triton_kernels.{name}')
-    for name in ('common', 'depthwise', 'pointwise', 'launch'))
+    for name in ('depthwise', 'pointwise', 'sums', 'tiling', 'launch'))
 
 EPS = 1e-6
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -204,8 +204,8 @@ def test_images_too_large_for_offsets_of_32_bits(kernels, monkeypatch):
     calls = [lambda: kernels.gate(zv, weight, bias),
              lambda: kernels.scale_residual(x, y, scale, keep)]
     expected = [call() for call in calls]
-    monkeypatch.setattr(common, 'MAX_OFFSETS', w * 2 * c + 1)
-    assert common.small_images((n, h, w, c), 2 * c) == (n * h, 1, w, c)
+    monkeypatch.setattr(tiling, 'MAX_OFFSETS', w * 2 * c + 1)
+    assert tiling.small_images((n, h, w, c), 2 * c) == (n * h, 1, w, c)
     plans = depthwise._gelu_launch, pointwise._scale_residual_launch
     for function in plans:
         function.cache_clear()
@@ -386,17 +386,17 @@ def test_number_of_splits_changes_nothing_but_the_rounding(
                      weight, bias)]
 
     def forget_plans():
-        for module in (common, depthwise, pointwise):
+        for module in (depthwise, pointwise, sums):
             for function in vars(module).values():
                 if hasattr(function, 'cache_clear'):
                     function.cache_clear()
 
-    assert common.split_count(6, 1) == 6
+    assert tiling.split_count(6, 1) == 6
     many = results()
-    for module in (common, depthwise):
+    for module in (tiling, depthwise):
         monkeypatch.setattr(module, 'PROGRAMS', 1)
     forget_plans()
-    assert common.split_count(6, 1) == 1
+    assert tiling.split_count(6, 1) == 1
     one = results()
     forget_plans()
     for own, other in zip(one, many, strict=True):
@@ -558,7 +558,7 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
     stem_kernels.gelu_norm(x, vector, vector, vector, vector, 2, 16)
     stem_kernels.gelu_norm_backward(x, x, vector, vector, vector, True, 1, 16)
     assert compiled == {
-        name for module in (common, depthwise, pointwise, stem_kernels)
+        name for module in (depthwise, pointwise, sums, stem_kernels)
         for name in vars(module) if name.endswith('_kernel')}
 
 
@@ -613,7 +613,7 @@ def test_signatures_are_those_of_the_plain_functions(kernels):
 def test_an_old_triton_is_named(monkeypatch):
     monkeypatch.setattr('triton.__version__', '3.2.0')
     with pytest.raises(ImportError, match='found Triton 3.2.0; expected 3.3'):
-        importlib.reload(common)
+        importlib.reload(launches)
 
 
 @gpu_test

@@ -14,20 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
+from .gelu import gelu, gelu_and_slope, gelu_slope, gelu_tail
+from .launch import Launch, plan
+from .sums import sum_partials
+from .tiling import (
     PROGRAMS,
     as_pixels,
     ceil_div,
-    gelu,
-    gelu_and_slope,
-    gelu_slope,
-    gelu_tail,
     row_tiles,
     small_images,
     split_count,
-    sum_partials,
 )
-from .launch import Launch, plan
 
 # Where programs do not end together there are so many times more, for others
 # to begin when the first have ended.

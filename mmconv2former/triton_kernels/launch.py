@@ -3,8 +3,14 @@ from collections.abc import Hashable
 from functools import lru_cache
 from typing import Any
 
+import triton
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from triton.compiler import CompiledKernel
+
+if TorchVersion(triton.__version__) < (3, 3):
+    raise ImportError(f'found Triton {triton.__version__}; expected 3.3 or '
+                      'later (tuples in kernels), which torch 2.7 brings')
 
 # Keeps what a function finds for each combination of shapes. Training with
 # many sizes of images has some thousands.

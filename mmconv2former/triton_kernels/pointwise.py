@@ -7,7 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..torch_kernels import patches_shape
-from .common import (
+from .launch import Launch, plan
+from .sums import sum_partials
+from .tiling import (
     as_pixels,
     ceil_div,
     column_place,
@@ -16,9 +18,7 @@ from .common import (
     patch_index,
     row_tiles,
     small_images,
-    sum_partials,
 )
-from .launch import Launch, plan
 
 
 @triton.jit

@@ -10,17 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
+from .gelu import gelu, gelu_and_slope
+from .launch import Launch, plan
+from .sums import sum_partials
+from .tiling import (
     ceil_div,
     column_place,
     column_tiles,
-    gelu,
-    gelu_and_slope,
     norm_tile,
     patch_index,
-    sum_partials,
 )
-from .launch import Launch, plan
 
 
 @triton.jit(do_not_specialize=[

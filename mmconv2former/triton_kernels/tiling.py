@@ -1,0 +1,105 @@
+"""How feature maps are cut into the work of programs.
+
+Sizes of blocks were chosen by timing on an H100, of T at 128 x 224 x 224 in
+bf16.
+"""
+from math import prod
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs that sum over the batch: as many as the 132 multiprocessors of an
+# H100 or H200 hold at a time. A constant, so that results do not depend on
+# the device.
+PROGRAMS = 16 * 132
+# Offsets within an image are counted in 32 bits.
+MAX_OFFSETS = 2**31
+
+
+def ceil_div(a: int, b: int) -> int:
+    # triton.cdiv takes a microsecond and a half.
+    return -(-a // b)
+
+
+def split_count(items: int, programs: int, waves: int = 1) -> int:
+    """Into how many equal parts to cut a sum over the items.
+
+    Each part is the work of as many programs; all of them fill the GPU.
+    """
+    share = ceil_div(items, max(waves * PROGRAMS // programs, 1))
+    return ceil_div(items, max(share, 1))
+
+
+def as_pixels(x: Tensor) -> tuple[Tensor, int]:
+    """(N, H, W, C) in equal steps from pixel to pixel, and the step.
+
+    A copy where that cannot be.
+    """
+    if not x.is_contiguous():
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(1) == 1:
+            return rows, rows.stride(0)
+        x = rows.contiguous()
+    return x, x.shape[-1]
+
+
+def small_images(shape: tuple[int, ...], stride: int) -> tuple[int, ...]:
+    """The shape, or that of its rows as images where those are too large."""
+    n, height, width, c = shape
+    if height * width * stride < MAX_OFFSETS:
+        return shape
+    return n * height, 1, width, c
+
+
+def norm_tile(channels: int) -> dict:
+    """Blocks of 2048 values: 16 for each of the 128 threads."""
+    block = triton.next_power_of_2(channels)
+    return dict(C=channels, BLOCK=block, PIXELS=max(2048 // block, 1))
+
+
+def row_tiles(shape: tuple[int, ...]) -> tuple[dict, int, int, int]:
+    """Block sizes, pixels, tiles and programs of sums over the pixels, where
+    a program takes all channels."""
+    *image, c = shape
+    tile, pixels = norm_tile(c), prod(image)
+    tiles = ceil_div(pixels, tile['PIXELS'])
+    return tile, pixels, tiles, max(min(tiles, PROGRAMS // 4), 1)
+
+
+def column_tiles(shape: tuple[int, ...],
+                 block: int) -> tuple[dict, int, int, int]:
+    """The same where a program takes a block of channels, and how many parts
+    the sums have.
+
+    Few lanes are idle so, where those of whole rows are up to half of them;
+    but what is written in less than 64 bytes at a time is written slowly.
+    """
+    *image, c = shape
+    block = min(triton.next_power_of_2(c), block)
+    tile, pixels = dict(C=c, BLOCK=block, PIXELS=2048 // block), prod(image)
+    tiles, blocks = ceil_div(pixels, 2048 // block), ceil_div(c, block)
+    return tile, pixels, tiles, max(min(tiles, PROGRAMS // 2 // blocks), 1)
+
+
+@triton.jit
+def column_place(C: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels of a program of :func:`column_tiles`, which part of the sums
+    it has, and how many there are."""
+    blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    return (pid % blocks * BLOCK + tl.arange(0, BLOCK)[None, :],
+            pid // blocks, tl.num_programs(0) // blocks)
+
+
+@triton.jit
+def patch_index(pixel, height, width, PATCH: tl.constexpr):
+    """Index of a pixel among those in patches, and whether it is in one."""
+    pixel = pixel.to(tl.int32)  # in which divisions are several times faster
+    row, x = pixel // width, pixel % width
+    n, y = row // height, row % height
+    rows, columns = height // PATCH, width // PATCH
+    patch = (n * rows + y // PATCH) * columns + x // PATCH
+    return (tl.cast(patch, tl.int64) * (PATCH * PATCH)
+            + (y % PATCH * PATCH + x % PATCH),
+            (y < rows * PATCH) & (x < columns * PATCH))
