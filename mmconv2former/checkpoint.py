@@ -132,26 +132,29 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
                 torch.serialization.safe_globals(new):
             return torch.load(
                 local, map_location='cpu', weights_only=not trust_pickle)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError,
+            KeyError, IndexError) as error:
         blocked = re.search(r'GLOBAL (\S+) was not an allowed', str(error))
-        if blocked is None:
+        if blocked:
             raise CheckpointError(
-                f'{path} is damaged or no checkpoint: {error}') from error
-        raise CheckpointError(
-            f'{path} holds a pickled {blocked[1]}, and unpickling can run '
-            'code. If you trust who made the file, convert it once to '
-            'tensors only: python tools/convert_checkpoint.py SRC DST '
-            '--trust-pickle') from error
-    except (EOFError, RuntimeError, AttributeError, KeyError,
-            IndexError) as error:
+                f'{path} holds a pickled {blocked[1]}, and unpickling can run '
+                'code. If you trust who made the file, convert it once to '
+                'tensors only: python tools/convert_checkpoint.py SRC DST '
+                '--trust-pickle') from error
         raise CheckpointError(
             f'{path} is damaged or no checkpoint ('
-            f'{": ".join([type(error).__name__, *_first_line(error)])}); '
+            f'{": ".join([type(error).__name__, *_reason(error)])}); '
             'fetch or copy it again and compare the size') from error
 
 
-def _first_line(error: Exception) -> list[str]:
-    return str(error).splitlines()[:1]
+def _reason(error: Exception) -> list[str]:
+    """The first line of a message, if any.
+
+    Without the text in which torch wraps it, which asks to unpickle what was
+    refused with good reason.
+    """
+    text = str(error).rpartition('WeightsUnpickler error:')[2]
+    return text.strip().splitlines()[:1]
 
 
 def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:

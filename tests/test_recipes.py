@@ -139,7 +139,7 @@ class Watch(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None,
                          outputs=None):
         self.iterations.append(runner.iter)
-        self.losses.append(float(outputs['loss']))
+        self.losses.append(outputs['loss'].item())
 
     def after_train(self, runner):
         self.not_finite, self.not_trained = [], []
