@@ -241,11 +241,31 @@ def test_two_processes_test_without_the_pretrained_file(digits,
     assert len(paths) == len(set(paths)) == 20
 
 
-def test_classification_is_augmented(digits, two_processes):
+@pytest.fixture(scope='module')
+def augmented(digits, two_processes):
+    """What test.py printed; the predictions lie in digits/augmented.pkl."""
+    return run(
+        sys.executable, ROOT / 'tools/test.py', 'digits.py',
+        'work/epoch_2.pth', '--tta', '--out', 'augmented.pkl', cwd=digits)
+
+
+def test_classification_is_augmented(augmented):
+    assert 'AverageClsScoreTTA' in augmented and 'accuracy/top1' in augmented
+
+
+def test_fused_model_predicts_the_same(digits, augmented):
     log = run(
         sys.executable, ROOT / 'tools/test.py', 'digits.py',
-        'work/epoch_2.pth', '--tta', cwd=digits)
-    assert 'AverageClsScoreTTA' in log and 'accuracy/top1' in log
+        'work/epoch_2.pth', '--tta', '--fuse', '--out', 'fused.pkl',
+        cwd=digits)
+    assert 'Load checkpoint from work/epoch_2.pth, and fuse' in log
+    unfused, fused = (
+        torch.stack([
+            prediction['pred_score']
+            for prediction in pickle.loads((digits / name).read_bytes())
+        ]) for name in ('augmented.pkl', 'fused.pkl'))
+    assert fused.shape == (20, 10)
+    torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
 
 
 def test_classification_paints_predictions(digits, two_processes):
@@ -737,6 +757,30 @@ def test_augmenting_without_a_pipeline_is_refused(tool):
     with pytest.raises(SystemExit, match='no tta_model and tta_pipeline'):
         options_of_test(tool, 'classification/conv2former_mini_digits.py',
                         '--tta')
+
+
+def test_fusing_beside_a_hook_that_exchanges_weights_is_refused(
+        tool, in_digits):
+    with pytest.raises(SystemExit, match='EMAHook.*custom_hooks="..";'):
+        options_of_test(tool, Path('digits.py').resolve(), '--fuse',
+                        '--cfg-options', 'custom_hooks.0.type=EMAHook')
+
+
+def test_fusing_a_model_without_conv2former_is_refused(
+        tool, in_digits, tmp_path):
+    options = [
+        'model._delete_=True', 'model.type=mmpretrain.ImageClassifier',
+        'model.backbone.type=mmpretrain.LeNet5',
+        'model.backbone.num_classes=10'
+    ]
+    weights = MODELS.build(
+        dict(type='mmpretrain.LeNet5', num_classes=10)).state_dict()
+    torch.save({f'backbone.{key}': weights[key] for key in weights},
+               tmp_path / 'weights.pth')
+    message = refusal(
+        tool('test').main, 'digits.py', tmp_path / 'weights.pth', '--fuse',
+        '--work-dir', tmp_path, '--cfg-options', *options)
+    assert message.startswith('--fuse: the ImageClassifier has no Conv2Former')
 
 
 @pytest.mark.parametrize('options, expected', [

@@ -3,10 +3,12 @@ import argparse
 import os.path as osp
 
 from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
 
 import data_checks
 import launch
 from data_error import one_message
+from mmconv2former import fuse_for_inference
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,6 +28,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='test-time augmentation, where the config has tta_model and '
         'tta_pipeline')
+    parser.add_argument(
+        '--fuse',
+        action='store_true',
+        help='rewrite the backbone into fewer operations with the same '
+        'results (docs/export.md), which is faster on CPUs')
     parser.add_argument(
         '--out',
         metavar='PATH',
@@ -53,6 +60,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     launch.check_model(cfg, args.config)
     launch.check_file(args.checkpoint, 'the checkpoint')
     cfg.load_from = args.checkpoint
+    if args.fuse:
+        _refuse_averaging(cfg)
+        # main() loads the weights: the fused model takes none.
+        cfg.load_from = None
     if args.tta:
         _augment(cfg)
     if args.out is not None:
@@ -60,6 +71,27 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     if args.show_dir is not None:
         _paint(cfg, osp.abspath(args.show_dir), args.tta)
     return cfg
+
+
+def _refuse_averaging(cfg: Config) -> None:
+    """Refuse --fuse where a hook exchanges weights around the test."""
+    if any('EMAHook' in str(hook.type) for hook in cfg.get('custom_hooks')
+           or ()):
+        raise SystemExit(
+            '--fuse: EMAHook of the config exchanges weights, and a fused '
+            'model takes none. Leave the hook out, --cfg-options '
+            'custom_hooks="[]"; the checkpoint has the averaged weights for '
+            'those of the model')
+
+
+def _fuse(runner: Runner, path: str) -> None:
+    """Fuse the backbone of a model that has its weights."""
+    model = runner.model.eval()
+    try:
+        fuse_for_inference(model)
+    except ValueError as error:
+        raise SystemExit(f'--fuse: {error}') from error
+    runner.logger.info(f'Load checkpoint from {path}, and fuse the backbone')
 
 
 def _augment(cfg: Config) -> None:
@@ -142,6 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_message():
         runner = launch.build_runner(cfg)
         launch.check_weights(runner.model, args.checkpoint)
+        if args.fuse:
+            _fuse(runner, args.checkpoint)
         runner.test()
 
 
