@@ -429,6 +429,54 @@ def test_box_without_a_mask_is_named_when_it_is_read(
             data_set[i]
 
 
+def mask_of(segmentation):
+    """A change of a file that gives its last object such a mask."""
+
+    def change(content):
+        content['annotations'][-1]['segmentation'] = segmentation
+
+    return change
+
+
+@pytest.mark.parametrize('segmentation', [
+    [10, 10, 20, 20, 30, 10], [['10', '10', '20', '20', '30', '10']],
+    {'size': [64, 64]}, '10 10 20 20'])
+def test_mask_that_is_none_is_named_when_it_is_read(
+        segmentation, coco, copy, monkeypatch):
+    monkeypatch.setattr(data_checks, 'SAMPLE', 0)
+    data = copy(coco)
+    edit(data / 'annotations/instances_train2017.json', mask_of(segmentation))
+    data_set = check(COCO, data).dataset
+    with pytest.raises(DataError, match='a mask is a list of polygons'):
+        for i in range(len(data_set)):
+            data_set[i]
+
+
+@pytest.mark.parametrize('segmentation', [
+    None, [], [[]], [[10, 10, 20, 20]], [10, 10, 20, 20, 30, 10]])
+@pytest.mark.parametrize('metric', ['segm', ['bbox', 'segm']])
+def test_mask_that_cannot_be_measured_is_named_before_training(
+        segmentation, metric, coco, copy):
+    path = copy(coco) / 'annotations/instances_val2017.json'
+    loader = check(COCO, path.parents[1], 'val', pipeline=[])
+    metric = dict(ann_file=str(path), metric=metric)
+    coco_checks.check_metric(metric, loader, 'val_evaluator')
+    edit(path, mask_of(segmentation))
+    with pytest.raises(DataError, match='has 1 ann.*val_evaluator.metric=bb'):
+        coco_checks.check_metric(metric, loader, 'val_evaluator')
+    coco_checks.check_metric({**metric, 'metric': 'bbox'}, loader, '')
+
+
+def test_mask_of_a_category_that_is_no_class_is_not_measured(coco, copy):
+    path = copy(coco) / 'annotations/instances_val2017.json'
+    loader = check(COCO, path.parents[1], 'val', pipeline=[])
+    edit(path, mask_of([]))
+    category = json.loads(path.read_text())['annotations'][-1]['category_id']
+    loader.dataset.cat_ids.remove(category)
+    coco_checks.check_metric(
+        dict(ann_file=str(path), metric='segm'), loader, 'val_evaluator')
+
+
 def test_other_key_errors_are_left_alone(coco, copy):
     with pytest.raises(KeyError, match='NoSuchTransform'):
         build(COCO, copy(coco), pipeline=[dict(type='NoSuchTransform')])

@@ -482,6 +482,13 @@ def test_weights_alone_are_not_resumed(tool, in_digits, tmp_path):
     assert f'load_from={path}' in message
 
 
+def test_option_without_a_value_is_told(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool('test').main(['c.py', 'c.pth', '--cfg-options', 'a=1', 'b'])
+    error = capsys.readouterr().err
+    assert "--cfg-options: expected KEY=VALUE, got 'b'" in error
+
+
 def test_slip_in_an_option_is_told(tool):
     message = refusal(
         tool('train').main, CONFIGS / 'classification/conv2former_t_in1k.py',

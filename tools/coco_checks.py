@@ -263,18 +263,73 @@ def check_objects(data_set: Any, alone: bool) -> None:
     raise DataError(f"'{path}' {reason}")
 
 
+def _is_mask(mask: Any) -> bool:
+    """Whether it is written as polygons or as run lengths."""
+    if isinstance(mask, dict):
+        return 'counts' in mask and 'size' in mask
+    return isinstance(mask, list) and all(
+        isinstance(polygon, list) and all(
+            isinstance(number, (int, float)) for number in polygon)
+        for polygon in mask)
+
+
+_MASKS = ('a mask is a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], '
+          "...], or run lengths, {'size': [height, width], 'counts': ...}")
+
+
 def check_masks(info: dict) -> None:
-    """Look for objects without a mask, where a pipeline loads masks."""
+    """Look for objects without a mask, where a pipeline loads masks.
+
+    Args:
+        info (dict): What a data set knows of an image.
+
+    Raises:
+        DataError: If there is one, or if a mask is no mask.
+    """
     # The masks of panoptic segments are in an image.
-    if 'segments_info' not in info and not all(
-            'mask' in instance for instance in info.get('instances', ())):
+    if 'segments_info' in info:
+        return
+    path = info.get('img_path')
+    for instance in info.get('instances', ()):
+        if 'mask' not in instance:
+            raise DataError(
+                f"the image '{path}' has annotations without 'segmentation' "
+                '(or it is empty), and the config trains masks '
+                '(LoadAnnotations, with_mask=True). Add the masks to the '
+                'annotation file, or train boxes alone: '
+                'model.roi_head.mask_head=None, with_mask=False in the '
+                "pipelines, and metric='bbox' of val_evaluator and "
+                'test_evaluator')
+        if not _is_mask(instance['mask']):
+            raise DataError(
+                f"the image '{path}' has an annotation with the segmentation "
+                f'{str(instance["mask"])[:100]}; {_MASKS}. Correct it in the '
+                'annotation file')
+
+
+def _check_measured_masks(path: str, where: str, categories: list) -> None:
+    """Look for masks that pycocotools fails to read after an epoch.
+
+    Raises:
+        DataError: If there are any.
+    """
+    wrong = []
+    for entry in _read_json(path).get('annotations', ()):
+        mask = entry.get('segmentation')
+        # Four numbers and less it does not take for a polygon.
+        if entry.get('category_id') in categories and not (
+                mask and _is_mask(mask) and
+                (isinstance(mask, dict) or len(mask[0]) > 4)):
+            wrong.append(entry)
+    if wrong:
         raise DataError(
-            f"the image '{info.get('img_path')}' has annotations without "
-            "'segmentation' (or it is empty), and the config trains masks "
-            '(LoadAnnotations, with_mask=True). Add the masks to the '
-            'annotation file, or train boxes alone: '
-            'model.roi_head.mask_head=None, with_mask=False in the pipelines, '
-            "and metric='bbox' of val_evaluator and test_evaluator")
+            f"{where} measures masks, and '{path}' has {len(wrong)} "
+            f'annotations without a mask that can be read, such as that with '
+            f'the id {wrong[0].get("id")} and the segmentation '
+            f'{str(wrong[0].get("segmentation"))[:100]}; {_MASKS}, and the '
+            'first polygon has three corners and more. Correct them, take '
+            f'them out of the file, or measure boxes alone: {where}.metric='
+            'bbox')
 
 
 def check_metric(metric: dict, loader: Any, where: str) -> None:
@@ -290,15 +345,25 @@ def check_metric(metric: dict, loader: Any, where: str) -> None:
         where (str): Name of the setting, such as 'val_evaluator'.
 
     Raises:
-        DataError: If the file has other categories or images.
+        DataError: If the file has other categories or images, or masks that
+            are to be measured and cannot be read.
     """
     path, data_set = metric.get('ann_file'), loader.dataset
-    if not path or not hasattr(data_set, 'cat_ids'):
+    if not path or not osp.isfile(path) or not hasattr(data_set, 'cat_ids'):
         return
     own = data_set.ann_file
-    if not osp.isfile(path) or not osp.isfile(own) or \
-            osp.realpath(path) == osp.realpath(own):
-        return
+    if osp.isfile(own) and osp.realpath(path) != osp.realpath(own):
+        _compare_files(path, data_set, where)
+    if 'segm' in (metric.get('metric') or ()):
+        _check_measured_masks(path, where, data_set.cat_ids)
+
+
+def _compare_files(path: str, data_set: Any, where: str) -> None:
+    """Compare the file of a metric with that of its data set.
+
+    Raises:
+        DataError: If it has other categories or images.
+    """
     classes = list(data_set.metainfo['classes'])
     names = list(read_categories(path).values())
     reason = None
@@ -321,4 +386,5 @@ def check_metric(metric: dict, loader: Any, where: str) -> None:
     if reason is not None:
         raise DataError(
             f"{where} measures with '{path}', and its data set reads "
-            f"'{own}': {reason}. Set {where}.ann_file={own}")
+            f"'{data_set.ann_file}': {reason}. Set "
+            f'{where}.ann_file={data_set.ann_file}')

@@ -42,6 +42,19 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 torch.serialization.add_safe_globals(safe_globals())
 
 
+class _Settings(DictAction):
+    """mmengine's reading of KEY=VALUE, which ends in a traceback without '='.
+    """
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any,
+                 values: list[str], option_string: str | None = None) -> None:
+        for value in values:
+            if '=' not in value:
+                parser.error(f"{option_string}: expected KEY=VALUE, got "
+                             f"'{value}'")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add what names a config and changes it.
 
@@ -52,7 +65,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_Settings,
         metavar='KEY=VALUE',
         help='settings that replace those of the config, such as '
         'train_dataloader.batch_size=4 or \'model.neck.in_channels="[8,16]"\'')
