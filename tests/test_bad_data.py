@@ -452,6 +452,12 @@ def test_mask_that_is_none_is_named_when_it_is_read(
             data_set[i]
 
 
+def test_masks_of_arrays_are_taken():
+    polygon = np.array([10, 10, 20, 20, 30, 10], 'float32')
+    for mask in ([polygon], np.zeros((8, 8), bool)):
+        coco_checks.check_masks(dict(instances=[dict(mask=mask)]))
+
+
 @pytest.mark.parametrize('segmentation', [
     None, [], [[]], [[10, 10, 20, 20]], [10, 10, 20, 20, 30, 10]])
 @pytest.mark.parametrize('metric', ['segm', ['bbox', 'segm']])

@@ -8,6 +8,7 @@ import mmap
 import os.path as osp
 import re
 from collections.abc import Iterable, Iterator
+from numbers import Real
 from typing import Any
 
 from data_error import DataError, some_of
@@ -264,13 +265,18 @@ def check_objects(data_set: Any, alone: bool) -> None:
 
 
 def _is_mask(mask: Any) -> bool:
-    """Whether it is written as polygons or as run lengths."""
+    """Whether it is written as polygons or as run lengths.
+
+    What data sets of Python code have in place of these is left alone.
+    """
     if isinstance(mask, dict):
         return 'counts' in mask and 'size' in mask
-    return isinstance(mask, list) and all(
-        isinstance(polygon, list) and all(
-            isinstance(number, (int, float)) for number in polygon)
-        for polygon in mask)
+    if isinstance(mask, list):
+        return all(
+            isinstance(polygon, Iterable) and all(
+                isinstance(number, Real) for number in polygon)
+            for polygon in mask)
+    return not isinstance(mask, (str, Real))
 
 
 _MASKS = ('a mask is a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], '
