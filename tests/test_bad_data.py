@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmdet.datasets.transforms import LoadAnnotations
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
@@ -452,10 +453,13 @@ def test_mask_that_is_none_is_named_when_it_is_read(
             data_set[i]
 
 
-def test_masks_of_arrays_are_taken():
-    polygon = np.array([10, 10, 20, 20, 30, 10], 'float32')
-    for mask in ([polygon], np.zeros((8, 8), bool)):
-        coco_checks.check_masks(dict(instances=[dict(mask=mask)]))
+def test_polygons_of_arrays_are_loaded():
+    square = np.array([2, 2, 6, 2, 6, 6, 2, 6], 'float32')
+    load = LoadAnnotations(with_bbox=False, with_label=False, with_mask=True)
+    results = checked_load.CheckedLoad(load, 'seg_map_path')(dict(
+        ori_shape=(8, 8),
+        instances=[dict(mask=[square], ignore_flag=0)]))
+    assert results['gt_masks'].areas.tolist() == [16]
 
 
 @pytest.mark.parametrize('segmentation', [
@@ -468,7 +472,7 @@ def test_mask_that_cannot_be_measured_is_named_before_training(
     metric = dict(ann_file=str(path), metric=metric)
     coco_checks.check_metric(metric, loader, 'val_evaluator')
     edit(path, mask_of(segmentation))
-    with pytest.raises(DataError, match='has 1 ann.*val_evaluator.metric=bb'):
+    with pytest.raises(DataError, match=r'\(1\).*val_evaluator.metric=bbox'):
         coco_checks.check_metric(metric, loader, 'val_evaluator')
     coco_checks.check_metric({**metric, 'metric': 'bbox'}, loader, '')
 
@@ -477,10 +481,12 @@ def test_mask_of_a_category_that_is_no_class_is_not_measured(coco, copy):
     path = copy(coco) / 'annotations/instances_val2017.json'
     loader = check(COCO, path.parents[1], 'val', pipeline=[])
     edit(path, mask_of([]))
+    args = dict(ann_file=str(path), metric='segm'), loader, 'val_evaluator'
+    with pytest.raises(DataError, match='measures masks'):
+        coco_checks.check_metric(*args)
     category = json.loads(path.read_text())['annotations'][-1]['category_id']
     loader.dataset.cat_ids.remove(category)
-    coco_checks.check_metric(
-        dict(ann_file=str(path), metric='segm'), loader, 'val_evaluator')
+    coco_checks.check_metric(*args)
 
 
 def test_other_key_errors_are_left_alone(coco, copy):

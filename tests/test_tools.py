@@ -768,9 +768,10 @@ def test_augmenting_without_a_pipeline_is_refused(tool):
 
 def test_fusing_beside_a_hook_that_exchanges_weights_is_refused(
         tool, in_digits):
-    with pytest.raises(SystemExit, match='EMAHook.*custom_hooks="..";'):
-        options_of_test(tool, Path('digits.py').resolve(), '--fuse',
-                        '--cfg-options', 'custom_hooks.0.type=EMAHook')
+    options = [Path('digits.py').resolve(), '--fuse', '--cfg-options']
+    with pytest.raises(SystemExit, match=r'EMAHook.*custom_hooks="\[\]"'):
+        options_of_test(tool, *options, 'custom_hooks.0.type=EMAHook')
+    assert options_of_test(tool, *options, 'custom_hooks=[]').load_from is None
 
 
 def test_fusing_a_model_without_conv2former_is_refused(

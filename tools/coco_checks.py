@@ -265,22 +265,19 @@ def check_objects(data_set: Any, alone: bool) -> None:
 
 
 def _is_mask(mask: Any) -> bool:
-    """Whether it is written as polygons or as run lengths.
-
-    What data sets of Python code have in place of these is left alone.
+    """Whether it is a list of polygons, which may be arrays, or run lengths.
     """
     if isinstance(mask, dict):
         return 'counts' in mask and 'size' in mask
-    if isinstance(mask, list):
-        return all(
-            isinstance(polygon, Iterable) and all(
-                isinstance(number, Real) for number in polygon)
-            for polygon in mask)
-    return not isinstance(mask, (str, Real))
+    return isinstance(mask, list) and all(
+        isinstance(polygon, Iterable) and all(
+            isinstance(number, Real) for number in polygon)
+        for polygon in mask)
 
 
-_MASKS = ('a mask is a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], '
-          "...], or run lengths, {'size': [height, width], 'counts': ...}")
+_MASK_FORMAT = ('a mask is a list of polygons, [[x1, y1, x2, y2, x3, y3, '
+                "...], ...], or run lengths, {'size': [height, width], "
+                "'counts': ...}")
 
 
 def check_masks(info: dict) -> None:
@@ -309,8 +306,8 @@ def check_masks(info: dict) -> None:
         if not _is_mask(instance['mask']):
             raise DataError(
                 f"the image '{path}' has an annotation with the segmentation "
-                f'{str(instance["mask"])[:100]}; {_MASKS}. Correct it in the '
-                'annotation file')
+                f'{str(instance["mask"])[:100]}; {_MASK_FORMAT}. Correct it '
+                'in the annotation file')
 
 
 def _check_measured_masks(path: str, where: str, categories: list) -> None:
@@ -329,13 +326,13 @@ def _check_measured_masks(path: str, where: str, categories: list) -> None:
             wrong.append(entry)
     if wrong:
         raise DataError(
-            f"{where} measures masks, and '{path}' has {len(wrong)} "
-            f'annotations without a mask that can be read, such as that with '
-            f'the id {wrong[0].get("id")} and the segmentation '
-            f'{str(wrong[0].get("segmentation"))[:100]}; {_MASKS}, and the '
-            'first polygon has three corners and more. Correct them, take '
-            f'them out of the file, or measure boxes alone: {where}.metric='
-            'bbox')
+            f"{where} measures masks, and '{path}' has annotations without "
+            f'one that can be read ({len(wrong)}), such as that with the id '
+            f'{wrong[0].get("id")} and the segmentation '
+            f'{str(wrong[0].get("segmentation"))[:100]}; {_MASK_FORMAT}, and '
+            'the first polygon has three corners and more. Correct them, '
+            'take them out of the file, or measure boxes alone: '
+            f'{where}.metric=bbox')
 
 
 def check_metric(metric: dict, loader: Any, where: str) -> None:

@@ -42,7 +42,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 torch.serialization.add_safe_globals(safe_globals())
 
 
-class _Settings(DictAction):
+class _SettingsAction(DictAction):
     """mmengine's reading of KEY=VALUE, which ends in a traceback without '='.
     """
 
@@ -65,7 +65,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=_Settings,
+        action=_SettingsAction,
         metavar='KEY=VALUE',
         help='settings that replace those of the config, such as '
         'train_dataloader.batch_size=4 or \'model.neck.in_channels="[8,16]"\'')

@@ -59,11 +59,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     """
     launch.check_model(cfg, args.config)
     launch.check_file(args.checkpoint, 'the checkpoint')
-    cfg.load_from = args.checkpoint
+    # A fused model takes no weights: main() loads them before.
+    cfg.load_from = None if args.fuse else args.checkpoint
     if args.fuse:
         _refuse_averaging(cfg)
-        # main() loads the weights: the fused model takes none.
-        cfg.load_from = None
     if args.tta:
         _augment(cfg)
     if args.out is not None:
@@ -77,11 +76,12 @@ def _refuse_averaging(cfg: Config) -> None:
     """Refuse --fuse where a hook exchanges weights around the test."""
     if any('EMAHook' in str(hook.type) for hook in cfg.get('custom_hooks')
            or ()):
+        # mmengine saves the average as the weights of the model.
         raise SystemExit(
             '--fuse: EMAHook of the config exchanges weights, and a fused '
-            'model takes none. Leave the hook out, --cfg-options '
-            'custom_hooks="[]"; the checkpoint has the averaged weights for '
-            'those of the model')
+            'model takes none. Take it out of custom_hooks, or all of them: '
+            '--cfg-options custom_hooks="[]". The checkpoint has the averaged '
+            'weights in place of the others')
 
 
 def _fuse(runner: Runner, path: str) -> None:
