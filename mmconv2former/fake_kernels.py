@@ -47,8 +47,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
                         eps: float, residual: Tensor | None,
                         patch: int = 1) -> tuple[Tensor, ...]:
-    return (x.new_empty(x.shape), _fp32(x, len(weight)), _fp32(x, len(weight)),
-            grad.new_empty(patches_shape(x, patch)))
+    c = len(weight)
+    return (x.new_empty(x.shape), _fp32(x, c), _fp32(x, c),
+            grad.new_empty(patches_shape(x, patch)),
+            _fp32(x, 0 if residual is None else c))
 
 
 def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
@@ -60,10 +62,10 @@ def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return grad.new_empty(grad.shape), _fp32(grad, len(scale))
 
 
-def drop_backward(grad: Tensor, scale: Tensor, keep: Tensor,
-                  dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def drop_backward(grad: Tensor, keep: Tensor,
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (grad.new_empty(grad.shape, dtype=dtype),
-            grad.new_empty(grad.shape, dtype=dtype), _fp32(grad, len(scale)))
+            _fp32(grad, grad.shape[3]))
 
 
 def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,

@@ -46,6 +46,14 @@ def _hidden_bytes(x: Tensor, in_weight: Tensor, dtype: torch.dtype) -> int:
     return x.shape[1] * x.shape[2] * len(in_weight) * dtype.itemsize
 
 
+def _takes_scale(dtype: torch.dtype) -> bool:
+    """Whether a weight times a layer scale can be of that type.
+
+    fp16's numbers end above 1e-6 * 0.02.
+    """
+    return dtype != torch.float16
+
+
 def _branch_backward(
         middle: str, eps: float, grad: Tensor, x: Tensor, keep: Tensor | None,
         *stored: Tensor, norm_weight: Tensor, norm_bias: Tensor,
@@ -54,7 +62,8 @@ def _branch_backward(
     """Gradients of :class:`ResidualBranchFunction`, without its layer scale's.
 
     The scale counts as part of the last linear layer, from whose gradients
-    ``scaled_linear_backward`` has its own.
+    ``scaled_linear_backward`` has its own. ``weight`` is the last layer's,
+    times the scale where :func:`_takes_scale` says so.
 
     Returns:
         tuple[Tensor]: Gradients of x and, at least in fp32, of weight and
@@ -63,26 +72,27 @@ def _branch_backward(
     """
     kernels, dtype = dispatch.kernels_for(x), weight.dtype
     if keep is None:
-        grad_y = grad.to(dtype)
-        grad_middle, grad_bias = kernels.scale_backward(grad_y, scale)
+        grad_y, grad_bias = grad.to(dtype), None
     else:
-        grad_y, grad_middle, grad_bias = kernels.drop_backward(
-            grad, scale, keep, dtype)
+        grad_y, grad_bias = kernels.drop_backward(grad, keep, dtype)
+    grad_middle = grad_y
+    if not _takes_scale(dtype):
+        grad_middle, grad_bias = kernels.scale_backward(grad_y, scale)
     grad_middle = linear_grad_input(grad_middle, weight)
     middle_backward = kernels.gate_backward if middle == 'gate' \
         else kernels.position_backward
     grad_z, grad_dw_weight, grad_dw_bias, y, grad_in_bias = middle_backward(
         grad_middle, *stored, dw_weight, dw_bias)
     del grad_middle, stored
-    grads = linear_grad_params(grad_y, y, grad_bias)
-    del y, grad_y
-    grad_x, grad_norm_weight, grad_norm_bias, normed = (
+    grad_x, grad_norm_weight, grad_norm_bias, normed, grad_sum = (
         kernels.layer_norm_backward(
             linear_grad_input(grad_z, in_weight), x, norm_weight, norm_bias,
             eps, grad))
+    # Summed up on the way.
+    grad_bias = grad_sum if grad_bias is None else grad_bias
     return (grad_x, grad_norm_weight, grad_norm_bias,
             *linear_grad_params(grad_z, normed, grad_in_bias), grad_dw_weight,
-            grad_dw_bias, *grads)
+            grad_dw_bias, *linear_grad_params(grad_y, y, grad_bias))
 
 
 class ResidualBranchFunction(torch.autograd.Function):
@@ -109,8 +119,9 @@ class ResidualBranchFunction(torch.autograd.Function):
         dtype, asked = product_dtype(x), autocast_dtype(x)
         kernels = dispatch.kernels_for(x)
         with without_autocast(x):
-            in_weight, in_bias, dw_weight, dw_bias, weight, bias = (
-                kernels.operands(parameters, dtype))
+            in_weight, in_bias, dw_weight, dw_bias, weight, bias, *scaled = (
+                kernels.operands(parameters, dtype,
+                                 scale if _takes_scale(dtype) else None))
             z = linear(
                 kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype),
                 in_weight, in_bias)
@@ -123,7 +134,8 @@ class ResidualBranchFunction(torch.autograd.Function):
         ctx.eps, ctx.middle = eps, middle
         ctx.shapes = [p.shape for p in parameters]
         ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, dw_weight,
-                              dw_bias, weight, *parameters[-2:], scale, keep,
+                              dw_bias, *(scaled or [weight]),
+                              *parameters[-2:], scale, keep,
                               # Where the CPU emulates that type.
                               *(t.to(asked) for t in (z, *stored)))
         return out

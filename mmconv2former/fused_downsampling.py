@@ -52,7 +52,7 @@ class DownsamplingFunction(torch.autograd.Function):
         o, c, size, _ = ctx.shape
         with without_autocast(x):
             grad = grad.to(weight.dtype).contiguous()
-            grad_x, *norm_grads, normed = (
+            grad_x, *norm_grads, normed, _ = (
                 dispatch.kernels_for(x).layer_norm_backward(
                     linear_grad_input(grad, weight), x, norm_weight, norm_bias,
                     ctx.eps, None, size))

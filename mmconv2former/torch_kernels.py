@@ -97,33 +97,41 @@ def filters(weight: Tensor, bias: Tensor,
     return weight.to(dtype), bias.to(dtype)
 
 
-def operands(parameters: Sequence[Tensor],
-             dtype: torch.dtype) -> list[Tensor]:
+def operands(parameters: Sequence[Tensor], dtype: torch.dtype,
+             scale: Tensor | None = None) -> list[Tensor]:
     """Weights and biases of a branch as the products and kernels take them.
 
     Args:
         parameters (Sequence[Tensor]): Those of
             :class:`mmconv2former.fused_block.ResidualBranchFunction`.
         dtype (torch.dtype): Of the products.
+        scale (Tensor, optional): Layer scale, (O, ). Defaults to None.
 
     Returns:
         list[Tensor]: Weight and bias of the first layers as one, (O, I) and
-        (O, ), those of the convolution, and those of the last layer.
+        (O, ), those of the convolution, and those of the last layer; with a
+        scale also the last weight times the scale.
     """
-    return join_operands(parameters, dtype, filters)
+    return join_operands(parameters, dtype, scale, filters=filters)
 
 
 def join_operands(parameters: Sequence[Tensor], dtype: torch.dtype,
+                  scale: Tensor | None = None, *,
                   filters: Callable) -> list[Tensor]:
     """:func:`operands` with the given :func:`filters`."""
-    *_, dw_weight, dw_bias, out_weight, out_bias = parameters
+    *_, dw_weight, dw_bias, last_weight, last_bias = parameters
+    last_weight = last_weight.flatten(1)
     in_weight, in_bias, out_weight, out_bias = _join(
         ([p.flatten(1) for p in parameters[:-4:2]], parameters[1:-4:2],
-         [out_weight.flatten(1)], [out_bias]), dtype)
-    return [
+         [last_weight], [last_bias]), dtype)
+    outs = [
         in_weight, in_bias, *filters(dw_weight, dw_bias, dtype), out_weight,
         out_bias
     ]
+    if scale is not None:
+        scaled = at_least_fp32(last_weight) * at_least_fp32(scale)[:, None]
+        outs.append(scaled.to(dtype))
+    return outs
 
 
 def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -288,8 +296,9 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
         patch (int): Side of the patches. Defaults to 1.
 
     Returns:
-        tuple[Tensor]: Gradients of x, weight and bias, and the output once
-        more, of the type of ``grad``.
+        tuple[Tensor]: Gradients of x, weight and bias, the output once more,
+        of the type of ``grad``, and the sum of the residual over all
+        positions, (C, ) (without a residual (0, )): None here, as above.
     """
     dtype = x.dtype
     if patch > 1:
@@ -310,7 +319,7 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
     if patch > 1:
         normed = patches(normed, patch)
     return (grad_x.to(dtype), at_least_fp32(grad_weight),
-            at_least_fp32(grad_bias), normed)
+            at_least_fp32(grad_bias), normed, None)
 
 
 def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
@@ -350,22 +359,20 @@ def scale_backward(grad: Tensor,
     return (grad * _scale_for(grad, scale)).to(grad.dtype), None
 
 
-def drop_backward(grad: Tensor, scale: Tensor, keep: Tensor,
-                  dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of the inputs of drop path and of the layer scale before it.
+def drop_backward(grad: Tensor, keep: Tensor,
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the input of drop path.
 
     Args:
-        grad (Tensor): Of the output of drop path, (N, H, W, C).
-        scale (Tensor): (C, ).
+        grad (Tensor): Of its output, (N, H, W, C).
         keep (Tensor): (N, 1, 1, 1).
-        dtype (torch.dtype): Of the results.
+        dtype (torch.dtype): Of the result.
 
     Returns:
-        tuple[Tensor]: Both gradients, and the sum of the first over all
-        positions, (C, ): None here, as above.
+        tuple[Tensor]: The gradient, and its sum over all positions, (C, ):
+        None here, as above.
     """
-    grad = (grad * keep).to(dtype)
-    return grad, *scale_backward(grad, scale)
+    return (grad * keep).to(dtype), None
 
 
 def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,

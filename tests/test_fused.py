@@ -205,7 +205,8 @@ def test_samples_may_be_processed_in_parts(dtype, samples, monkeypatch):
     parts = results()
     for name, value in whole.items():
         error = (parts[name] - value).norm() / value.norm()
-        assert error <= 4 * torch.finfo(dtype).eps, name
+        # Sums are taken in another order.
+        assert error <= 8 * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
@@ -566,7 +567,7 @@ def test_kernels_run_on_the_device_of_their_operands(train, monkeypatch):
             out.sum().backward()
     assert called == {'operands', 'layer_norm', 'scale_residual'} | (
         {'gate_forward', 'gate_backward', 'position', 'position_backward',
-         'scale_backward', 'drop_backward', 'layer_norm_backward',
+         'drop_backward', 'layer_norm_backward',
          'scaled_linear_backward'} if train else {'gate', 'position'})
 
 
@@ -671,7 +672,11 @@ def triton_on_cpu(monkeypatch):
     def compute(name, *inputs):
         # Which plain functions overwrite.
         inputs = [t.clone() if torch.is_tensor(t) else t for t in inputs]
-        total = inputs[0].sum((0, 1, 2)) if name == 'scale_backward' else None
+        total = None
+        if name in ('scale_backward', 'layer_norm_backward'):
+            summed = inputs[0 if name == 'scale_backward' else 5]
+            total = inputs[0].new_empty(0) if summed is None \
+                else summed.sum((0, 1, 2))
         outs = getattr(torch_kernels, name)(*inputs)
         if name in ('gate_backward', 'position_backward', 'drop_backward'):
             total = outs[0].sum((0, 1, 2))
@@ -708,15 +713,17 @@ def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu):
         grads.append([p.grad for p in model.parameters()])
     for own, other in zip(*grads, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
-    assert found == set(fake_kernels.KERNELS) - {'gate', 'drop_backward'}
+    # Which is for fp16 alone.
+    used = set(fake_kernels.KERNELS) - {'scale_backward'}
+    assert found == used - {'gate', 'drop_backward'}
     with torch.no_grad():
         compiled(x)
-    assert found == set(fake_kernels.KERNELS) - {'drop_backward'}
+    assert found == used - {'drop_backward'}
     dropping = Conv2Former(TINY, compile=options)
     for block in dropping.stages[0]:
         block.drop_path.rate = 0.5
     dropping(x)[0].sum().backward()
-    assert found == set(fake_kernels.KERNELS)
+    assert found == used
 
 
 @pytest.mark.parametrize('device', [pytest.param('cuda', marks=ON_GPU)])
@@ -831,11 +838,10 @@ def test_kernels_match_their_plain_operators():
     expected = list(torch.autograd.grad(out, inputs, grad))
     expected[0] += residual
     with torch.no_grad():
-        for own, other in zip(
-                torch_kernels.layer_norm_backward(grad, x, *inputs[1:], 1e-6,
-                                          residual),
-                [*expected, out],
-                strict=True):
+        *outs, total = torch_kernels.layer_norm_backward(
+            grad, x, *inputs[1:], 1e-6, residual)
+        assert total is None
+        for own, other in zip(outs, [*expected, out], strict=True):
             torch.testing.assert_close(own, other)
 
 
@@ -857,14 +863,14 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
         layer_norm_backward=(x, x, weight, bias, 1e-6, x),
         scale_residual=(x, x, weight.float(), keep),
         scale_backward=(x, weight),
-        drop_backward=(x, weight, keep, torch.half),
+        drop_backward=(x, keep, torch.half),
         scaled_linear_backward=(torch.rand(c, 5).half(), torch.rand(c),
                                 torch.rand(c, 5), torch.rand(c),
                                 torch.rand(c)))
     assert set(calls) == set(fake_kernels.KERNELS) == \
         set(vars(kernels)) - {'operands', 'functions'}
     sums = dict(gate_backward=2 * c, position_backward=c, scale_backward=c,
-                drop_backward=c)
+                drop_backward=c, layer_norm_backward=c)
     with FakeTensorMode() as mode:
         for name, inputs in calls.items():
             out = getattr(kernels, name)(

@@ -23,9 +23,10 @@ from mmconv2former import dispatch, fake_kernels, fused_stem, torch_kernels
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
-depthwise, pointwise, sums, tiling, launches = (
+banded, depthwise, pointwise, sums, tiling, launches = (
     importlib.import_module(f'mmconv2former.triton_kernels.{name}')
-    for name in ('depthwise', 'pointwise', 'sums', 'tiling', 'launch'))
+    for name in ('banded', 'depthwise', 'pointwise', 'sums', 'tiling',
+                 'launch'))
 
 EPS = 1e-6
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -40,6 +41,14 @@ if INTERPRETED:
         (1, 1, 8, 8, 3, torch.float16),
         (2, 1, 16, 8, 5, torch.float32),
         (1, 2, 15, 8, 7, torch.float16),
+        (1, 1, 2, 96, 3, torch.float16),  # channels in three and nine chunks
+        (1, 1, 3, 144, 3, torch.float32),
+    ]
+    BANDED = [  # parts of rows, strips, blocks of channels; groups of images
+        (1, 9, 19, 12, torch.float16),
+        (17, 4, 3, 8, torch.float16),
+        (2, 15, 16, 8, torch.float16),
+        (1, 1, 14, 4, torch.float16),
     ]
 else:
     DEVICE = 'cuda'
@@ -62,6 +71,13 @@ else:
         (12, 56, 56, 100, 3, torch.bfloat16),
         (5, 7, 7, 144, 3, torch.float32),
         (1, 1, 13, 72, 3, torch.float16),
+    ]
+    BANDED = [
+        (20, 56, 56, 72, torch.bfloat16),
+        (136, 14, 14, 144, torch.bfloat16),
+        (3, 13, 40, 36, torch.float16),
+        (17, 7, 7, 100, torch.bfloat16),
+        (1, 2, 16, 20, torch.float16),
     ]
 SHAPES = [(*case[:4], case[5]) for case in CASES]
 
@@ -115,10 +131,10 @@ def scale_backward(grad, scale):
         (0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
-def drop_backward(grad, scale, keep):
-    *outs, _ = torch_kernels.drop_backward(grad, scale, keep, grad.dtype)
-    return *outs, outs[0].sum((0, 1, 2), dtype=torch.promote_types(
-        grad.dtype, torch.float32))
+def drop_backward(grad, keep):
+    out, _ = torch_kernels.drop_backward(grad, keep, grad.dtype)
+    return out, out.sum(
+        (0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 def layer_norm(x, weight, bias):
@@ -130,8 +146,12 @@ def layer_norm_backward(grad, x, weight, bias, eps, residual):
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
     out = F.layer_norm(inputs[0], weight.shape, *inputs[1:], eps)
     grad_x, *others = torch.autograd.grad(out, inputs, grad)
-    return (grad_x if residual is None else grad_x + residual, *others,
-            out.detach())
+    total = grad_x.new_empty(0)
+    if residual is not None:
+        grad_x = grad_x + residual
+        total = residual.sum((0, 1, 2), dtype=torch.promote_types(
+            residual.dtype, torch.float32))
+    return grad_x, *others, out.detach(), total
 
 
 def double(x):
@@ -156,6 +176,8 @@ def compare(ours, plain, *inputs):
                          for r in (own, other, true)), strict=True):
         assert o.shape == t.shape and o.is_contiguous()
         assert o.dtype in (dtype, torch.float32)
+        if not t.numel():
+            continue
         # Sums in fp32 are taken in another order.
         noise = max(torch.finfo(o.dtype).eps, 1e-6) * t.abs().max()
         assert (o - t).abs().max() <= 2 * (p - t).abs().max() + noise
@@ -180,6 +202,43 @@ def test_gradients_of_gate_are_as_exact(kernels, n, h, w, c, k, dtype):
         kernels.gate_backward, gate_backward, *inputs)
     assert grad_zv.dtype == out.dtype == dtype
     assert {t.dtype for t in (*sums, total)} == {torch.float32}
+
+
+@device_test
+@pytest.mark.parametrize('n, h, w, c, dtype', BANDED)
+def test_gradients_of_gate_on_tensor_cores_are_as_exact(
+        kernels, monkeypatch, n, h, w, c, dtype):
+    for name in 'takes_input_grad', 'takes_weight_grad':
+        monkeypatch.setattr(banded, name, lambda *_: True)
+    # So that it cannot be one of the others.
+    for name in '_gate_input_grad_launch', '_weight_grad_launch':
+        monkeypatch.delattr(depthwise, name)
+    inputs = draw(dtype, (n, h, w, c), (n, h, w, 2 * c), (n, h, w, c),
+                  (c, 1, 11, 11), (c, ))
+    grad_zv, *_ = compare(kernels.gate_backward, gate_backward, *inputs)
+    assert grad_zv.dtype == dtype
+
+
+def test_tensor_cores_take_what_fills_them():
+    stages = (56, 72), (28, 144), (14, 288), (7, 576)
+
+    def taken(shapes, k=11, dtype=torch.bfloat16):
+        return [(banded.takes_weight_grad(shape, k, dtype),
+                 banded.takes_input_grad(shape, k, dtype))
+                for shape in shapes]
+
+    for n in 64, 128, 256:
+        assert taken([(n, s, s, c) for s, c in stages]) == 3 * [
+            (True, True)] + [(True, False)]
+    # Detection: two images make 30 and 16 parts of rows, then few.
+    dense = [(2, 800 // d, 1344 // d, c)
+             for d, (_, c) in zip((4, 8, 16, 32), stages)]
+    assert taken(dense) == 2 * [(True, False)] + 2 * [(False, False)]
+    one = [(1, s, s, c) for s, c in stages]
+    assert not any(map(any, taken(one)))
+    others = (11, torch.float32), (7, torch.float16), (13, torch.float16)
+    for k, dtype in others:
+        assert taken([(128, 56, 56, 72)], k, dtype) == [(False, False)]
 
 
 @device_test
@@ -224,11 +283,12 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
         lambda *inputs: kernels.layer_norm(*inputs, EPS, dtype), layer_norm,
         x, weight, bias)
     assert normed.dtype == dtype
-    grad_x, grad_weight, grad_bias, again = compare(
+    grad_x, grad_weight, grad_bias, again, total = compare(
         kernels.layer_norm_backward, layer_norm_backward, grad, x, weight,
         bias, EPS, y)
     assert grad_x.dtype == dtype
-    assert grad_weight.dtype == grad_bias.dtype == torch.float32
+    assert {t.dtype for t in (grad_weight, grad_bias, total)} \
+        == {torch.float32}
     torch.testing.assert_close(again, normed)
     alone, *_ = compare(kernels.layer_norm_backward, layer_norm_backward, grad,
                         x, weight, bias, EPS, None)
@@ -239,11 +299,10 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
         assert out.dtype == dtype
     out, total = compare(kernels.scale_backward, scale_backward, grad, scale)
     assert out.dtype == dtype and total.dtype == torch.float32
-    dropped, out, total = compare(
+    out, total = compare(
         lambda *inputs: kernels.drop_backward(*inputs, dtype), drop_backward,
-        grad, scale, keep)
-    assert dropped.dtype == out.dtype == dtype
-    assert total.dtype == torch.float32
+        grad, keep)
+    assert out.dtype == dtype and total.dtype == torch.float32
 
 
 @pytest.fixture
@@ -328,13 +387,17 @@ def test_gradient_of_the_layer_scale_is_as_exact(kernels, o, i, dtype):
 @device_test
 @pytest.mark.parametrize('outs, k', [((8, 8), 5), ((20, ), 3), ((1300, ), 3)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_weights_are_joined_and_cast(kernels, outs, k, dtype):
+@pytest.mark.parametrize('scaled', [False, True])
+def test_weights_are_joined_and_cast(kernels, outs, k, dtype, scaled):
     c = outs[0]
     shapes = [shape for o in outs for shape in ((o, 8, 1, 1), (o, ))]
     parameters = draw(torch.float32, *shapes, (c, 1, k, k), (c, ),
                       (8, c, 1, 1), (8, ))
-    own = kernels.operands(parameters, dtype)
-    true = torch_kernels.join_operands(parameters, dtype, kernels.filters)
+    scale, = draw(torch.float32, (8, )) if scaled else (None, )
+    own = kernels.operands(parameters, dtype, scale)
+    true = torch_kernels.join_operands(parameters, dtype, scale,
+                                       filters=kernels.filters)
+    assert len(own) == 6 + scaled
     for o, t in zip(own, true, strict=True):
         assert o.shape == t.shape and o.dtype == t.dtype
         assert o.stride() == t.stride() and torch.equal(o, t)
@@ -361,7 +424,7 @@ def test_precisions_of_stream_and_branch_may_differ(kernels):
     torch.testing.assert_close(
         normed, F.layer_norm(x, (8, ), eps=EPS).half())
     inputs = (x, weight, bias, EPS, x)
-    grad_x, *_, again = kernels.layer_norm_backward(y, *inputs)
+    grad_x, *_, again, _ = kernels.layer_norm_backward(y, *inputs)
     true, *_ = layer_norm_backward(y.float(), *inputs)
     assert grad_x.dtype == torch.float32 and again.dtype == torch.float16
     torch.testing.assert_close(grad_x, true)
@@ -543,6 +606,9 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
                       (1, )))
     kernels.gate_forward(zv, weight, vector)
     kernels.gate_backward(y, zv, x, weight, vector)
+    for name in 'takes_input_grad', 'takes_weight_grad':
+        monkeypatch.setattr(banded, name, lambda *_: True)
+    kernels.gate_backward(y, zv, x, x.new_empty(8, 1, 11, 11), vector)
     kernels.position(x, weight, vector)
     kernels.position_backward(y, x, weight, vector)
     kernels.layer_norm(x, vector, vector, EPS, x.dtype)
@@ -558,7 +624,7 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
     stem_kernels.gelu_norm(x, vector, vector, vector, vector, 2, 16)
     stem_kernels.gelu_norm_backward(x, x, vector, vector, vector, True, 1, 16)
     assert compiled == {
-        name for module in (depthwise, pointwise, sums, stem_kernels)
+        name for module in (banded, depthwise, pointwise, sums, stem_kernels)
         for name in vars(module) if name.endswith('_kernel')}
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import banded
 from .gelu import gelu, gelu_and_slope, gelu_slope, gelu_tail
 from .launch import Launch, plan
 from .sums import sum_partials
@@ -452,9 +453,13 @@ def gate_backward(
 
     launch, partial = _gate_backward_launch(shape, stride)
     launch(grad, zv, a, h, p, da, grad_zv, v_partial := empty(partial))
-    launch, partial = _weight_grad_launch(shape, k)
+    launch, partial = banded.weight_grad_launch(shape, k) \
+        if banded.takes_weight_grad(shape, k, zv.dtype) \
+        else _weight_grad_launch(shape, k)
     launch(h, da, taps_partial := empty(partial))
-    launch, partial = _gate_input_grad_launch(shape, k)
+    launch, partial = banded.input_grad_launch(shape, k) \
+        if banded.takes_input_grad(shape, k, zv.dtype) \
+        else _gate_input_grad_launch(shape, k)
     launch(da, _taps_first(weight), zv, grad_zv, z_partial := empty(partial))
     grad_weight, grad_bias, sums = sum_partials(
         taps_partial, z_partial, v_partial, taps=taps).split_with_sizes(

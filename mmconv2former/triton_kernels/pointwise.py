@@ -10,13 +10,13 @@ from ..torch_kernels import patches_shape
 from .launch import Launch, plan
 from .sums import sum_partials
 from .tiling import (
+    PROGRAMS,
     as_pixels,
     ceil_div,
     column_place,
     column_tiles,
     norm_tile,
     patch_index,
-    row_tiles,
     small_images,
 )
 
@@ -31,11 +31,11 @@ def _copy(source_ptr, target_ptr, block, SIZE: tl.constexpr,
 @triton.jit
 def _operands_kernel(
         weight0_ptr, weight1_ptr, bias0_ptr, bias1_ptr, dw_ptr, out_weight_ptr,
-        out_bias_ptr, in_weight_to, in_bias_to, taps_to, out_weight_to,
-        out_bias_to, SIZE0: tl.constexpr, SIZE1: tl.constexpr,
-        ROWS0: tl.constexpr, ROWS1: tl.constexpr, C: tl.constexpr,
-        TAPS: tl.constexpr, OUT_SIZE: tl.constexpr, OUT_ROWS: tl.constexpr,
-        BLOCK: tl.constexpr):
+        out_bias_ptr, scale_ptr, in_weight_to, in_bias_to, taps_to,
+        out_weight_to, out_bias_to, scaled_to, SIZE0: tl.constexpr,
+        SIZE1: tl.constexpr, ROWS0: tl.constexpr, ROWS1: tl.constexpr,
+        C: tl.constexpr, TAPS: tl.constexpr, OUT_SIZE: tl.constexpr,
+        OUT_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Copies of all weights of a branch, a block by each program."""
     first: tl.constexpr = (SIZE0 + BLOCK - 1) // BLOCK
     second: tl.constexpr = first + (SIZE1 + BLOCK - 1) // BLOCK
@@ -50,6 +50,13 @@ def _operands_kernel(
                   BLOCK)
     elif block < third:
         _copy(out_weight_ptr, out_weight_to, block - second, OUT_SIZE, BLOCK)
+        if scaled_to is not None:
+            at = (block - second) * BLOCK + tl.arange(0, BLOCK)
+            inside = at < OUT_SIZE
+            scale = tl.load(scale_ptr + at // (OUT_SIZE // OUT_ROWS), inside)
+            weight = tl.load(out_weight_ptr + at, inside)
+            tl.store(scaled_to + at,
+                     weight.to(tl.float32) * scale.to(tl.float32), inside)
     elif block < fourth:
         at = (block - third) * BLOCK + tl.arange(0, BLOCK)
         inside = at < C * TAPS
@@ -77,7 +84,8 @@ def _operands_launch(rows0: int, rows1: int, columns: int, c: int, k: int,
         TAPS=k * k, OUT_SIZE=sizes[2], OUT_ROWS=out_rows, BLOCK=block)
 
 
-def operands(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def operands(parameters: Sequence[Tensor], dtype: torch.dtype,
+             scale: Tensor | None = None) -> list[Tensor]:
     """See :func:`mmconv2former.torch_kernels.operands`.
 
     In one launch, where each of so many small copies would cost as much as a
@@ -92,14 +100,17 @@ def operands(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     out_rows, out_columns = out_weight.shape[:2]
     in_weight = weight0.new_empty((rows0 + rows1, columns), dtype=dtype)
     in_bias = bias0.new_empty(rows0 + rows1, dtype=dtype)
-    taps = dw_weight.new_empty((k, k, c, 1), dtype=torch.float32)
     out = out_weight.new_empty((out_rows, out_columns), dtype=dtype)
     copied_bias = out_bias.new_empty(out_rows, dtype=dtype)
+    taps = dw_weight.new_empty((k, k, c, 1), dtype=torch.float32)
+    scaled = None
+    if scale is not None:
+        scale, scaled = scale.detach().contiguous(), torch.empty_like(out)
     _operands_launch(rows0, rows1, columns, c, k, out_rows, out_columns)(
-        weight0, weight1, bias0, bias1, dw_weight, out_weight, out_bias,
-        in_weight, in_bias, taps, out, copied_bias)
+        weight0, weight1, bias0, bias1, dw_weight, out_weight, out_bias, scale,
+        in_weight, in_bias, taps, out, copied_bias, scaled)
     return [in_weight, in_bias, taps.permute(2, 3, 0, 1), dw_bias, out,
-            copied_bias]
+            copied_bias] + [scaled] * (scale is not None)
 
 
 @triton.jit
@@ -163,54 +174,131 @@ def _patches_like(x: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty(shape, dtype=dtype)
 
 
+def _chunks(channels: int) -> tuple[dict, int]:
+    """Blocks of sums over pixels with all their channels, and programs at a
+    time.
+
+    Where the channels are three or nine times a power of two, or nearly, they
+    come in as many chunks of neighbours: padded to a power of two, up to half
+    of the lanes would be idle.
+    """
+    for chunks, widest in (9, 32), (3, 64):
+        block = triton.next_power_of_2(channels // chunks)
+        if channels % chunks == 0 and 16 <= block <= widest:
+            # 18 or 12 values for each of 64 threads.
+            pixels = (128 if chunks == 9 else 256) // block
+            return dict(C=channels, CHUNKS=chunks, BLOCK=block, PIXELS=pixels,
+                        num_warps=2), PROGRAMS // 2
+    return dict(norm_tile(channels), CHUNKS=1), PROGRAMS // 4
+
+
+@triton.jit
+def _tuple_of(x, COUNT: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (x, )
+    return out
+
+
+@triton.jit
+def _load_chunks(ptr, inside, COUNT: tl.constexpr, STEP: tl.constexpr):
+    out = ()
+    for i in tl.static_range(COUNT):
+        out = out + (tl.load(ptr + i * STEP, inside, 0.), )
+    return out
+
+
 @triton.jit(do_not_specialize=['pixels', 'tiles', 'height', 'width'])
 def _layer_norm_backward_kernel(
         grad_ptr, x_ptr, weight_ptr, bias_ptr, residual_ptr, grad_x_ptr,
         normed_ptr, partial_ptr, pixels, tiles, height, width, eps,
         C: tl.constexpr, GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
         RESIDUAL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
-        BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+        CHUNKS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr):
     """With g = grad * weight and n = (x - mean) * rstd,
 
     grad_x = (g - mean(g) - n * mean(g * n)) * rstd + residual, the output
-    once more, and sums of grad * n and of grad for each program.
+    once more, and sums of grad * n, of grad and of the residual for each
+    program.
     """
     pid = tl.program_id(0)
+    STEP: tl.constexpr = C // CHUNKS
     channel = tl.arange(0, BLOCK)[None, :]
-    used = channel < C
-    weight = tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
-    weight_sums = tl.zeros((PIXELS, BLOCK), tl.float32)
-    bias_sums = tl.zeros((PIXELS, BLOCK), tl.float32)
+    used = channel < STEP
+    zero = tl.zeros((PIXELS, BLOCK), tl.float32)
+    weight_sums = _tuple_of(zero, CHUNKS)
+    bias_sums = _tuple_of(zero, CHUNKS)
+    residual_sums = _tuple_of(zero, CHUNKS)
     for tile in range(pid, tiles, tl.num_programs(0)):
         pixel = tl.cast(tile, tl.int64) * PIXELS \
             + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
-        x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.)
+        xs = _load_chunks(x_ptr + pixel * X_STRIDE + channel, inside, CHUNKS,
+                          STEP)
         place, has_grad = pixel, inside
         if PATCH > 1:
             place, is_used = patch_index(pixel, height, width, PATCH)
             has_grad = inside & is_used
-        grad = tl.load(grad_ptr + place * GRAD_STRIDE + channel, has_grad, 0.)
+        grads = _load_chunks(grad_ptr + place * GRAD_STRIDE + channel,
+                             has_grad, CHUNKS, STEP)
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + pixel * RESIDUAL_STRIDE
-                               + channel, inside, 0.)
-        normed, rstd = _normalize(x, used, eps, C)
-        tl.store(normed_ptr + place * C + channel, normed * weight + bias,
-                 has_grad)
-        grad = grad.to(tl.float32)
-        weight_sums += grad * normed
-        bias_sums += grad
-        grad *= weight
-        grad -= tl.sum(grad, 1)[:, None] / C \
-            + normed * (tl.sum(grad * normed, 1)[:, None] / C)
-        grad *= rstd
+            residuals = _load_chunks(
+                residual_ptr + pixel * RESIDUAL_STRIDE + channel, inside,
+                CHUNKS, STEP)
+        sums = zero
+        for i in tl.static_range(CHUNKS):
+            sums += xs[i].to(tl.float32)
+        mean = tl.sum(sums, 1)[:, None] / C
+        sums = zero
+        for i in tl.static_range(CHUNKS):
+            centred = tl.where(used, xs[i].to(tl.float32) - mean, 0.)
+            sums += centred * centred
+        rstd = tl.rsqrt(tl.sum(sums, 1)[:, None] / C + eps)
+
+        grad_sums, product_sums = zero, zero
+        new_weight_sums = ()
+        new_bias_sums = ()
+        for i in tl.static_range(CHUNKS):
+            weight = tl.load(weight_ptr + i * STEP + channel, used,
+                             0.).to(tl.float32)
+            bias = tl.load(bias_ptr + i * STEP + channel, used,
+                           0.).to(tl.float32)
+            normed = (xs[i].to(tl.float32) - mean) * rstd
+            tl.store(normed_ptr + place * C + i * STEP + channel,
+                     normed * weight + bias, has_grad)
+            grad = grads[i].to(tl.float32)
+            new_weight_sums = new_weight_sums + (weight_sums[i]
+                                                 + grad * normed, )
+            new_bias_sums = new_bias_sums + (bias_sums[i] + grad, )
+            grad_sums += grad * weight
+            product_sums += grad * weight * normed
+        weight_sums = new_weight_sums
+        bias_sums = new_bias_sums
+        grad_mean = tl.sum(grad_sums, 1)[:, None] / C
+        product_mean = tl.sum(product_sums, 1)[:, None] / C
+        new_residual_sums = ()
+        for i in tl.static_range(CHUNKS):
+            # Once more: registers cost more.
+            weight = tl.load(weight_ptr + i * STEP + channel, used,
+                             0.).to(tl.float32)
+            normed = (xs[i].to(tl.float32) - mean) * rstd
+            out = (grads[i].to(tl.float32) * weight - grad_mean
+                   - normed * product_mean) * rstd
+            if residual_ptr is not None:
+                residual = residuals[i].to(tl.float32)
+                out += residual
+                new_residual_sums = new_residual_sums + (
+                    residual_sums[i] + residual, )
+            tl.store(grad_x_ptr + pixel * C + i * STEP + channel, out, inside)
         if residual_ptr is not None:
-            grad += residual.to(tl.float32)
-        tl.store(grad_x_ptr + pixel * C + channel, grad, inside)
-    out = partial_ptr + pid * (2 * C) + channel
-    tl.store(out, tl.sum(weight_sums, 0)[None, :], used)
-    tl.store(out + C, tl.sum(bias_sums, 0)[None, :], used)
+            residual_sums = new_residual_sums
+    kinds: tl.constexpr = 2 if residual_ptr is None else 3
+    for i in tl.static_range(CHUNKS):
+        to = partial_ptr + pid * (kinds * C) + i * STEP + channel
+        tl.store(to, tl.sum(weight_sums[i], 0)[None, :], used)
+        tl.store(to + C, tl.sum(bias_sums[i], 0)[None, :], used)
+        if residual_ptr is not None:
+            tl.store(to + 2 * C, tl.sum(residual_sums[i], 0)[None, :], used)
 
 
 @plan
@@ -218,19 +306,22 @@ def _layer_norm_backward_launch(
         shape: tuple[int, ...], grad_stride: int, stride: int,
         residual_stride: int, eps: float,
         patch: int) -> tuple[Launch, tuple[int, ...]]:
-    _, height, width, c = shape
-    tile, pixels, tiles, programs = row_tiles(shape)
+    n, height, width, c = shape
+    (tile, programs), pixels = _chunks(c), n * height * width
+    tiles = ceil_div(pixels, tile['PIXELS'])
+    programs = max(min(tiles, programs), 1)
     launch = Launch(_layer_norm_backward_kernel, programs, pixels, tiles,
                     height, width, eps, GRAD_STRIDE=grad_stride,
                     X_STRIDE=stride, RESIDUAL_STRIDE=residual_stride,
                     PATCH=patch, maxnreg=128,  # all programs at a time
                     **tile)
-    return launch, (programs, 2, 1, c)
+    return launch, (programs, 3 if residual_stride else 2, 1, c)
 
 
-def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
-                        eps: float, residual: Tensor | None, patch: int = 1
-                        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer_norm_backward(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float,
+        residual: Tensor | None,
+        patch: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.torch_kernels.layer_norm_backward`."""
     grad_x = x.new_empty(x.shape)
     normed = _patches_like(x, patch, grad.dtype)
@@ -247,7 +338,10 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
     partial = x.new_empty(partial, dtype=torch.float32)
     launch(grad, x, weight.contiguous(), bias.contiguous(), residual, grad_x,
            normed, partial)
-    return grad_x, *sum_partials(partial).chunk(2), normed
+    c = shape[3]
+    grad_weight, grad_bias, total = sum_partials(partial).split_with_sizes(
+        (c, c, (partial.shape[1] - 2) * c))
+    return grad_x, grad_weight, grad_bias, normed, total
 
 
 @triton.jit(do_not_specialize=['area'])
@@ -300,30 +394,32 @@ def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
 
 
 @triton.jit(do_not_specialize=['pixels', 'tiles', 'area'])
-def _scale_backward_kernel(grad_ptr, scale_ptr, keep_ptr, y_ptr, out_ptr,
+def _scale_backward_kernel(grad_ptr, scale_ptr, keep_ptr, out_ptr,
                            partial_ptr, pixels, tiles, area, C: tl.constexpr,
                            GRAD_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
                            PIXELS: tl.constexpr):
-    """y = grad * keep, out = y * scale, and sums of y for each part."""
+    """out = grad * scale, with the sums of grad for each part; or out = grad *
+    keep, with its own."""
     channel, part, parts = column_place(C, BLOCK)
     used = channel < C
-    scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
     sums = tl.zeros((PIXELS, BLOCK), tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
     for tile in range(part, tiles, parts):
         pixel = tl.cast(tile, tl.int64) * PIXELS \
             + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
-        at = pixel * C + channel
         grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside,
                        0.).to(tl.float32)
+        out = grad
         if keep_ptr is not None:
-            grad *= tl.load(keep_ptr + pixel.to(tl.int32) // area,
-                            pixel < pixels, 0.).to(tl.float32)
+            out *= tl.load(keep_ptr + pixel.to(tl.int32) // area,
+                           pixel < pixels, 0.).to(tl.float32)
             # Rounded as the gradient of the weight will find it.
-            grad = grad.to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + at, grad, inside)
-            grad = grad.to(tl.float32)
-        tl.store(out_ptr + at, grad * scale, inside)
+            grad = out.to(out_ptr.dtype.element_ty).to(tl.float32)
+        if scale_ptr is not None:
+            out *= scale
+        tl.store(out_ptr + pixel * C + channel, out, inside)
         sums += grad
     tl.store(partial_ptr + part * C + channel,
              tl.sum(sums, 0)[None, :], used)
@@ -342,27 +438,25 @@ def _scale_backward_launch(shape: tuple[int, ...], grad_stride: int
 
 def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`mmconv2former.torch_kernels.scale_backward`."""
-    _, out, total = _scale_backward(grad, scale, None, grad.dtype)
-    return out, total
+    return _scale_backward(grad, scale, None, grad.dtype)
 
 
-def drop_backward(grad: Tensor, scale: Tensor, keep: Tensor,
-                  dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def drop_backward(grad: Tensor, keep: Tensor,
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :func:`mmconv2former.torch_kernels.drop_backward`."""
-    return _scale_backward(grad, scale, keep, dtype)
+    return _scale_backward(grad, None, keep, dtype)
 
 
-def _scale_backward(
-        grad: Tensor, scale: Tensor, keep: Tensor | None,
-        dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+def _scale_backward(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+                    dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = grad.new_empty(grad.shape, dtype=dtype)
-    y = None if keep is None else torch.empty_like(out)
-    keep = None if keep is None else keep.contiguous()
+    scale, keep = (None if t is None else t.contiguous()
+                   for t in (scale, keep))
     shape, (grad, stride) = grad.shape, as_pixels(grad)
     launch, partial = _scale_backward_launch(shape, stride)
     partial = grad.new_empty(partial, dtype=torch.float32)
-    launch(grad, scale.contiguous(), keep, y, out, partial)
-    return y, out, sum_partials(partial)
+    launch(grad, scale, keep, out, partial)
+    return out, sum_partials(partial)
 
 
 @triton.jit

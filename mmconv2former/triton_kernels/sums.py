@@ -59,12 +59,15 @@ def _sum_launch(taps: int, *shapes: tuple[int, ...]) -> tuple[Launch, int]:
     for i, (parts, kinds[i], strips, _) in enumerate(shapes):
         sizes[2 * i:2 * i + 2] = parts, strips
     columns = 32
+    programs = sum(kinds) * ceil_div(c, columns)
     longest = max(parts * strips for parts, _, strips, _ in shapes)
-    launch = Launch(
-        _sum_kernel, sum(kinds) * ceil_div(c, columns), *sizes, C=c,
-        TAPS=taps, KINDS0=kinds[0], KINDS1=kinds[1], KINDS2=kinds[2],
-        COLUMNS=columns, **(dict(ROWS=64) if longest <= 1024 else
-                            dict(ROWS=512, num_warps=8)))
+    if longest > 640:
+        tile = dict(ROWS=512, num_warps=8)
+    else:  # few programs had better have few loads after another
+        tile = dict(ROWS=128 if programs > 256 else 256)
+    launch = Launch(_sum_kernel, programs, *sizes, C=c, TAPS=taps,
+                    KINDS0=kinds[0], KINDS1=kinds[1], KINDS2=kinds[2],
+                    COLUMNS=columns, **tile)
     return launch, sum(kinds)
 
 
