@@ -46,12 +46,13 @@ def _hidden_bytes(x: Tensor, in_weight: Tensor, dtype: torch.dtype) -> int:
     return x.shape[1] * x.shape[2] * len(in_weight) * dtype.itemsize
 
 
-def _takes_scale(dtype: torch.dtype) -> bool:
-    """Whether a weight times a layer scale can be of that type.
+def _folds_scale(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the last weight has the layer scale in it for its gradients.
 
-    fp16's numbers end above 1e-6 * 0.02.
+    That saves a pass over the gradient, and costs a copy of the weight, which
+    GPUs make anyway for its precision. fp16's numbers end above 1e-6 * 0.02.
     """
-    return dtype != torch.float16
+    return x.is_cuda and dtype != torch.float16
 
 
 def _branch_backward(
@@ -62,8 +63,8 @@ def _branch_backward(
     """Gradients of :class:`ResidualBranchFunction`, without its layer scale's.
 
     The scale counts as part of the last linear layer, from whose gradients
-    ``scaled_linear_backward`` has its own. ``weight`` is the last layer's,
-    times the scale where :func:`_takes_scale` says so.
+    ``scaled_linear_backward`` has its own. ``weight`` is that layer's, times
+    the scale where :func:`_folds_scale` says so.
 
     Returns:
         tuple[Tensor]: Gradients of x and, at least in fp32, of weight and
@@ -75,8 +76,8 @@ def _branch_backward(
         grad_y, grad_bias = grad.to(dtype), None
     else:
         grad_y, grad_bias = kernels.drop_backward(grad, keep, dtype)
-    grad_middle = grad_y
-    if not _takes_scale(dtype):
+    grad_middle, folded = grad_y, _folds_scale(x, dtype)
+    if not folded:
         grad_middle, grad_bias = kernels.scale_backward(grad_y, scale)
     grad_middle = linear_grad_input(grad_middle, weight)
     middle_backward = kernels.gate_backward if middle == 'gate' \
@@ -84,15 +85,21 @@ def _branch_backward(
     grad_z, grad_dw_weight, grad_dw_bias, y, grad_in_bias = middle_backward(
         grad_middle, *stored, dw_weight, dw_bias)
     del grad_middle, stored
+    # Else the backward pass of the norm sums up the gradient of the bias.
+    at_once = not folded or keep is not None
+    if at_once:
+        grads = linear_grad_params(grad_y, y, grad_bias)
+        del y, grad_y
     grad_x, grad_norm_weight, grad_norm_bias, normed, grad_sum = (
         kernels.layer_norm_backward(
             linear_grad_input(grad_z, in_weight), x, norm_weight, norm_bias,
             eps, grad))
-    # Summed up on the way.
-    grad_bias = grad_sum if grad_bias is None else grad_bias
+    if not at_once:
+        grads = linear_grad_params(grad_y, y, grad_sum)
+        del y, grad_y
     return (grad_x, grad_norm_weight, grad_norm_bias,
             *linear_grad_params(grad_z, normed, grad_in_bias), grad_dw_weight,
-            grad_dw_bias, *linear_grad_params(grad_y, y, grad_bias))
+            grad_dw_bias, *grads)
 
 
 class ResidualBranchFunction(torch.autograd.Function):
@@ -121,7 +128,7 @@ class ResidualBranchFunction(torch.autograd.Function):
         with without_autocast(x):
             in_weight, in_bias, dw_weight, dw_bias, weight, bias, *scaled = (
                 kernels.operands(parameters, dtype,
-                                 scale if _takes_scale(dtype) else None))
+                                 scale if _folds_scale(x, dtype) else None))
             z = linear(
                 kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype),
                 in_weight, in_bias)

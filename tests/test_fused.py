@@ -205,8 +205,7 @@ def test_samples_may_be_processed_in_parts(dtype, samples, monkeypatch):
     parts = results()
     for name, value in whole.items():
         error = (parts[name] - value).norm() / value.norm()
-        # Sums are taken in another order.
-        assert error <= 8 * torch.finfo(dtype).eps, name
+        assert error <= 4 * torch.finfo(dtype).eps, name
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
@@ -567,7 +566,7 @@ def test_kernels_run_on_the_device_of_their_operands(train, monkeypatch):
             out.sum().backward()
     assert called == {'operands', 'layer_norm', 'scale_residual'} | (
         {'gate_forward', 'gate_backward', 'position', 'position_backward',
-         'drop_backward', 'layer_norm_backward',
+         'scale_backward', 'drop_backward', 'layer_norm_backward',
          'scaled_linear_backward'} if train else {'gate', 'position'})
 
 
@@ -694,7 +693,25 @@ def triton_on_cpu(monkeypatch):
         yield
 
 
-def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu):
+@pytest.mark.parametrize('rate', [0., .5])
+def test_scale_in_the_weight_changes_nothing(rate, monkeypatch):
+    torch.manual_seed(0)
+    model = block(8, 5, rate).double()
+    x, grad = random(3, 8, 5, 7), random(3, 8, 5, 7)
+
+    def results():
+        torch.manual_seed(0)  # of drop path
+        return {k: v.clone() for k, v in run(model, x, grad)[0].items()}
+
+    scaled = results()
+    monkeypatch.delattr(torch_kernels, 'scale_backward')
+    monkeypatch.setattr(fused_block, '_folds_scale', lambda *_: True)
+    torch.testing.assert_close(results(), scaled)
+
+
+def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu,
+                                                    monkeypatch):
+    monkeypatch.setattr(fused_block, '_folds_scale', lambda *_: True)
     found = set()
 
     def record(module, _):
@@ -713,7 +730,7 @@ def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu):
         grads.append([p.grad for p in model.parameters()])
     for own, other in zip(*grads, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
-    # Which is for fp16 alone.
+    # Folded into the weight, which in fp16 it is not.
     used = set(fake_kernels.KERNELS) - {'scale_backward'}
     assert found == used - {'gate', 'drop_backward'}
     with torch.no_grad():
