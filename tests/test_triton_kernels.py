@@ -236,9 +236,11 @@ def test_tensor_cores_take_what_fills_them():
     assert taken(dense) == 2 * [(True, False)] + 2 * [(False, False)]
     one = [(1, s, s, c) for s, c in stages]
     assert not any(map(any, taken(one)))
-    others = (11, torch.float32), (7, torch.float16), (13, torch.float16)
+    others = (11, torch.float32), (7, torch.float16), (17, torch.float16)
     for k, dtype in others:
         assert taken([(128, 56, 56, 72)], k, dtype) == [(False, False)]
+    # Offsets within an image are counted in 32 bits.
+    assert taken([(16, 3864, 3864, 72)]) == [(False, False)]
 
 
 @device_test

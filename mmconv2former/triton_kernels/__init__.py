@@ -6,10 +6,10 @@ reference.
 
 Tensors are (N, H, W, C) with the channels last in memory. Inputs may have any
 strides; what the kernels cannot read in place (anything but a slice of the
-channels) is copied first. Outputs are contiguous. Arithmetic is in fp32,
-each output is rounded once, and sums are taken in a fixed order, so that two
-runs give the same bits. Nothing here builds a graph for autograd, and the
-device of the tensors has to be the current one.
+channels) is copied first. Outputs are contiguous. Arithmetic is in fp32, or on
+tensor cores with sums in fp32, each output is rounded once, and sums are taken
+in a fixed order, so that two runs give the same bits. Nothing here builds a
+graph for autograd, and the device of the tensors has to be the current one.
 """
 from .depthwise import (
     filters,

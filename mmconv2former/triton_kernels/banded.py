@@ -11,8 +11,8 @@ x 8 for each channel, whose 16 rows are images, which a program goes down side
 by side. The weight gradient is the product of the same windows with the
 columns of the gradient over the images, and its band.
 
-Most of a band is zeros, and the products still take less time than the
-multiplications and additions one by one: the data gradient four fifths of it,
+Half of a band is zeros, and the products still take less time than the
+multiplications and additions one by one: the data gradient five sixths of it,
 the weight gradient five eighths. That gain is lost where rows of the products
 are idle. The convolution itself gained nothing.
 
@@ -25,7 +25,7 @@ import triton.language as tl
 
 from .gelu import gelu_slope, gelu_tail
 from .launch import Launch, plan
-from .tiling import ceil_div
+from .tiling import MAX_OFFSETS, ceil_div
 
 # The one that was timed. Smaller filters have less to gain, larger ones leave
 # too few columns in a window.
@@ -55,9 +55,17 @@ def _rows(height: int) -> int:
     return min((14, 7), key=lambda rows: ceil_div(height, rows) * rows)
 
 
+def _is_possible(shape: tuple[int, ...], kernel_size: int,
+                 dtype: torch.dtype) -> bool:
+    _, height, width, c = shape
+    return (kernel_size == KERNEL_SIZE and dtype.itemsize == 2
+            and height * width * 2 * c < MAX_OFFSETS)
+
+
+@plan
 def takes_weight_grad(shape: tuple[int, ...], kernel_size: int,
                       dtype: torch.dtype) -> bool:
-    """Whether the weight gradient is faster here.
+    """Whether the weight gradient is computed here, where that is faster.
 
     Args:
         shape (tuple[int]): (N, H, W, C).
@@ -67,25 +75,26 @@ def takes_weight_grad(shape: tuple[int, ...], kernel_size: int,
     Returns:
         bool: Whether it is.
     """
-    if kernel_size != KERNEL_SIZE or dtype.itemsize != 2:
+    if not _is_possible(shape, kernel_size, dtype):
         return False
     n, height, _, _ = shape
     rows = _rows(height)
-    used = n * ceil_div(height, rows)
-    return n * height >= 0.65 * rows * IMAGES * ceil_div(used, IMAGES)
+    groups = ceil_div(n * ceil_div(height, rows), IMAGES)
+    return n * height >= 0.65 * groups * IMAGES * rows
 
 
+@plan
 def takes_input_grad(shape: tuple[int, ...], kernel_size: int,
                      dtype: torch.dtype) -> bool:
     """The same of the data gradient."""
-    if kernel_size != KERNEL_SIZE or dtype.itemsize != 2:
+    if not _is_possible(shape, kernel_size, dtype):
         return False
     n, _, width, c = shape
     groups = ceil_div(n, IMAGES)
     programs = groups * _strips(width, kernel_size)[1] * ceil_div(
         c, TILE['CHANNELS'])
-    return (width > COLUMNS and n >= 0.8 * IMAGES * groups
-            and programs >= 2 * RESIDENT // 3)
+    return (width > COLUMNS and n >= 0.8 * groups * IMAGES
+            and programs >= RESIDENT * 2 // 3)
 
 
 @triton.jit
