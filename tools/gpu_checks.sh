@@ -165,7 +165,7 @@ for line in sys.stdin.read().replace("\\\n", "").splitlines():
     try:
         benchmark.main(["--device", "cuda", "--dtype", "bf16", "--json",
                         f"{sys.argv[1]}/{file}.json", *options])
-    except SystemExit as error:
+    except (SystemExit, RuntimeError) as error:
         print(file, error, sep=": ", file=sys.stderr)
         failed.append(file)
     gc.collect()
