@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -316,6 +317,34 @@ def test_picture_that_cannot_be_written_is_told_first(name, expected,
                                                       tmp_path):
     with pytest.raises(SystemExit, match=expected):
         plot_benchmark.main(['unread.json', '--plot', str(tmp_path / name)])
+
+
+def test_gpu_checks_see_the_packages_of_an_environment(tmp_path):
+    """Of which an environment made by its python knows nothing."""
+    tools = tmp_path / 'tools'
+    tools.mkdir()
+    (tools / 'gpu_checks.sh').write_bytes(
+        (ROOT / 'tools/gpu_checks.sh').read_bytes())
+    (tools / 'setup_env.sh').touch()
+    python = tmp_path / 'python'
+    python.write_text(f"""#!/bin/sh
+case "$1 $2" in
+    '- ') exit 0 ;;  # has torch and a GPU
+    *get_device_capability*) echo 9.0 ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+""")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ['bash', tools / 'gpu_checks.sh', '--only', 'growth'],
+        env=dict(os.environ, PYTHON=str(python)), capture_output=True,
+        text=True, timeout=120)
+    assert re.search('environment +passed', done.stdout), done.stdout
+    found = subprocess.run(
+        [tmp_path / '.venv-gpu/bin/python', '-c',
+         'import importlib.util; print(importlib.util.find_spec("torch"))'],
+        capture_output=True, text=True)
+    assert 'torch' in found.stdout, found.stderr
 
 
 def test_gpu_checks_end_with_the_summary(tmp_path):
