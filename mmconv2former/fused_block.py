@@ -85,16 +85,16 @@ def _branch_backward(
     grad_z, grad_dw_weight, grad_dw_bias, y, grad_in_bias = middle_backward(
         grad_middle, *stored, dw_weight, dw_bias)
     del grad_middle, stored
-    # Else the backward pass of the norm sums up the gradient of the bias.
-    at_once = not folded or keep is not None
-    if at_once:
+    # Where no pass has summed up the gradient yet, that of the norm does.
+    sum_comes_later = folded and keep is None
+    if not sum_comes_later:
         grads = linear_grad_params(grad_y, y, grad_bias)
         del y, grad_y
     grad_x, grad_norm_weight, grad_norm_bias, normed, grad_sum = (
         kernels.layer_norm_backward(
             linear_grad_input(grad_z, in_weight), x, norm_weight, norm_bias,
             eps, grad))
-    if not at_once:
+    if sum_comes_later:
         grads = linear_grad_params(grad_y, y, grad_sum)
         del y, grad_y
     return (grad_x, grad_norm_weight, grad_norm_bias,

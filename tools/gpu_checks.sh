@@ -18,9 +18,10 @@
 # compiled   T under torch.compile
 # amp        the recipes of T in fp16 and bf16, on miniature data
 #
-# Steps that are not timed run side by side, and before the others. A step that
-# fails does not stop the others; the exit status is then 1. The table of all
-# steps is printed last. Data and runs lie in work_dirs/gpu_checks.
+# Steps that are not timed run side by side, and before the others; with speed
+# so do the compilers of its kernels. A step that fails does not stop the
+# others; the exit status is then 1. The table of all steps is printed last.
+# Data and runs lie in work_dirs/gpu_checks.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -107,22 +108,20 @@ environment() {
     if [ ! -x .venv-gpu/bin/python ]; then
         "${PYTHON:-python3}" -m venv .venv-gpu ||
             "${PYTHON:-python3}" -m venv --clear --without-pip .venv-gpu
-        # Packages of that python, which may be one of an environment itself.
-        "${PYTHON:-python3}" -c '
-import sys
-print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
-' >"$(.venv-gpu/bin/python -c '
-import sysconfig
-print(sysconfig.get_paths()["purelib"])')/of_that_python.pth"
     fi
-    # Hides a transformers 5 of that python, beside which mmpretrain cannot be
-    # imported.
     site=$(.venv-gpu/bin/python -c '
 import sysconfig
-print(sysconfig.get_paths()["purelib"])')/transformers-0.dist-info
-    mkdir -p "$site"
+print(sysconfig.get_paths()["purelib"])')
+    mkdir -p "$site/transformers-0.dist-info"
+    # Packages of that python, which may be one of an environment itself.
+    "${PYTHON:-python3}" -c '
+import sys
+print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+' >"$site/packages_of_that_python.pth"
+    # Hides a transformers 5 among them, beside which mmpretrain cannot be
+    # imported.
     printf 'Metadata-Version: 2.1\nName: transformers\nVersion: 0\n' \
-        >"$site/METADATA"
+        >"$site/transformers-0.dist-info/METADATA"
     TORCH_CUDA_ARCH_LIST=$("${PYTHON:-python3}" -c '
 import torch
 print("%d.%d" % torch.cuda.get_device_capability())')
@@ -133,7 +132,7 @@ print("%d.%d" % torch.cuda.get_device_capability())')
 
 # together COMMAND... -- COMMAND...: at a time; the last status that is not 0
 together() {
-    local command=() jobs=() job status=0
+    local command=() jobs=() word job status=0
     for word in "$@" --; do
         if [ "$word" != -- ]; then
             command+=("$word")
@@ -158,15 +157,15 @@ operators() {
 # and has the options for what is written to it.
 benchmarks() {
     PYTHONPATH=$root/tools "$python" -c '
-import gc, shlex, sys, torch, benchmark
+import gc, shlex, sys, traceback, torch, benchmark
 failed = []
 for line in sys.stdin.read().replace("\\\n", "").splitlines():
     file, *options = shlex.split(line)
     try:
         benchmark.main(["--device", "cuda", "--dtype", "bf16", "--json",
                         f"{sys.argv[1]}/{file}.json", *options])
-    except (SystemExit, RuntimeError) as error:
-        print(file, error, sep=": ", file=sys.stderr)
+    except (SystemExit, RuntimeError):
+        traceback.print_exc()
         failed.append(file)
     gc.collect()
     torch.cuda.empty_cache()

@@ -25,12 +25,15 @@ import triton.language as tl
 
 from .gelu import gelu_slope, gelu_tail
 from .launch import Launch, plan
-from .tiling import MAX_OFFSETS, ceil_div
+from .tiling import MAX_OFFSETS, ceil_div, repeat
 
 # The one that was timed. Smaller filters have less to gain, larger ones leave
 # too few columns in a window.
 KERNEL_SIZE = 11
 IMAGES, WINDOW, COLUMNS = 16, 16, 8
+# Least share of the rows of the products that are in use. About what the
+# gradients take of the time of those without tensor cores, when all are.
+LEAST_USED = dict(weight=0.65, input=0.8)
 # Programs of 128 threads that an H100 or H200 holds at a time, three for each
 # of its multiprocessors, and registers so that it does.
 RESIDENT = 3 * 132
@@ -80,7 +83,7 @@ def takes_weight_grad(shape: tuple[int, ...], kernel_size: int,
     n, height, _, _ = shape
     rows = _rows(height)
     groups = ceil_div(n * ceil_div(height, rows), IMAGES)
-    return n * height >= 0.65 * groups * IMAGES * rows
+    return n * height >= LEAST_USED['weight'] * groups * IMAGES * rows
 
 
 @plan
@@ -93,7 +96,8 @@ def takes_input_grad(shape: tuple[int, ...], kernel_size: int,
     groups = ceil_div(n, IMAGES)
     programs = groups * _strips(width, kernel_size)[1] * ceil_div(
         c, TILE['CHANNELS'])
-    return (width > COLUMNS and n >= 0.8 * groups * IMAGES
+    # Wider than a strip, below which it was slower, and enough to do.
+    return (width > COLUMNS and n >= LEAST_USED['input'] * groups * IMAGES
             and programs >= RESIDENT * 2 // 3)
 
 
@@ -106,15 +110,6 @@ def _band(taps_ptr, i, channel, shift, C: tl.constexpr, K: tl.constexpr,
     inside = (j >= 0) & (j < K) & (channel < C)
     return tl.load(taps_ptr + (K * K - 1 - i * K - j) * C + channel, inside,
                    0.).to(dtype)
-
-
-@triton.jit
-def _zeros(COUNT: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
-           COLUMNS: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(COUNT):
-        out = out + (tl.zeros((CHANNELS, ROWS, COLUMNS), tl.float32), )
-    return out
 
 
 @triton.jit
@@ -169,7 +164,7 @@ def _banded_input_grad_kernel(da_ptr, taps_ptr, zv_ptr, grad_zv_ptr,
                                K, WINDOW, COLUMNS, da_ptr.dtype.element_ty), )
     zero = tl.zeros((CHANNELS, IMAGES, COLUMNS), tl.float32)
     total = zero
-    sums = _zeros(K, CHANNELS, IMAGES, COLUMNS)
+    sums = repeat(zero, K)
     row = _load_row(da, 0, height, width * C, in_window)
     z = _load_row(zv_ptr + at, -(K // 2), height, step, in_strip)
     for y in range(height):
@@ -218,7 +213,7 @@ def _banded_weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, images, splits,
     fixed = part // splits * STRIP if HALO == 0 else 0
     shift = K // 2 - HALO - fixed
     units = groups if HALO == 0 else groups * strips
-    sums = _zeros(K, CHANNELS, WINDOW, COLUMNS)
+    sums = repeat(tl.zeros((CHANNELS, WINDOW, COLUMNS), tl.float32), K)
     total = tl.zeros((CHANNELS, IMAGES, COLUMNS), tl.float32)
     for unit in range(part % splits, units, splits):
         left = fixed if HALO == 0 else unit // groups * STRIP

@@ -22,6 +22,7 @@ from .tiling import (
     PROGRAMS,
     as_pixels,
     ceil_div,
+    repeat,
     row_tiles,
     small_images,
     split_count,
@@ -166,10 +167,7 @@ def _correlate_weight(sums, x, grad, K: tl.constexpr, STRIP: tl.constexpr,
 
 @triton.jit
 def _zeros(COUNT: tl.constexpr, LANES: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(COUNT):
-        out = out + (tl.zeros((LANES, ), tl.float32), )
-    return out
+    return repeat(tl.zeros((LANES, ), tl.float32), COUNT)
 
 
 @triton.jit

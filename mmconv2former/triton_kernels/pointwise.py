@@ -10,13 +10,14 @@ from ..torch_kernels import patches_shape
 from .launch import Launch, plan
 from .sums import sum_partials
 from .tiling import (
-    PROGRAMS,
     as_pixels,
     ceil_div,
+    chunk_tile,
     column_place,
     column_tiles,
     norm_tile,
     patch_index,
+    repeat,
     small_images,
 )
 
@@ -174,32 +175,6 @@ def _patches_like(x: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty(shape, dtype=dtype)
 
 
-def _chunks(channels: int) -> tuple[dict, int]:
-    """Blocks of sums over pixels with all their channels, and programs at a
-    time.
-
-    Where the channels are three or nine times a power of two, or nearly, they
-    come in as many chunks of neighbours: padded to a power of two, up to half
-    of the lanes would be idle.
-    """
-    for chunks, widest in (9, 32), (3, 64):
-        block = triton.next_power_of_2(channels // chunks)
-        if channels % chunks == 0 and 16 <= block <= widest:
-            # 18 or 12 values for each of 64 threads.
-            pixels = (128 if chunks == 9 else 256) // block
-            return dict(C=channels, CHUNKS=chunks, BLOCK=block, PIXELS=pixels,
-                        num_warps=2), PROGRAMS // 2
-    return dict(norm_tile(channels), CHUNKS=1), PROGRAMS // 4
-
-
-@triton.jit
-def _tuple_of(x, COUNT: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(COUNT):
-        out = out + (x, )
-    return out
-
-
 @triton.jit
 def _load_chunks(ptr, inside, COUNT: tl.constexpr, STEP: tl.constexpr):
     out = ()
@@ -226,9 +201,9 @@ def _layer_norm_backward_kernel(
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < STEP
     zero = tl.zeros((PIXELS, BLOCK), tl.float32)
-    weight_sums = _tuple_of(zero, CHUNKS)
-    bias_sums = _tuple_of(zero, CHUNKS)
-    residual_sums = _tuple_of(zero, CHUNKS)
+    weight_sums = repeat(zero, CHUNKS)
+    bias_sums = repeat(zero, CHUNKS)
+    residual_sums = repeat(zero, CHUNKS)
     for tile in range(pid, tiles, tl.num_programs(0)):
         pixel = tl.cast(tile, tl.int64) * PIXELS \
             + tl.arange(0, PIXELS)[:, None]
@@ -307,7 +282,7 @@ def _layer_norm_backward_launch(
         residual_stride: int, eps: float,
         patch: int) -> tuple[Launch, tuple[int, ...]]:
     n, height, width, c = shape
-    (tile, programs), pixels = _chunks(c), n * height * width
+    (tile, programs), pixels = chunk_tile(c), n * height * width
     tiles = ceil_div(pixels, tile['PIXELS'])
     programs = max(min(tiles, programs), 1)
     launch = Launch(_layer_norm_backward_kernel, programs, pixels, tiles,

@@ -82,6 +82,33 @@ def column_tiles(shape: tuple[int, ...],
     return tile, pixels, tiles, max(min(tiles, PROGRAMS // 2 // blocks), 1)
 
 
+def chunk_tile(channels: int) -> tuple[dict, int]:
+    """Blocks of sums over pixels with all their channels, and programs at a
+    time.
+
+    Where the channels are three or nine times a power of two, or nearly, they
+    come in as many chunks of neighbours: padded to a power of two, up to half
+    of the lanes would be idle.
+    """
+    for chunks, widest in (9, 32), (3, 64):
+        block = triton.next_power_of_2(channels // chunks)
+        if channels % chunks == 0 and 16 <= block <= widest:
+            # 18 or 12 values for each of 64 threads.
+            pixels = (128 if chunks == 9 else 256) // block
+            return dict(C=channels, CHUNKS=chunks, BLOCK=block, PIXELS=pixels,
+                        num_warps=2), PROGRAMS // 2
+    return dict(norm_tile(channels), CHUNKS=1), PROGRAMS // 4
+
+
+@triton.jit
+def repeat(x, COUNT: tl.constexpr):
+    """A tuple of COUNT times the same."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (x, )
+    return out
+
+
 @triton.jit
 def column_place(C: tl.constexpr, BLOCK: tl.constexpr):
     """Channels of a program of :func:`column_tiles`, which part of the sums
