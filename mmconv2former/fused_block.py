@@ -36,7 +36,7 @@ from .products import (
     linear_grad_input,
     linear_grad_params,
     onednn_linear,
-    onednn_takes_gelu,
+    onednn_takes,
 )
 from .torch_kernels import PART_BYTES, in_parts
 
@@ -229,7 +229,7 @@ def prepare(x: Tensor, parameters: Sequence[Tensor], middle: str,
         list[Tensor]: In the precision of the products.
     """
     dtype = product_dtype(x)
-    if not onednn_takes_gelu(x.device, dtype):
+    if not onednn_takes(x.device, dtype):
         with without_autocast(x):
             return dispatch.kernels_for(x).operands(parameters, dtype)
     if middle == 'gate' and len(parameters) == 6:
@@ -273,7 +273,7 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
                   weights) for part, keep_part in parts])
     with without_autocast(x):
         y = kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype)
-        if onednn_takes_gelu(x.device, dtype):
+        if onednn_takes(x.device, dtype):
             onednn_middle = _onednn_gate if middle == 'gate' \
                 else _onednn_position
             y = onednn_middle(y, *weights[:-2])

@@ -134,6 +134,11 @@ def join_operands(parameters: Sequence[Tensor], dtype: torch.dtype,
     return outs
 
 
+def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    # By its full name: torch tries the others first, and writes an error each.
+    return aten.gelu_backward.grad_input(grad, x, grad_input=out)
+
+
 def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``DW_k(GELU(z)) * v`` (``modulate`` of the plain path).
 
@@ -182,7 +187,7 @@ def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
     grad_a = grad * v
     h = F.gelu(z)
     grad_h, grad_weight, grad_bias = depthwise_backward(grad_a, h, weight)
-    grad_z.copy_(aten.gelu_backward(grad_h, z, grad_input=grad_h))
+    grad_z.copy_(_gelu_backward(grad_h, z, grad_h))
     return grad_zv, grad_weight, grad_bias, a * v, None
 
 
@@ -222,10 +227,10 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
     z = z.to(grad.dtype)
     h = F.gelu(z)
     d = depthwise(h, weight, bias)
-    grad_d = aten.gelu_backward(grad, d)
-    out = torch.add(h, aten.gelu_(d), out=d)
+    out = F.gelu(d).add_(h)
+    grad_d = _gelu_backward(grad, d, d)
     grad_h, *grads = depthwise_backward(grad_d, h, weight)
-    aten.gelu_backward(grad_h.add_(grad), z, grad_input=grad)
+    _gelu_backward(grad_h.add_(grad), z, grad)
     return grad, *grads, out, None
 
 

@@ -239,7 +239,7 @@ def test_block_computes_the_same_without_gradients(n, c, h, w, k, dtype,
                                                    gelu_in_onednn,
                                                    monkeypatch):
     if not gelu_in_onednn:
-        monkeypatch.setattr(fused_block, 'onednn_takes_gelu',
+        monkeypatch.setattr(fused_block, 'onednn_takes',
                             lambda *args: False)
     torch.manual_seed(c * h * w + k)
     model = block(c, k, .5)
@@ -305,6 +305,30 @@ def test_depthwise_weight_gradient_is_as_exact_as_torchs(
     error = (torchs(x, grad) - exact).abs().max()
     noise = 1e-6 * exact.abs().max()
     assert (ours - exact).abs().max() <= 2 * error + noise
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('n, h, w', [(1, 9, 8), (2, 20, 20), (2, 50, 48)])
+@pytest.mark.parametrize('outs, ins', [(24, 10), (10, 10), (10, 24)])
+@pytest.mark.parametrize('mkl_is_fast', [True, False])
+def test_gradients_of_linear_layers_are_as_exact_as_torchs(
+        mkl_is_fast, outs, ins, n, h, w, dtype, monkeypatch):
+    monkeypatch.setattr(products, '_mkl_is_fast', lambda: mkl_is_fast)
+    torch.manual_seed(h * outs)
+    grad, x = random(n, h, w, outs).to(dtype), random(n, h, w, ins).to(dtype)
+    weight = random(outs, ins).to(dtype)
+    found = (*products.linear_grad_params(grad, x),
+             products.linear_grad_input(grad, weight))
+
+    def by_torch(grad, x, weight):
+        grad, x = grad.flatten(0, 2), x.flatten(0, 2)
+        return grad.t() @ x, grad.sum(0), (grad @ weight).view(n, h, w, ins)
+
+    exact = by_torch(grad.double(), x.double(), weight.double())
+    for ours, plain, truth in zip(found, by_torch(grad, x, weight), exact):
+        assert ours.shape == truth.shape and ours.is_contiguous()
+        rounding = torch.finfo(dtype).eps / 2 * truth.norm()
+        assert (ours - truth).norm() <= 2 * (plain - truth).norm() + rounding
 
 
 @pytest.mark.parametrize('middle, width', [('gate', 2), ('position', 1)])
@@ -557,7 +581,7 @@ def test_kernels_run_on_the_device_of_their_operands(train, monkeypatch):
 
     monkeypatch.setattr(dispatch, '_WithoutAutocast', Context)
     monkeypatch.setattr(dispatch, 'kernels_for', lambda _: Kernels())
-    monkeypatch.setattr(fused_block, 'onednn_takes_gelu', lambda *_: False)
+    monkeypatch.setattr(fused_block, 'onednn_takes', lambda *_: False)
     model = Conv2Former(dict(depths=[1, 1], dims=[8, 16], kernel_size=5),
                         drop_path_rate=.5).train(train)
     with torch.set_grad_enabled(train):

@@ -95,7 +95,7 @@ def test_every_set_of_operators(operators, monkeypatch):
     if operators == 'plain':
         monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
     elif operators == 'of torch':
-        monkeypatch.setattr('mmconv2former.fused_block.onednn_takes_gelu',
+        monkeypatch.setattr('mmconv2former.fused_block.onednn_takes',
                             lambda *args: False)
     elif not torch.backends.mkldnn.is_available():
         pytest.skip('this torch has no oneDNN')
