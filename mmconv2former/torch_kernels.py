@@ -135,7 +135,9 @@ def join_operands(parameters: Sequence[Tensor], dtype: torch.dtype,
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    # By its full name: torch tries the others first, and writes an error each.
+    """Gradient of GELU(x), written to ``out``, which may be an operand."""
+    # Called by its full name, torch need not try the overload without ``out``
+    # first, and format an error that says what does not fit.
     return aten.gelu_backward.grad_input(grad, x, grad_input=out)
 
 
