@@ -271,8 +271,8 @@ def check_file(path: str, what: str) -> None:
         SystemExit: If there is no such file.
     """
     if '://' not in path and not osp.isfile(path):
-        raise SystemExit(f"{what} '{path}' does not exist (working directory "
-                         f'{os.getcwd()})')
+        raise SystemExit(f"{what} '{path}' does not exist: give a path from "
+                         f'{os.getcwd()}, a full one, or a URL')
 
 
 def read_file(path: str, what: str) -> dict:
