@@ -32,7 +32,7 @@ from .dispatch import (
     without_autocast,
 )
 from .operators import at_least_fp32, to_nchw, to_nhwc
-from .torch_kernels import patches, unpatch
+from .torch_kernels import PART_BYTES, in_parts, patches, unpatch
 
 aten = torch.ops.aten
 
@@ -283,6 +283,10 @@ def _has_usual_moments(norm: nn.BatchNorm2d) -> bool:
 class BatchNormFunction(torch.autograd.Function):
     """Batch norm of feature maps whose channels are last in memory.
 
+    torch's is slow with few channels. Here it gets rows of pixels, as if each
+    column of the map had channels of its own, and their moments and sums are
+    put together.
+
     Args:
         x (Tensor): (N, C, H, W).
         norm (nn.BatchNorm2d): Whose running moments are used or updated.
@@ -292,52 +296,69 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.BatchNorm2d, weight: Tensor,
                 bias: Tensor) -> Tensor:
-        wide = _wide_nhwc(x)
+        rows, width = _rows(x), x.shape[3]
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if norm.training:
             norm.num_batches_tracked.add_(1)
             count = x[:, 0].numel()
-            mean = _sum_pixels(wide) / count
-            square = _sum_pixels((wide - mean).square_())
-            var = square / count
+            # Running moments of that type, not changed, for results of it.
+            running = rows.new_zeros(rows.shape[1], dtype=dtype)
+            means, variances = (
+                t.view(width, -1) for t in torch.batch_norm_update_stats(
+                    rows, running, running, 0.))
+            mean = means.mean(0)
+            var = (variances + (means - mean).square_()).mean(0)
             norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
             norm.running_var.lerp_(
-                (square / (count - 1)).to(norm.running_var), norm.momentum)
+                (var * (count / (count - 1))).to(norm.running_var),
+                norm.momentum)
         else:
-            mean, var = (t.to(wide)
+            mean, var = (t.to(dtype)
                          for t in (norm.running_mean, norm.running_var))
-        rstd = torch.rsqrt(var + norm.eps)
         ctx.training = norm.training
-        ctx.save_for_backward(x, mean, rstd, weight)
-        scale = rstd * weight
-        out = torch.addcmul(bias - mean * scale, wide, scale)
-        return to_nchw(out.to(x.dtype))
+        ctx.save_for_backward(x, mean, torch.rsqrt(var + norm.eps), weight)
+        out, _, _ = aten.native_batch_norm(
+            rows, *(t.to(dtype).repeat(width)
+                    for t in (weight, bias, mean, var)), False, 0., norm.eps)
+        return _from_rows(out, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives(grad)
         x, mean, rstd, weight = ctx.saved_tensors
-        grad = _wide_nhwc(grad).contiguous()
-        centred = _wide_nhwc(x) - mean
-        grad_bias = _sum_pixels(grad)
-        grad_weight = _sum_pixels(grad * centred) * rstd
-        scale = rstd * weight
+        grad, rows, width = _rows(grad), _rows(x), x.shape[3]
+        _, *sums = aten.native_batch_norm_backward(
+            grad, rows, None, None, None, mean.repeat(width),
+            rstd.repeat(width), True, 0., (False, True, True))
+        grad_weight, grad_bias = (t.view(width, -1).sum(0) for t in sums)
+        scale = (rstd * weight).repeat(width)
         if ctx.training:  # through the moments
             share = scale / -x[:, 0].numel()
-            out = torch.addcmul(grad_bias * share, grad, scale)
-            out.addcmul_(centred, grad_weight * rstd * share)
-        else:
-            out = grad * scale
-        return to_nchw(out.to(x.dtype)), None, grad_weight, grad_bias
+            slope = share * (rstd * grad_weight).repeat(width)
+            shift = torch.addcmul(share * grad_bias.repeat(width), slope,
+                                  mean.repeat(width), value=-1)
+        out = torch.empty_like(grad)
+        wide = len(scale) * scale.itemsize
+        for grad_part, part, out_part in in_parts(wide, PART_BYTES, grad,
+                                                  rows, out):
+            grad_part = grad_part.to(scale.dtype)
+            if ctx.training:
+                grad_part = torch.addcmul(shift, grad_part, scale).addcmul_(
+                    part.to(scale.dtype), slope)
+            else:
+                grad_part = grad_part * scale
+            out_part.copy_(grad_part)
+        return _from_rows(out, x), None, grad_weight, grad_bias
 
 
-def _wide_nhwc(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H, W, C), at least in fp32."""
-    return at_least_fp32(to_nhwc(x))
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N * H, W * C)."""
+    return to_nhwc(x).contiguous().flatten(0, 1).flatten(1)
 
 
-def _sum_pixels(x: Tensor) -> Tensor:
-    """(N, H, W, C) -> (C, ). Long rows first, which are summed faster."""
-    return x.sum((0, 1)).sum(0)
+def _from_rows(rows: Tensor, x: Tensor) -> Tensor:
+    """The inverse of :func:`_rows`, in the shape of x."""
+    return to_nchw(rows.view(to_nhwc(x).shape))
 
 
 def batch_norm(x: Tensor, norm: nn.Module) -> Tensor:

@@ -284,6 +284,9 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
     Returns:
         Tensor: (N, H, W, C), or its patches.
     """
+    if not x.is_cuda and x.shape[-1] < 96:
+        # torch's own sums over few channels take twice as long in 16 bits.
+        x = at_least_fp32(x)
     out = F.layer_norm(x, x.shape[-1:], *_norm_parameters(x, weight, bias),
                        eps).to(dtype)
     return out if patch == 1 else patches(out, patch)

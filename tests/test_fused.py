@@ -190,22 +190,25 @@ def test_samples_may_be_processed_in_parts(dtype, samples, monkeypatch):
     model = block(8, 5, .5).to(dtype)
     x, grad = (random(5, 8, 9, 7, dtype=dtype) for _ in range(2))
 
-    def results():
+    def results(model, x, grad):
         torch.manual_seed(0)  # of drop path
         with torch.no_grad():
             out = model(x)
-        return {**run(model, x, grad)[0], 'without gradients': out}
+        found = {**run(model, x, grad)[0], 'without gradients': out}
+        return {name: value.clone() for name, value in found.items()}
 
-    whole = {k: v.clone() for k, v in results().items()}
+    whole = results(model, x, grad)
+    exact = results(copy.deepcopy(model).double(), x.double(), grad.double())
     monkeypatch.setattr(fused_block, 'PART_BYTES', samples * x[0].nbytes * 4)
     hidden = x.permute(0, 2, 3, 1).repeat(1, 1, 1, 4)
     assert [len(part) for part, in torch_kernels.in_parts(
         hidden[0].nbytes, fused_block.PART_BYTES, hidden)] == {
             1: 5 * [1], 2: [2, 2, 1]}[samples]
-    parts = results()
-    for name, value in whole.items():
-        error = (parts[name] - value).norm() / value.norm()
-        assert error <= 4 * torch.finfo(dtype).eps, name
+    parts = results(model, x, grad)
+    for name, true in exact.items():
+        rounding = torch.finfo(dtype).eps * true.norm()
+        assert (parts[name] - true).norm() <= 2 * (
+            whole[name] - true).norm() + rounding, name
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
@@ -305,6 +308,36 @@ def test_depthwise_weight_gradient_is_as_exact_as_torchs(
     error = (torchs(x, grad) - exact).abs().max()
     noise = 1e-6 * exact.abs().max()
     assert (ours - exact).abs().max() <= 2 * error + noise
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('with_bias', [True, False])
+@pytest.mark.parametrize('n, c, h, w, k', [
+    (2, 20, 9, 14, 9), (1, 8, 41, 40, 9), (2, 20, 14, 9, 11),
+    (3, 8, 5, 5, 11), (2, 20, 40, 41, 11), (2, 20, 13, 20, 13),
+    (1, 8, 17, 120, 13), (1, 8, 1, 1, 5), (2, 20, 41, 43, 21),
+])
+def test_depthwise_convolutions_are_as_exact_as_torchs(n, c, h, w, k,
+                                                       with_bias, dtype):
+    torch.manual_seed(h * w + k)
+    x, weight, bias = (random(*shape).to(dtype)
+                       for shape in ((n, h, w, c), (c, 1, k, k), (c, )))
+    if not with_bias:
+        bias = None
+    found = products.depthwise(x, weight, bias)
+
+    def by_torch(x, weight, bias):
+        out = F.conv2d(operators.to_nchw(x).contiguous(), weight, bias,
+                       padding=k // 2, groups=c)
+        return operators.to_nhwc(out)
+
+    exact = by_torch(x.double(), weight.double(),
+                     bias.double() if with_bias else None)
+    assert found.shape == exact.shape and found.is_contiguous()
+    assert found.dtype == dtype
+    rounding = torch.finfo(dtype).eps / 2 * exact.norm()
+    assert (found - exact).norm() <= 2 * (
+        by_torch(x, weight, bias) - exact).norm() + rounding
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

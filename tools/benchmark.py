@@ -150,9 +150,11 @@ class Candidate:
         """What is timed."""
         with switched(self.path), torch.set_grad_enabled(self.train):
             outs = self.outputs()
-            if self.train and self.case.task == 'classifier':
+            if not self.train:
+                return
+            if self.case.task == 'classifier':
                 F.cross_entropy(outs[0].float(), self.labels).backward()
-            elif self.train:
+            else:
                 self.backward(outs)
             self.model.zero_grad(set_to_none=True)
 
