@@ -47,27 +47,25 @@ def _hidden_bytes(x: Tensor, in_weight: Tensor, dtype: torch.dtype) -> int:
     return x.shape[1] * x.shape[2] * len(in_weight) * dtype.itemsize
 
 
-def _folds_scale(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a copy of the last weight has the layer scale in it.
+def _folds_scale(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the last weight has the layer scale in it for its gradients.
 
-    That saves passes over what the layer returns and over its gradient, and
-    costs one over the weight, which GPUs make anyway for its precision. fp16's
-    numbers end above 1e-6 * 0.02.
+    That saves a pass over the gradient, and costs a copy of the weight, which
+    GPUs make anyway for its precision. fp16's numbers end above 1e-6 * 0.02.
     """
-    return dtype != torch.float16 and (x.is_cuda
-                                       or x.numel() > weight.numel())
+    return x.is_cuda and dtype != torch.float16
 
 
 def _branch_backward(
-        middle: str, eps: float, folded: bool, grad: Tensor, x: Tensor,
-        keep: Tensor | None, *stored: Tensor, norm_weight: Tensor,
-        norm_bias: Tensor, in_weight: Tensor, dw_weight: Tensor,
-        dw_bias: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        middle: str, eps: float, grad: Tensor, x: Tensor, keep: Tensor | None,
+        *stored: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+        in_weight: Tensor, dw_weight: Tensor, dw_bias: Tensor, weight: Tensor,
+        scale: Tensor) -> tuple[Tensor, ...]:
     """Gradients of :class:`ResidualBranchFunction`, without its layer scale's.
 
     The scale counts as part of the last linear layer, from whose gradients
     ``scaled_linear_backward`` has its own. ``weight`` is that layer's, times
-    the scale if that is ``folded`` into it.
+    the scale where :func:`_folds_scale` says so.
 
     Returns:
         tuple[Tensor]: Gradients of x and, at least in fp32, of weight and
@@ -79,7 +77,7 @@ def _branch_backward(
         grad_y, grad_bias = grad.to(dtype), None
     else:
         grad_y, grad_bias = kernels.drop_backward(grad, keep, dtype)
-    grad_middle = grad_y
+    grad_middle, folded = grad_y, _folds_scale(x, dtype)
     if not folded:
         grad_middle, grad_bias = kernels.scale_backward(grad_y, scale)
     grad_middle = linear_grad_input(grad_middle, weight)
@@ -89,7 +87,7 @@ def _branch_backward(
         grad_middle, *stored, dw_weight, dw_bias)
     del grad_middle, stored
     # Where no pass has summed up the gradient yet, that of the norm does.
-    sum_comes_later = folded and keep is None and x.is_cuda
+    sum_comes_later = folded and keep is None
     if not sum_comes_later:
         grads = linear_grad_params(grad_y, y, grad_bias)
         del y, grad_y
@@ -127,11 +125,11 @@ class ResidualBranchFunction(torch.autograd.Function):
                 scale: Tensor, keep: Tensor | None, eps: float, middle: str,
                 *parameters: Tensor) -> Tensor:
         dtype, asked = product_dtype(x), autocast_dtype(x)
-        kernels, folded = dispatch.kernels_for(x), _folds_scale(
-            x, parameters[-2], dtype)
+        kernels = dispatch.kernels_for(x)
         with without_autocast(x):
             in_weight, in_bias, dw_weight, dw_bias, weight, bias, *scaled = (
-                kernels.operands(parameters, dtype, scale if folded else None))
+                kernels.operands(parameters, dtype,
+                                 scale if _folds_scale(x, dtype) else None))
             z = linear(
                 kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype),
                 in_weight, in_bias)
@@ -139,14 +137,9 @@ class ResidualBranchFunction(torch.autograd.Function):
                 y, *stored = kernels.gate_forward(z, dw_weight, dw_bias)
             else:
                 y, stored = kernels.position(z, dw_weight, dw_bias), []
-            if folded and keep is None and x.dtype == dtype \
-                    and onednn_takes(x.device, dtype):
-                out = onednn_linear_binary(
-                    y, *scaled, (parameters[-1] * scale).to(dtype), 'add', x)
-            else:
-                out = kernels.scale_residual(x, linear(y, weight, bias),
-                                             scale, keep)
-        ctx.options = middle, eps, folded
+            y = linear(y, weight, bias)
+            out = kernels.scale_residual(x, y, scale, keep)
+        ctx.eps, ctx.middle = eps, middle
         ctx.shapes = [p.shape for p in parameters]
         ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, dw_weight,
                               dw_bias, *(scaled or [weight]),
@@ -168,7 +161,7 @@ class ResidualBranchFunction(torch.autograd.Function):
                            grad.contiguous(), x, keep, *stored)
             for part in parts:
                 out, *grads = _branch_backward(
-                    *ctx.options, *part, norm_weight=norm_weight,
+                    ctx.middle, ctx.eps, *part, norm_weight=norm_weight,
                     norm_bias=norm_bias, in_weight=in_weight,
                     dw_weight=dw_weight, dw_bias=dw_bias, weight=weight,
                     scale=scale)
@@ -216,9 +209,10 @@ def residual_branch(x: Tensor, norm: LayerNorm2d, layers: Iterable[nn.Module],
         return ResidualBranchFunction.apply(x, norm.weight, norm.bias, scale,
                                             keep, norm.eps, middle,
                                             *parameters)
-    if keep is None and not x.is_cuda and _folds_scale(
-            x, parameters[-2], product_dtype(x)):
-        weight, bias = parameters[-2:]
+    weight, bias = parameters[-2:]
+    if keep is None and x.device.type == 'cpu' and x.numel() > weight.numel() \
+            and product_dtype(x) == torch.bfloat16:
+        # The weight is copied for its type anyway, and the product adds x.
         parameters[-2:] = weight.flatten(1) * scale[:, None], bias * scale
         scale = None
     return infer(x, norm.weight, norm.bias, scale, keep, norm.eps, middle,

@@ -148,33 +148,27 @@ def linear_grad_params(
     Returns:
         tuple[Tensor]: (O, I), and (O, ) at least in fp32.
     """
-    rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2).t()
-    o, i = len(rows), len(columns)
-    if _onednn_bf16(x.device, x.dtype) and rows.shape[1] > 4096:
-        # As a convolution, which sums over many positions faster.
-        _, grad_weight, grad_bias = aten.convolution_backward(
-            to_nchw(grad), to_nchw(x), x.new_empty(o, i, 1, 1), (o, ), (1, 1),
-            (0, 0), (1, 1), False, (0, 0), 1, (False, True, True))
-        return grad_weight.view(o, i), at_least_fp32(grad_bias)
     if grad_bias is None:
         grad_bias = _bias_grad(grad)
+    rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2)
+    (o, count), i = rows.shape, columns.shape[1]
+    in_fp32 = _onednn_fp32(x.device, x.dtype) and not _mkl_is_fast()
+    if in_fp32 and count >= 512 or count > 4096 and _onednn_bf16(
+            x.device, x.dtype):
+        # As a convolution, which sums over many positions faster. Its sum for
+        # the bias is less exact than torch's.
+        grad_weight = aten.convolution_backward(
+            to_nchw(grad), to_nchw(x), x.new_empty(o, i, 1, 1), None, (1, 1),
+            (0, 0), (1, 1), False, (0, 0), 1, (False, True, False))[1]
+        return grad_weight.view(o, i), grad_bias
+    if in_fp32:
+        # oneDNN wants both transposed; a matrix is copied by one thread.
+        rows = grad.permute(3, 0, 1, 2).flatten(1)
+        return onednn_linear(rows, columns.t(), None), grad_bias
     if x.is_cuda and x.dtype.itemsize == 2 and _MM_IN_FP32 \
             and not torch.compiler.is_compiling():
-        return aten.mm.dtype(rows, columns.t(), torch.float32), grad_bias
-    if not _onednn_fp32(x.device, x.dtype) or _mkl_is_fast():
-        return torch.mm(rows, columns.t()), grad_bias
-    # oneDNN wants the first of the two transposed, which had better be the
-    # smaller where there is more to copy than to transpose afterwards.
-    if i < min(rows.shape):
-        grad_weight = linear(_transposed(x), rows).t().contiguous()
-    else:
-        grad_weight = linear(_transposed(grad), columns)
-    return grad_weight, grad_bias
-
-
-def _transposed(x: Tensor) -> Tensor:
-    """(N, H, W, C) -> (C, NHW), copied by all threads, a matrix by one."""
-    return x.permute(3, 0, 1, 2).flatten(1)
+        return aten.mm.dtype(rows, columns, torch.float32), grad_bias
+    return torch.mm(rows, columns), grad_bias
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
