@@ -90,9 +90,11 @@ class Stem(nn.Sequential):
         x = x.contiguous(memory_format=torch.channels_last)
         if not self.fused:
             return super().forward(x)
+        faster = {nn.BatchNorm2d: fused_stem.batch_norm,
+                  nn.GELU: fused_stem.gelu}
         for layer in self:
-            x = fused_stem.batch_norm(x, layer) \
-                if isinstance(layer, nn.BatchNorm2d) else layer(x)
+            run = faster.get(type(layer))
+            x = run(x, layer) if run else layer(x)
         return x
 
 

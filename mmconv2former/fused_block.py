@@ -47,6 +47,11 @@ def _hidden_bytes(x: Tensor, in_weight: Tensor, dtype: torch.dtype) -> int:
     return x.shape[1] * x.shape[2] * len(in_weight) * dtype.itemsize
 
 
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a batch as one tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _folds_scale(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the last weight has the layer scale in it for its gradients.
 
@@ -135,9 +140,14 @@ class ResidualBranchFunction(torch.autograd.Function):
                 in_weight, in_bias)
             if middle == 'gate':
                 y, *stored = kernels.gate_forward(z, dw_weight, dw_bias)
+                y = linear(y, weight, bias)
             else:
-                y, stored = kernels.position(z, dw_weight, dw_bias), []
-            y = linear(y, weight, bias)
+                stored, parts = [], in_parts(
+                    _hidden_bytes(x, in_weight, dtype), PART_BYTES, z)
+                y = _join([
+                    linear(
+                        kernels.position(part, dw_weight, dw_bias), weight,
+                        bias) for part, in parts])
             out = kernels.scale_residual(x, y, scale, keep)
         ctx.eps, ctx.middle = eps, middle
         ctx.shapes = [p.shape for p in parameters]
@@ -177,7 +187,7 @@ class ResidualBranchFunction(torch.autograd.Function):
             grad_weight, grad_bias, grad_scale = (
                 dispatch.kernels_for(x).scaled_linear_backward(
                     *grads, out_weight.flatten(1), out_bias, scale))
-            grad_x = outs[0] if len(outs) == 1 else torch.cat(outs)
+            grad_x = _join(outs)
         sizes = [shape[0] for shape in ctx.shapes[:-4:2]]
         pairs = zip(
             at_least_fp32(grad_in_weight).split_with_sizes(sizes),
@@ -275,7 +285,7 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
     dtype, kernels = product_dtype(x), dispatch.kernels_for(x)
     parts = in_parts(_hidden_bytes(x, weights[1], dtype), PART_BYTES, x, keep)
     if len(parts) > 1:
-        return torch.cat([
+        return _join([
             infer(part, norm_weight, norm_bias, scale, keep_part, eps, middle,
                   weights) for part, keep_part in parts])
     with without_autocast(x):

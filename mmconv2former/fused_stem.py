@@ -361,22 +361,42 @@ def _from_rows(rows: Tensor, x: Tensor) -> Tensor:
     return to_nchw(rows.view(to_nhwc(x).shape))
 
 
-def batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """``norm(x)``, of which CPUs compute the gradients faster.
 
     Args:
         x (Tensor): (N, C, H, W).
-        norm (nn.Module): Any layer.
+        norm (nn.BatchNorm2d): The layer.
 
     Returns:
-        Tensor: Its output.
+        Tensor: (N, C, H, W).
     """
-    if type(norm) is not nn.BatchNorm2d or x.device.type != 'cpu' \
-            or not torch.is_grad_enabled() or has_hooks(norm) \
-            or not _has_usual_moments(norm) or x.numel() == x.shape[1] \
-            or torch.compiler.is_compiling() or dispatch.find_obstacle(x):
+    if not _takes_faster_way(x, norm) or not torch.is_grad_enabled() \
+            or not _has_usual_moments(norm) or x.numel() == x.shape[1]:
         return norm(x)
     return BatchNormFunction.apply(x, norm, norm.weight, norm.bias)
+
+
+def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
+    """``layer(x)``, which takes half as long where torch asks oneDNN for it.
+
+    Args:
+        x (Tensor): (N, C, H, W), in channels-last memory.
+        layer (nn.GELU): The layer.
+
+    Returns:
+        Tensor: (N, C, H, W).
+    """
+    if not _takes_faster_way(x, layer):
+        return layer(x)
+    # It does so for what it calls contiguous.
+    return to_nchw(layer(to_nhwc(x)))
+
+
+def _takes_faster_way(x: Tensor, layer: nn.Module) -> bool:
+    return (x.device.type == 'cpu' and not has_hooks(layer)
+            and not torch.compiler.is_compiling()
+            and not dispatch.find_obstacle(x))
 
 
 def available(x: Tensor, layers: nn.Sequential) -> bool:

@@ -204,11 +204,8 @@ def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         Tensor: (N, H, W, C).
     """
-    out = torch.empty_like(z)
-    for z_part, h in in_parts(z[:1].nbytes, PART_BYTES, z, out):
-        aten.gelu.out(z_part, out=h)
-        h.add_(depthwise3_gelu(h, weight, bias))
-    return out
+    h = F.gelu(z)
+    return depthwise3_gelu(h, weight, bias).add_(h)
 
 
 def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
