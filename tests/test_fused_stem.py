@@ -96,6 +96,46 @@ def test_batch_norm_of_cpus_sums_bf16_in_fp32():
     assert grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_batch_norm_of_cpus_is_as_exact_as_torchs_in_16_bits(training, dtype):
+    torch.manual_seed(0)
+    shape = 4, 12, 33, 20
+    x, grad = (torch.randn(shape).to(dtype).to(
+        memory_format=torch.channels_last) for _ in range(2))
+    norm = nn.BatchNorm2d(12).train(training)
+    for t in norm.weight, norm.bias, norm.running_mean:
+        nn.init.normal_(t)
+
+    def results(function, dtype, norm):
+        norm = copy.deepcopy(norm)
+        leaf = x.to(dtype).requires_grad_()
+        out = function(leaf, norm)
+        return (out, *torch.autograd.grad(
+            out, [leaf, *norm.parameters()], grad.to(dtype)))
+
+    exact = results(lambda x, norm: norm(x), torch.double,
+                    copy.deepcopy(norm).double())
+    plain = results(lambda x, norm: norm(x), dtype, norm)
+    ours = results(fused_stem.batch_norm, dtype, norm)
+    for own, other, true in zip(ours, plain, exact, strict=True):
+        assert own.dtype == other.dtype
+        noise = 1e-6 * true.norm()
+        assert (own - true).norm() <= 2 * (other - true).norm() + noise
+
+
+@pytest.mark.parametrize('hooked', [True, False])
+def test_gelu_of_cpus_is_the_layer(hooked):
+    layer, seen = nn.GELU(), []
+    if hooked:
+        layer.register_forward_hook(lambda _, x, out: seen.append(out.shape))
+    x = torch.randn(2, 5, 4, 7).to(memory_format=torch.channels_last)
+    out = fused_stem.gelu(x, layer)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, nn.functional.gelu(x))
+    assert seen == hooked * [x.shape]
+
+
 @pytest.mark.parametrize('change', [
     lambda norm: norm.register_forward_hook(lambda *_: None),
     lambda norm: setattr(norm, 'momentum', None)])
