@@ -47,8 +47,8 @@ def _hidden_bytes(x: Tensor, in_weight: Tensor, dtype: torch.dtype) -> int:
     return x.shape[1] * x.shape[2] * len(in_weight) * dtype.itemsize
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Parts of a batch as one tensor."""
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    """The batch of these parts."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -144,7 +144,7 @@ class ResidualBranchFunction(torch.autograd.Function):
             else:
                 stored, parts = [], in_parts(
                     _hidden_bytes(x, in_weight, dtype), PART_BYTES, z)
-                y = _join([
+                y = _whole([
                     linear(
                         kernels.position(part, dw_weight, dw_bias), weight,
                         bias) for part, in parts])
@@ -187,7 +187,7 @@ class ResidualBranchFunction(torch.autograd.Function):
             grad_weight, grad_bias, grad_scale = (
                 dispatch.kernels_for(x).scaled_linear_backward(
                     *grads, out_weight.flatten(1), out_bias, scale))
-            grad_x = _join(outs)
+            grad_x = _whole(outs)
         sizes = [shape[0] for shape in ctx.shapes[:-4:2]]
         pairs = zip(
             at_least_fp32(grad_in_weight).split_with_sizes(sizes),
@@ -285,7 +285,7 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
     dtype, kernels = product_dtype(x), dispatch.kernels_for(x)
     parts = in_parts(_hidden_bytes(x, weights[1], dtype), PART_BYTES, x, keep)
     if len(parts) > 1:
-        return _join([
+        return torch.cat([
             infer(part, norm_weight, norm_bias, scale, keep_part, eps, middle,
                   weights) for part, keep_part in parts])
     with without_autocast(x):

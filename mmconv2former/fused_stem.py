@@ -338,16 +338,15 @@ class BatchNormFunction(torch.autograd.Function):
             shift = torch.addcmul(share * grad_bias.repeat(width), slope,
                                   mean.repeat(width), value=-1)
         out = torch.empty_like(grad)
-        wide = len(scale) * scale.itemsize
-        for grad_part, part, out_part in in_parts(wide, PART_BYTES, grad,
-                                                  rows, out):
+        for grad_part, part, out_part in in_parts(scale.nbytes, PART_BYTES,
+                                                  grad, rows, out):
             grad_part = grad_part.to(scale.dtype)
             if ctx.training:
-                grad_part = torch.addcmul(shift, grad_part, scale).addcmul_(
-                    part.to(scale.dtype), slope)
+                out_part.copy_(
+                    torch.addcmul(shift, grad_part, scale).addcmul_(
+                        part.to(scale.dtype), slope))
             else:
-                grad_part = grad_part * scale
-            out_part.copy_(grad_part)
+                out_part.copy_(grad_part * scale)
         return _from_rows(out, x), None, grad_weight, grad_bias
 
 
@@ -371,7 +370,7 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     Returns:
         Tensor: (N, C, H, W).
     """
-    if not _takes_faster_way(x, norm) or not torch.is_grad_enabled() \
+    if not _can_replace(x, norm) or not torch.is_grad_enabled() \
             or not _has_usual_moments(norm) or x.numel() == x.shape[1]:
         return norm(x)
     return BatchNormFunction.apply(x, norm, norm.weight, norm.bias)
@@ -387,13 +386,14 @@ def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
     Returns:
         Tensor: (N, C, H, W).
     """
-    if not _takes_faster_way(x, layer):
+    if not _can_replace(x, layer):
         return layer(x)
     # It does so for what it calls contiguous.
     return to_nchw(layer(to_nhwc(x)))
 
 
-def _takes_faster_way(x: Tensor, layer: nn.Module) -> bool:
+def _can_replace(x: Tensor, layer: nn.Module) -> bool:
+    """Whether a layer on a CPU need not be called with x itself."""
     return (x.device.type == 'cpu' and not has_hooks(layer)
             and not torch.compiler.is_compiling()
             and not dispatch.find_obstacle(x))

@@ -152,8 +152,8 @@ def linear_grad_params(
         grad_bias = _bias_grad(grad)
     rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2)
     (o, count), i = rows.shape, columns.shape[1]
-    in_fp32 = _onednn_fp32(x.device, x.dtype) and not _mkl_is_fast()
-    if in_fp32 and count >= 512 or count > 4096 and _onednn_bf16(
+    avoids_mkl = _onednn_fp32(x.device, x.dtype) and not _mkl_is_fast()
+    if avoids_mkl and count >= 512 or count > 4096 and _onednn_bf16(
             x.device, x.dtype):
         # As a convolution, which sums over many positions faster. Its sum for
         # the bias is less exact than torch's.
@@ -161,7 +161,7 @@ def linear_grad_params(
             to_nchw(grad), to_nchw(x), x.new_empty(o, i, 1, 1), None, (1, 1),
             (0, 0), (1, 1), False, (0, 0), 1, (False, True, False))[1]
         return grad_weight.view(o, i), grad_bias
-    if in_fp32:
+    if avoids_mkl:
         # oneDNN wants both transposed; a matrix is copied by one thread.
         rows = grad.permute(3, 0, 1, 2).flatten(1)
         return onednn_linear(rows, columns.t(), None), grad_bias
@@ -184,9 +184,9 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     c, k = len(weight), weight.shape[-1]
     image, padding = to_nchw(x), k // 2
-    asks_onednn = 9 <= k <= 13 and onednn_takes(x.device, x.dtype)
-    in_fp32 = x.dtype == torch.float32
-    if asks_onednn and x.shape[1] * x.shape[2] >= 1600 and (k > 9 or in_fp32):
+    # Filters that oneDNN's channels-last convolution is slow with.
+    is_slow = k in (11, 13) and onednn_takes(x.device, x.dtype)
+    if is_slow and x.shape[1] * x.shape[2] >= 1600:
         # As the gradient of another convolution's input, up to twice as fast.
         out = aten.convolution_backward(
             image, image, weight.flip(2, 3), None, (1, 1), (padding, padding),
@@ -194,7 +194,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
             out.add_(bias[:, None, None])
     else:
-        if asks_onednn and (k > 11 or k > 9 and in_fp32) \
+        if is_slow and (k == 13 or x.dtype == torch.float32) \
                 and min(x.shape[1:3]) > padding:
             # Up to twice as fast in NCHW, which pays for the copies.
             image = image.contiguous()

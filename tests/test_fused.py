@@ -233,15 +233,15 @@ print(min(faults() for _ in range(5)))
     assert int(process.stdout) < 100  # of 10,240 pages
 
 
-@pytest.mark.parametrize('gelu_in_onednn', [True, False])
+@pytest.mark.parametrize('by_onednn', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, *LOW])
 @pytest.mark.parametrize('n, c, h, w, k', [
     (2, 8, 5, 7, 11), (1, 20, 13, 13, 7), (2, 72, 14, 14, 11), (1, 8, 1, 1, 3),
 ])
 def test_block_computes_the_same_without_gradients(n, c, h, w, k, dtype,
-                                                   gelu_in_onednn,
+                                                   by_onednn,
                                                    monkeypatch):
-    if not gelu_in_onednn:
+    if not by_onednn:
         monkeypatch.setattr(fused_block, 'onednn_takes',
                             lambda *args: False)
     torch.manual_seed(c * h * w + k)
