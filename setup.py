@@ -79,6 +79,7 @@ if __name__ == '__main__':
         long_description_content_type='text/markdown',
         license='Apache-2.0',
         packages=find_packages(include=['mmconv2former', 'mmconv2former.*']),
+        package_data={'mmconv2former.cpp_kernels': ['*.cpp', '*.h']},
         python_requires='>=3.10',
         install_requires=['torch'],
         extras_require=EXTRAS,

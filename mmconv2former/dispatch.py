@@ -1,8 +1,9 @@
 """Which path runs, by which kernels and in which precision.
 
-There are two sets of kernels with the same names: torch's,
-:mod:`mmconv2former.torch_kernels`, and on GPUs Triton's,
-:mod:`mmconv2former.triton_kernels`.
+There are three sets of kernels with the same names: on GPUs Triton's,
+:mod:`mmconv2former.triton_kernels`, on CPUs those in C++,
+:mod:`mmconv2former.cpp_kernels`, and those of torch's operators,
+:mod:`mmconv2former.torch_kernels`, where the others cannot run.
 """
 import os
 import threading
@@ -16,7 +17,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from . import fake_kernels, torch_kernels
+from . import cpp_kernels, fake_kernels, torch_kernels
 from .operators import LayerNorm2d, Pointwise
 
 # The environment variable that turns the fused path off everywhere.
@@ -195,6 +196,16 @@ def _try_triton(device: torch.device) -> str:
     return ''
 
 
+@cache
+def _cpp_obstacle() -> str:
+    """Why the C++ kernels cannot run on this CPU, or ''."""
+    try:
+        cpp_kernels.library.load()
+    except cpp_kernels.library.CompilerError as error:
+        return f'the C++ kernels {error}'
+    return ''
+
+
 # torch.compile calls the next two and takes what they return. It would trace
 # into a cached function, and replaces torch's is_exporting by True.
 
@@ -217,14 +228,22 @@ def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
         x (Tensor): On its device and of its type.
 
     Returns:
-        module: :mod:`mmconv2former.torch_kernels`, or what has Triton's under
-        the same names.
+        module: :mod:`mmconv2former.torch_kernels`,
+        :mod:`mmconv2former.cpp_kernels`, or what has Triton's under the same
+        names.
     """
-    # Triton's compute in fp32.
-    if not x.is_cuda or x.dtype == torch.double or _triton_obstacle(x.device):
+    if x.dtype == torch.double:  # the others compute in fp32
         return torch_kernels
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return TRITON  # fake tensors, and others that torch looks into
+    is_ordinary = type(x) is Tensor  # and not one that torch looks into
+    if not x.is_cuda:
+        if not is_ordinary or torch.compiler.is_compiling() \
+                or x.device.type != 'cpu' or _cpp_obstacle():
+            return torch_kernels
+        return cpp_kernels
+    if _triton_obstacle(x.device):
+        return torch_kernels
+    if torch.compiler.is_compiling() or not is_ordinary:
+        return TRITON
     return TRITON.functions  # the same without torch's dispatcher
 
 
@@ -282,12 +301,12 @@ def available(x: Tensor, modified: nn.Module | None = None) -> bool:
     if not torch.compiler.is_compiling():
         if obstacle:
             log_once(f'plain operators, because {obstacle}')
-        elif not x.is_cuda:
-            log_once(f'fused operators on the {x.device.type}')
         elif kernels_for(x) is not torch_kernels:
-            log_once('fused operators with Triton kernels')
+            kind = 'Triton' if x.is_cuda else 'C++'
+            log_once(f'fused operators with {kind} kernels')
         else:
-            reason = _triton_obstacle(x.device) or 'the model is in fp64'
+            reason = 'the model is in fp64' if x.dtype == torch.double else (
+                _triton_obstacle(x.device) if x.is_cuda else _cpp_obstacle())
             log_once(f'fused operators of torch alone, because {reason}')
     return not obstacle
 

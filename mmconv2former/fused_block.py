@@ -30,13 +30,10 @@ from .dispatch import (
 )
 from .operators import LayerNorm2d, at_least_fp32
 from .products import (
-    depthwise,
-    depthwise3_gelu,
     linear,
     linear_grad_input,
     linear_grad_params,
     onednn_linear,
-    onednn_linear_binary,
     onednn_takes,
 )
 from .torch_kernels import PART_BYTES, in_parts
@@ -246,26 +243,14 @@ def prepare(x: Tensor, parameters: Sequence[Tensor], middle: str,
         list[Tensor]: In the precision of the products.
     """
     dtype = product_dtype(x)
-    if not onednn_takes(x.device, dtype):
-        with without_autocast(x):
-            return dispatch.kernels_for(x).operands(parameters, dtype)
-    if middle == 'gate' and len(parameters) == 6:
-        # Only one of the halves meets a GELU.
-        pairs = zip(*(p.chunk(2) for p in parameters[:2]))
-        parameters = [*chain(*pairs), *parameters[2:]]
-    *linears, dw_weight, dw_bias, out_weight, out_bias = (
-        p.to(dtype) for p in parameters)
-
-    def factor(p: Tensor) -> Tensor:
-        if p.ndim == 1:
-            return p
-        p = p.flatten(1)
-        return torch.ops.mkldnn._reorder_linear_weight(p) if pack else p
-
-    return [
-        *map(factor, linears), dw_weight, dw_bias,
-        factor(out_weight), out_bias
-    ]
+    with without_autocast(x):
+        weights = dispatch.kernels_for(x).operands(parameters, dtype)
+    if pack and onednn_takes(x.device, dtype):
+        in_weight, in_bias, *filters, weight, bias = weights
+        in_weight, weight = map(torch.ops.mkldnn._reorder_linear_weight,
+                                (in_weight, weight))
+        weights = [in_weight, in_bias, *filters, weight, bias]
+    return weights
 
 
 def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -283,6 +268,7 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
         Tensor: (N, H, W, C).
     """
     dtype, kernels = product_dtype(x), dispatch.kernels_for(x)
+    # A bias for a weight, which may be rearranged.
     parts = in_parts(_hidden_bytes(x, weights[1], dtype), PART_BYTES, x, keep)
     if len(parts) > 1:
         return torch.cat([
@@ -290,31 +276,11 @@ def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
                   weights) for part, keep_part in parts])
     with without_autocast(x):
         y = kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype)
-        if onednn_takes(x.device, dtype):
-            onednn_middle = _onednn_gate if middle == 'gate' \
-                else _onednn_position
-            y = onednn_middle(y, *weights[:-2])
-            if scale is None and x.dtype == dtype:
-                return onednn_linear_binary(y, *weights[-2:], 'add', x)
-            y = onednn_linear(y, *weights[-2:])
-        else:
-            kernel = kernels.gate if middle == 'gate' else kernels.position
-            y = kernel(linear(y, *weights[:2]), *weights[2:4])
+        kernel = kernels.gate if middle == 'gate' else kernels.position
+        y = kernel(linear(y, *weights[:2]), *weights[2:4])
+        if scale is not None:
             y = linear(y, *weights[4:])
-        if scale is None:
-            return y.to(x.dtype).add_(x)
-        return kernels.scale_residual(x, y, scale, keep)
-
-
-def _onednn_gate(y: Tensor, z_weight: Tensor, z_bias: Tensor,
-                 v_weight: Tensor, v_bias: Tensor, dw_weight: Tensor,
-                 dw_bias: Tensor) -> Tensor:
-    h = onednn_linear(y, z_weight, z_bias, 'gelu')
-    return onednn_linear_binary(y, v_weight, v_bias, 'mul',
-                                depthwise(h, dw_weight, dw_bias))
-
-
-def _onednn_position(y: Tensor, weight: Tensor, bias: Tensor,
-                     dw_weight: Tensor, dw_bias: Tensor) -> Tensor:
-    h = onednn_linear(y, weight, bias, 'gelu')
-    return depthwise3_gelu(h, dw_weight, dw_bias).add_(h)
+            return kernels.scale_residual(x, y, scale, keep)
+        if x.dtype == dtype and onednn_takes(x.device, dtype):
+            return onednn_linear(y, *weights[4:], residual=x)
+        return linear(y, *weights[4:]).to(x.dtype).add_(x)

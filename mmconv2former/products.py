@@ -60,45 +60,30 @@ def onednn_takes(device: torch.device, dtype: torch.dtype) -> bool:
         dtype (torch.dtype): Of the operands.
 
     Returns:
-        bool: Whether it does; :func:`depthwise3_gelu` is one pass then, too.
+        bool: Whether it does.
     """
     return _onednn_fp32(device, dtype) or _onednn_bf16(device, dtype)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None,
-                  activation: str = 'none') -> Tensor:
+                  residual: Tensor | None = None) -> Tensor:
     """:func:`linear` by oneDNN.
 
     Args:
         x (Tensor): (..., I).
-        weight (Tensor): (O, I).
+        weight (Tensor): (O, I), also as oneDNN has rearranged it.
         bias (Tensor, optional): (O, ).
-        activation (str): 'none' or 'gelu', on the result. Defaults to 'none'.
+        residual (Tensor, optional): What is added to the result, (..., O), of
+            the type of x. Defaults to None.
 
     Returns:
         Tensor: (..., O).
     """
-    # There is no public name for this, which torch's compiler uses.
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [],
-                                              'none')
-
-
-def onednn_linear_binary(x: Tensor, weight: Tensor, bias: Tensor,
-                         operation: str, other: Tensor) -> Tensor:
-    """:func:`onednn_linear`, and what joins its result to another tensor.
-
-    Args:
-        x (Tensor): (..., I).
-        weight (Tensor): (O, I).
-        bias (Tensor): (O, ).
-        operation (str): 'add' or 'mul'.
-        other (Tensor): (..., O), of the type of x.
-
-    Returns:
-        Tensor: (..., O).
-    """
-    return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias,
-                                                     operation)
+    # There are no public names for these, which torch's compiler uses.
+    product = torch.ops.mkldnn._linear_pointwise
+    if residual is None:
+        return product(x, weight, bias, 'none', [], 'none')
+    return product.binary(x, residual, weight, bias, 'add')
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -182,23 +167,9 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         Tensor: (N, H, W, C).
     """
-    c, k = len(weight), weight.shape[-1]
-    image, padding = to_nchw(x), k // 2
-    # Filters that oneDNN's channels-last convolution is slow with.
-    is_slow = k in (11, 13) and onednn_takes(x.device, x.dtype)
-    if is_slow and x.shape[1] * x.shape[2] >= 1600:
-        # As the gradient of another convolution's input, up to twice as fast.
-        out = aten.convolution_backward(
-            image, image, weight.flip(2, 3), None, (1, 1), (padding, padding),
-            (1, 1), False, (0, 0), c, (True, False, False))[0]
-        if bias is not None:
-            out.add_(bias[:, None, None])
-    else:
-        if is_slow and (k == 13 or x.dtype == torch.float32) \
-                and min(x.shape[1:3]) > padding:
-            # Up to twice as fast in NCHW, which pays for the copies.
-            image = image.contiguous()
-        out = F.conv2d(image, weight, bias, padding=padding, groups=c)
+    out = F.conv2d(
+        to_nchw(x), weight, bias, padding=weight.shape[-1] // 2,
+        groups=len(weight))
     return to_nhwc(out).contiguous()
 
 
@@ -267,13 +238,3 @@ def depthwise_backward(grad: Tensor, x: Tensor,
         (1, 1), False, (0, 0), c, (True, True, True))
     return (to_nhwc(grad_x), at_least_fp32(grad_weight),
             at_least_fp32(grad_bias))
-
-
-def depthwise3_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of a 3x3 depthwise convolution, (N, H, W, C) -> (N, H, W, C)."""
-    if not onednn_takes(x.device, x.dtype):
-        return aten.gelu_(depthwise(x, weight, bias))
-    return to_nhwc(
-        torch.ops.mkldnn._convolution_pointwise(
-            to_nchw(x), weight, bias, [1, 1], [1, 1], [1, 1], len(weight),
-            'gelu', [], 'none'))

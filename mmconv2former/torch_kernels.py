@@ -1,7 +1,8 @@
 """What the blocks do besides matrix products, by operators of torch.
 
-The reference of :mod:`mmconv2former.triton_kernels`, whose functions have the
-same names, and what runs on CPUs.
+The reference of :mod:`mmconv2former.triton_kernels` and
+:mod:`mmconv2former.cpp_kernels`, whose functions have the same names, and what
+runs where these cannot.
 
 Tensors are (N, H, W, C). No function here builds a graph for autograd.
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import at_least_fp32
-from .products import depthwise, depthwise3_gelu, depthwise_backward
+from .products import depthwise, depthwise_backward
 
 aten = torch.ops.aten
 
@@ -178,8 +179,8 @@ def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
     Returns:
         tuple[Tensor]: Gradients of zv, weight and bias (the latter two in
         fp32), the result, which the caller has not stored, and the sum of the
-        first over all positions, (2C, ), which only Triton's kernels have at
-        hand: None here.
+        first over all positions, (2C, ), which only hand-written kernels have
+        at hand: None here.
     """
     grad_zv = torch.empty_like(zv, dtype=grad.dtype)
     grad_z, grad_v = grad_zv.chunk(2, -1)
@@ -205,7 +206,7 @@ def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         Tensor: (N, H, W, C).
     """
     h = F.gelu(z)
-    return depthwise3_gelu(h, weight, bias).add_(h)
+    return aten.gelu_(depthwise(h, weight, bias)).add_(h)
 
 
 def position_backward(grad: Tensor, z: Tensor, weight: Tensor,

@@ -37,6 +37,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(params=['C++', 'torch'])
+def kernels(request, monkeypatch):
+    """Whose kernels run on the CPU."""
+    if request.param == 'torch':
+        monkeypatch.setattr(dispatch, '_cpp_obstacle', lambda: 'are not asked')
+
+
 def random(*shape, dtype=torch.double, scale=1.):
     return (torch.randn(*shape, dtype=torch.double) * scale).to(dtype)
 
@@ -101,6 +108,7 @@ def assert_as_exact(exact, plain, ours):
             other - true).abs().max() + noise, name
 
 
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('n, c, h, w, k', [
     (1, 8, 1, 1, 3), (3, 8, 5, 7, 11), (2, 20, 13, 1, 7), (1, 36, 7, 13, 21),
     (2, 72, 7, 7, 11), (1, 100, 5, 5, 5), (2, 144, 13, 13, 11),
@@ -112,6 +120,7 @@ def test_block_is_as_exact_as_the_plain_one(n, c, h, w, k, monkeypatch):
     assert_as_exact(*three_ways(block(c, k, .5), x, grad, monkeypatch))
 
 
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', LOW)
 @pytest.mark.parametrize('residual', ['low', 'fp32'])
@@ -143,6 +152,7 @@ def test_block_is_as_exact_under_autocast(n, c, h, w, k, residual, dtype,
         assert own <= 2 * other + rounding * true.norm(), name
 
 
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('dtype', LOW)
 @pytest.mark.parametrize('autocast', [True, False])
 @pytest.mark.parametrize('emulated', [True, False])
@@ -183,6 +193,7 @@ def test_cpus_that_emulate_a_type_compute_in_fp32(emulated, autocast, dtype,
     assert len(said) == emulated
 
 
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('samples', [1, 2])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_samples_may_be_processed_in_parts(dtype, samples, monkeypatch):
@@ -233,6 +244,7 @@ print(min(faults() for _ in range(5)))
     assert int(process.stdout) < 100  # of 10,240 pages
 
 
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('by_onednn', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, *LOW])
 @pytest.mark.parametrize('n, c, h, w, k', [
@@ -268,6 +280,7 @@ def test_block_computes_the_same_without_gradients(n, c, h, w, k, dtype,
         plain - exact).norm() + rounding * exact.norm()
 
 
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('is_fused', [True, False])
 def test_norms_sum_their_gradients_over_large_maps_in_fp32(is_fused):
     torch.manual_seed(0)
@@ -308,36 +321,6 @@ def test_depthwise_weight_gradient_is_as_exact_as_torchs(
     error = (torchs(x, grad) - exact).abs().max()
     noise = 1e-6 * exact.abs().max()
     assert (ours - exact).abs().max() <= 2 * error + noise
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('with_bias', [True, False])
-@pytest.mark.parametrize('n, c, h, w, k', [
-    (2, 20, 9, 14, 9), (1, 8, 41, 40, 9), (2, 20, 14, 9, 11),
-    (3, 8, 5, 5, 11), (2, 20, 40, 41, 11), (2, 20, 13, 20, 13),
-    (1, 8, 17, 120, 13), (1, 8, 1, 1, 5), (2, 20, 41, 43, 21),
-])
-def test_depthwise_convolutions_are_as_exact_as_torchs(n, c, h, w, k,
-                                                       with_bias, dtype):
-    torch.manual_seed(h * w + k)
-    x, weight, bias = (random(*shape).to(dtype)
-                       for shape in ((n, h, w, c), (c, 1, k, k), (c, )))
-    if not with_bias:
-        bias = None
-    found = products.depthwise(x, weight, bias)
-
-    def by_torch(x, weight, bias):
-        out = F.conv2d(operators.to_nchw(x).contiguous(), weight, bias,
-                       padding=k // 2, groups=c)
-        return operators.to_nhwc(out)
-
-    exact = by_torch(x.double(), weight.double(),
-                     bias.double() if with_bias else None)
-    assert found.shape == exact.shape and found.is_contiguous()
-    assert found.dtype == dtype
-    rounding = torch.finfo(dtype).eps / 2 * exact.norm()
-    assert (found - exact).norm() <= 2 * (
-        by_torch(x, weight, bias) - exact).norm() + rounding
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -397,6 +380,7 @@ def test_plain_path_has_second_derivatives_and_the_fused_one_says_so():
     assert torch.autograd.gradgradcheck(plain, x)
 
 
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 def test_recomputed_blocks_and_changed_weights_give_the_same_bits(dtype,
@@ -419,6 +403,7 @@ def test_recomputed_blocks_and_changed_weights_give_the_same_bits(dtype,
     assert not torch.equal(*results)
 
 
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('dtype', LOW)
 def test_weights_in_low_precision_train_as_exactly(dtype, monkeypatch):
     torch.manual_seed(0)
@@ -438,6 +423,7 @@ def test_weights_in_low_precision_train_as_exactly(dtype, monkeypatch):
         assert own <= 2 * other + rounding * true.norm(), name
 
 
+@pytest.mark.usefixtures('kernels')
 def test_two_runs_give_the_same_bits():
     torch.manual_seed(0)
     model = block(20, 11, .5).float()
@@ -465,6 +451,7 @@ def test_empty_batches_have_gradients():
     assert not model.mlp.pos.weight.grad.any()
 
 
+@pytest.mark.usefixtures('kernels')
 def test_less_is_kept_for_the_backward_pass(monkeypatch):
     model = block(16, 11).float()
     x = random(2, 16, 20, 20).float().requires_grad_()
@@ -488,6 +475,7 @@ def test_less_is_kept_for_the_backward_pass(monkeypatch):
     assert 9 <= ours < 10 and kept() > 20
 
 
+@pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('memory_format', [
     torch.contiguous_format, torch.channels_last, 'strided'])
 def test_any_layout_of_the_input_will_do(memory_format, monkeypatch):
@@ -680,6 +668,7 @@ def test_log_says_once_which_path_runs_and_why(monkeypatch):
     lines = []
     monkeypatch.setattr(dispatch, 'print_log',
                         lambda text, **_: lines.append(text))
+    monkeypatch.setattr(dispatch, '_cpp_obstacle', lambda: 'there is no C++')
     dispatch.log_once.cache_clear()
     x = torch.randn(2, 3, 32, 32)
     model = Conv2Former(TINY)
@@ -689,7 +678,7 @@ def test_log_says_once_which_path_runs_and_why(monkeypatch):
     model(x)
     dispatch.log_once.cache_clear()
     assert lines == [
-        'Conv2Former: fused operators on the cpu',
+        'Conv2Former: fused operators of torch alone, because there is no C++',
         'Conv2Former: plain operators, because MMCONV2FORMER_FUSED=0'
     ]
 

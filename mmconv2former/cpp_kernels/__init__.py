@@ -1,0 +1,210 @@
+"""C++ kernels of the residual branches, for CPUs.
+
+The functions listed here stand in for those of the same names in
+:mod:`mmconv2former.torch_kernels`, which describes them, is their reference,
+and gets what they do not take: numbers that are neither fp32 nor bf16, and
+depthwise convolutions beyond 21x21.
+
+Tensors are (N, H, W, C). Inputs may have any strides; those that are not
+contiguous are copied first. Outputs are contiguous. Arithmetic is in fp32,
+each output is rounded once, and sums are taken in a fixed order, so that two
+runs give the same bits, with any number of threads. Nothing here builds a
+graph for autograd.
+"""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, get_num_threads
+
+from .. import torch_kernels
+from ..torch_kernels import (
+    drop_backward,
+    patches_shape,
+    scaled_linear_backward,
+)
+from . import library
+
+__all__ = [
+    'drop_backward', 'filters', 'gate', 'gate_backward', 'gate_forward',
+    'layer_norm', 'layer_norm_backward', 'operands', 'position',
+    'position_backward', 'scale_backward', 'scale_residual',
+    'scaled_linear_backward'
+]
+
+LARGEST_KERNEL = 21  # of those in depthwise.cpp
+
+
+def _takes(*dtypes: torch.dtype) -> bool:
+    return all(d in (torch.float32, torch.bfloat16) for d in dtypes)
+
+
+def _is_small(weight: Tensor) -> bool:
+    return weight.shape[-1] <= LARGEST_KERNEL
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def _in_fp32(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.float().contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def filters(weight: Tensor, bias: Tensor,
+            dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.filters`; in fp32 for bf16."""
+    if _takes(dtype) and _is_small(weight):
+        dtype = torch.float32
+    return torch_kernels.filters(weight, bias, dtype)
+
+
+def operands(parameters: Sequence[Tensor], dtype: torch.dtype,
+             scale: Tensor | None = None) -> list[Tensor]:
+    """See :func:`mmconv2former.torch_kernels.operands`."""
+    return torch_kernels.join_operands(
+        parameters, dtype, scale, filters=filters)
+
+
+def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`mmconv2former.torch_kernels.gate`."""
+    if not _takes(zv.dtype) or not _is_small(weight):
+        return torch_kernels.gate(zv, weight, bias)
+    return _gate(zv, weight, bias, None)
+
+
+def gate_forward(zv: Tensor, weight: Tensor,
+                 bias: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.gate_forward`."""
+    if not _takes(zv.dtype) or not _is_small(weight):
+        return torch_kernels.gate_forward(zv, weight, bias)
+    a = zv.new_empty((*zv.shape[:-1], len(weight)))
+    return _gate(zv, weight, bias, a), a
+
+
+def _gate(zv: Tensor, weight: Tensor, bias: Tensor,
+          a: Tensor | None) -> Tensor:
+    zv, weight, bias = zv.contiguous(), _in_fp32(weight), _in_fp32(bias)
+    out = zv.new_empty((*zv.shape[:-1], len(weight)))
+    library.load().gate(
+        zv.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(),
+        _pointer(a), *out.shape, weight.shape[-1], _is_bf16(zv),
+        get_num_threads())
+    return out
+
+
+def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
+                  bias: Tensor) -> tuple[Tensor, ...]:
+    """See :func:`mmconv2former.torch_kernels.gate_backward`."""
+    if not _takes(grad.dtype, zv.dtype) or not _is_small(weight):
+        return torch_kernels.gate_backward(grad, zv, a, weight, bias)
+    grad, zv, a = grad.contiguous(), zv.contiguous(), a.to(zv).contiguous()
+    weight = _in_fp32(weight)
+    grad_zv, out = torch.empty_like(zv, dtype=grad.dtype), \
+        torch.empty_like(grad)
+    grad_weight, sums = torch.empty_like(weight), weight.new_empty(
+        3 * len(weight))
+    library.load().gate_backward(
+        grad.data_ptr(), zv.data_ptr(), a.data_ptr(), weight.data_ptr(),
+        grad_zv.data_ptr(), out.data_ptr(), grad_weight.data_ptr(),
+        sums.data_ptr(), *grad.shape, weight.shape[-1], _is_bf16(grad),
+        _is_bf16(zv), get_num_threads())
+    return (grad_zv, grad_weight, sums[:len(weight)], out,
+            sums[len(weight):])
+
+
+def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """See :func:`mmconv2former.torch_kernels.position`."""
+    if not _takes(z.dtype):
+        return torch_kernels.position(z, weight, bias)
+    z, weight, bias = z.contiguous(), _in_fp32(weight), _in_fp32(bias)
+    out = torch.empty_like(z)
+    library.load().position(
+        z.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(),
+        *z.shape, weight.shape[-1], _is_bf16(z), get_num_threads())
+    return out
+
+
+def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
+                      bias: Tensor) -> tuple[Tensor, ...]:
+    """See :func:`mmconv2former.torch_kernels.position_backward`; nothing is
+    overwritten."""
+    if not _takes(grad.dtype, z.dtype):
+        return torch_kernels.position_backward(grad, z, weight, bias)
+    grad, z = grad.contiguous(), z.contiguous()
+    weight, bias = _in_fp32(weight), _in_fp32(bias)
+    grad_z, out = torch.empty_like(grad), torch.empty_like(grad)
+    grad_weight, sums = torch.empty_like(weight), weight.new_empty(
+        (2, len(weight)))
+    library.load().position_backward(
+        grad.data_ptr(), z.data_ptr(), weight.data_ptr(), bias.data_ptr(),
+        grad_z.data_ptr(), out.data_ptr(), grad_weight.data_ptr(),
+        sums.data_ptr(), *grad.shape, weight.shape[-1], _is_bf16(grad),
+        _is_bf16(z), get_num_threads())
+    return grad_z, grad_weight, sums[0], out, sums[1]
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
+               eps: float, dtype: torch.dtype, patch: int = 1) -> Tensor:
+    """See :func:`mmconv2former.torch_kernels.layer_norm`."""
+    if not _takes(x.dtype, dtype):
+        return torch_kernels.layer_norm(x, weight, bias, eps, dtype, patch)
+    x, weight, bias = x.contiguous(), _in_fp32(weight), _in_fp32(bias)
+    out = x.new_empty(patches_shape(x, patch), dtype=dtype)
+    library.load().layer_norm(
+        x.data_ptr(), _pointer(weight), _pointer(bias), eps, out.data_ptr(),
+        *x.shape, patch, _is_bf16(x), _is_bf16(out), get_num_threads())
+    return out
+
+
+def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
+                        eps: float, residual: Tensor | None,
+                        patch: int = 1) -> tuple[Tensor, ...]:
+    """See :func:`mmconv2former.torch_kernels.layer_norm_backward`."""
+    if not _takes(grad.dtype, x.dtype):
+        return torch_kernels.layer_norm_backward(grad, x, weight, bias, eps,
+                                                 residual, patch)
+    grad, x = grad.contiguous(), x.contiguous()
+    if residual is not None:
+        residual = residual.to(x).contiguous()
+    weight, bias = _in_fp32(weight), _in_fp32(bias)
+    grad_x, normed = torch.empty_like(x), torch.empty_like(grad)
+    sums = weight.new_empty((2, len(weight)))
+    library.load().layer_norm_backward(
+        grad.data_ptr(), x.data_ptr(), weight.data_ptr(), bias.data_ptr(),
+        eps, _pointer(residual), grad_x.data_ptr(), normed.data_ptr(),
+        sums.data_ptr(), *x.shape, patch, _is_bf16(x), _is_bf16(grad),
+        get_num_threads())
+    return grad_x, sums[0], sums[1], normed, None
+
+
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+                   keep: Tensor | None) -> Tensor:
+    """See :func:`mmconv2former.torch_kernels.scale_residual`."""
+    if not _takes(x.dtype, y.dtype):
+        return torch_kernels.scale_residual(x, y, scale, keep)
+    x, y = x.contiguous(), y.contiguous()
+    scale, keep = _in_fp32(scale), _in_fp32(keep)
+    out = torch.empty_like(x)
+    n, height, width, c = x.shape
+    library.load().scale_residual(
+        x.data_ptr(), y.data_ptr(), scale.data_ptr(), _pointer(keep),
+        out.data_ptr(), n, height * width, c, _is_bf16(x), _is_bf16(y),
+        get_num_threads())
+    return out
+
+
+def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.scale_backward`."""
+    if not _takes(grad.dtype):
+        return torch_kernels.scale_backward(grad, scale)
+    grad, scale = grad.contiguous(), _in_fp32(scale)
+    out, sums = torch.empty_like(grad), torch.empty_like(scale)
+    n, height, width, c = grad.shape
+    library.load().scale_backward(
+        grad.data_ptr(), scale.data_ptr(), out.data_ptr(), sums.data_ptr(),
+        n * height * width, c, _is_bf16(grad), get_num_threads())
+    return out, sums

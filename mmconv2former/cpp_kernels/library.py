@@ -1,0 +1,115 @@
+"""The C++ kernels, compiled when they are first needed."""
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from mmengine.logging import print_log
+
+FOLDER = Path(__file__).resolve().parent
+# Arguments of the functions: p for a pointer, l for a size, i for an integer
+# that is small, f for a number in fp32.
+TYPES = {'p': c_void_p, 'l': c_int64, 'i': c_int, 'f': c_float}
+FUNCTIONS = {
+    'gate': 'ppppp llll iii',
+    'gate_backward': 'pppppppp llll iiii',
+    'position': 'pppp llll iii',
+    'position_backward': 'pppppppp llll iiii',
+    'layer_norm': 'pppfp llll iiii',
+    'layer_norm_backward': 'ppppfpppp llll iiii',
+    'scale_residual': 'ppppp lll iii',
+    'scale_backward': 'pppp ll ii',
+}
+
+
+class CompilerError(RuntimeError):
+    """The kernels cannot run here; the text says why."""
+
+
+def _instructions() -> list[str]:
+    """Options of the compiler for the instructions that this CPU has."""
+    # What torch itself makes use of, for which ATEN_CPU_CAPABILITY can ask.
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == 'AVX2':
+        return ['-mavx2', '-mfma']
+    if not capability.startswith('AVX512'):
+        raise CompilerError(
+            f'want a CPU with AVX2 or AVX-512, and torch finds {capability}')
+    parts = ['f', 'bw', 'dq', 'vl']
+    if torch.cpu._is_avx512_bf16_supported():
+        parts.append('bf16')
+    return ['-mfma', *(f'-mavx512{part}' for part in parts)]
+
+
+def _compiler() -> str:
+    """The command of the environment variable CXX, or g++, or clang++."""
+    wanted = [os.environ['CXX']] if os.environ.get('CXX') else [
+        'g++', 'clang++']
+    for name in wanted:
+        if command := shutil.which(name):
+            return command
+    raise CompilerError(
+        f'want a C++ compiler, and there is no {" or ".join(wanted)}')
+
+
+def _compile(target: Path, command: list[str]) -> None:
+    print_log(
+        'Conv2Former: compiling C++ kernels, once, in some ten seconds',
+        logger='current')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Of several processes each compiles, and the last one's file stays.
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder) / target.name
+        done = subprocess.run([*command, '-o', str(built)],
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise CompilerError(f'cannot be compiled: {" ".join(command)} '
+                                f'says {done.stderr.strip()[:1000]}')
+        built.replace(target)
+
+
+def _library() -> Path:
+    """The compiled library in the user's cache folder, made if need be."""
+    sources = sorted(FOLDER.glob('*.cpp'))
+    command = [
+        _compiler(), '-O3', '-std=c++17', '-ffp-contract=fast', '-shared',
+        '-fPIC', '-fopenmp', *_instructions(), *map(str, sources)
+    ]
+    digest = hashlib.sha256(' '.join(command).encode())
+    for path in (*sources, *sorted(FOLDER.glob('*.h'))):
+        digest.update(path.read_bytes())
+    root = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    target = Path(root) / 'mmconv2former' / f'{digest.hexdigest()[:16]}.so'
+    if not target.exists():
+        _compile(target, command)
+    return target
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The kernels, compiled if that has not been done yet.
+
+    Returns:
+        CDLL: With the functions of the sources, named without ``mmc_``.
+
+    Raises:
+        CompilerError: If they cannot be compiled or loaded here.
+    """
+    try:
+        library = ctypes.CDLL(str(_library()))
+    except CompilerError:
+        raise
+    except (OSError, RuntimeError) as error:  # the latter without a home
+        raise CompilerError(f'cannot be written or loaded: {error}') from error
+    for name, arguments in FUNCTIONS.items():
+        function = getattr(library, f'mmc_{name}')
+        function.argtypes = [TYPES[kind] for kind in arguments if kind != ' ']
+        function.restype = None
+        setattr(library, name, function)
+    return library

@@ -1,0 +1,389 @@
+"""The C++ kernels against the functions of the same names in torch.
+
+In the instructions that torch makes use of, AVX-512 or AVX2; a test starts
+this file anew for the latter.
+"""
+import inspect
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmconv2former import cpp_kernels, dispatch, torch_kernels
+from mmconv2former.backbone import Block
+from mmconv2former.cpp_kernels import library
+
+EPS = 1e-6
+DTYPES = [torch.float32, torch.bfloat16]
+# N, H, W, C, K: maps of one and of several tiles, rows whose last positions
+# fill blocks of 14 and of 7 and do not, channels that fill vectors and do not.
+CASES = [
+    (1, 1, 1, 8, 1), (2, 1, 1, 20, 11), (3, 7, 7, 36, 11), (1, 5, 13, 72, 7),
+    (2, 13, 14, 100, 5), (1, 14, 15, 144, 11), (2, 9, 22, 16, 9),
+    (1, 56, 7, 8, 13), (1, 30, 60, 20, 11), (1, 57, 113, 8, 3),
+    (2, 4, 3, 24, 21),
+]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled():
+    try:
+        library.load()
+    except library.CompilerError as error:
+        pytest.skip(f'the C++ kernels {error}')
+
+
+def draw(dtype, *shapes):
+    generator = torch.Generator().manual_seed(sum(shapes[0]))
+    return [
+        torch.randn(s, generator=generator, dtype=torch.double).to(dtype)
+        for s in shapes
+    ]
+
+
+def in_double(x):
+    if isinstance(x, torch.dtype):
+        return torch.double
+    return x.double() if torch.is_tensor(x) else x
+
+
+def copied(x):
+    return x.clone() if torch.is_tensor(x) else x
+
+
+def compare(name, *inputs):
+    """The error is at most twice that of torch's operators, plus a rounding.
+    """
+    plain = getattr(torch_kernels, name)
+    true, other = plain(*map(in_double, inputs)), plain(*map(copied, inputs))
+    before = list(map(copied, inputs))
+    own = getattr(cpp_kernels, name)(*inputs)
+    for old, new in zip(before, inputs):
+        assert not torch.is_tensor(old) or torch.equal(old, new), \
+            'an input was overwritten'
+    for o, p, t in zip(*([r] if torch.is_tensor(r) else r
+                         for r in (own, other, true)), strict=True):
+        if t is None:  # sums that torch's functions leave to their callers
+            continue
+        assert o.shape == t.shape and o.is_contiguous()
+        rounding = torch.finfo(o.dtype).eps
+        for size in torch.linalg.vector_norm, lambda x: x.abs().max():
+            assert size(o - t) <= 2 * size(p - t) + rounding * size(t)
+    return own
+
+
+def assert_sums(sums, values):
+    """They are of the values before these were rounded."""
+    true = values.double().sum((0, 1, 2))
+    spread = values.double().square().sum((0, 1, 2)).sqrt()
+    bound = torch.finfo(values.dtype).eps * (2 * spread + true.abs())
+    assert sums.dtype == torch.float32
+    assert ((sums - true).abs() <= bound).all()
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('n, h, w, c, k', CASES)
+def test_gate_and_its_gradients_are_as_exact(n, h, w, c, k, dtype):
+    zv, weight, bias, grad = draw(dtype, (n, h, w, 2 * c), (c, 1, k, k),
+                                  (c, ), (n, h, w, c))
+    out, a = compare('gate_forward', zv, weight, bias)
+    assert out.dtype == a.dtype == dtype
+    assert torch.equal(out, cpp_kernels.gate(zv, weight, bias))
+    grad_zv, grad_weight, grad_bias, again, sums = compare(
+        'gate_backward', grad, zv, a, weight, bias)
+    assert grad_zv.dtype == again.dtype == dtype
+    assert grad_weight.dtype == grad_bias.dtype == torch.float32
+    assert_sums(sums, grad_zv)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('n, h, w, c', [case[:4] for case in CASES])
+def test_position_and_its_gradients_are_as_exact(n, h, w, c, dtype):
+    z, weight, bias, grad = draw(dtype, (n, h, w, c), (c, 1, 3, 3), (c, ),
+                                 (n, h, w, c))
+    out = compare('position', z, weight, bias)
+    grad_z, grad_weight, grad_bias, again, sums = compare(
+        'position_backward', grad, z, weight, bias)
+    assert out.dtype == grad_z.dtype == dtype
+    assert grad_weight.dtype == grad_bias.dtype == torch.float32
+    assert torch.equal(out, again)
+    assert_sums(sums, grad_z)
+
+
+@pytest.mark.parametrize('patch', [1, 2, 4])
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('n, h, w, c', [case[:4] for case in CASES])
+def test_norms_are_as_exact(n, h, w, c, dtype, patch):
+    x, residual, weight, bias = draw(dtype, (n, h, w, c), (n, h, w, c), (c, ),
+                                     (c, ))
+    x, patch = x * 3 + 5, min(patch, h, w)
+    out = compare('layer_norm', x, weight, bias, EPS, dtype, patch)
+    assert out.dtype == dtype
+    compare('layer_norm', x, None, None, EPS, dtype, patch)
+    grad, = draw(dtype, out.shape)
+    for other in residual, None:
+        grad_x, grad_weight, grad_bias, again, _ = compare(
+            'layer_norm_backward', grad, x, weight, bias, EPS, other, patch)
+        assert grad_x.dtype == again.dtype == dtype
+        assert grad_weight.dtype == grad_bias.dtype == torch.float32
+        torch.testing.assert_close(again, out)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('n, h, w, c', [case[:4] for case in CASES])
+def test_layer_scale_is_as_exact(n, h, w, c, dtype):
+    x, y, scale, keep = draw(dtype, (n, h, w, c), (n, h, w, c), (c, ),
+                             (n, 1, 1, 1))
+    for factor in keep, None:
+        assert compare('scale_residual', x, y, scale, factor).dtype == dtype
+    out, sums = compare('scale_backward', x, scale)
+    assert out.dtype == dtype
+    assert_sums(sums, x)
+
+
+def test_precisions_of_stream_branch_and_what_is_stored_may_differ():
+    n, h, w, c = 2, 5, 7, 20
+    low = torch.bfloat16
+    x, zv, weight, bias, scale = draw(low, (n, h, w, c), (n, h, w, 2 * c),
+                                      (c, 1, 3, 3), (c, ), (c, ))
+    grad, = draw(torch.float32, (n, h, w, c))
+    wide = [t.float() for t in (x, zv)]
+    for own, other in (
+            # CPUs that emulate bf16 compute in fp32 and store bf16.
+        (cpp_kernels.gate_backward(grad, zv, x, weight, bias),
+         cpp_kernels.gate_backward(grad, wide[1], wide[0], weight, bias)),
+        (cpp_kernels.position_backward(grad, x, weight, bias),
+         cpp_kernels.position_backward(grad, wide[0], weight, bias)),
+            # A residual in fp32.
+        ([cpp_kernels.layer_norm(wide[0], scale, bias, EPS, low)],
+         [cpp_kernels.layer_norm(wide[0], scale, bias, EPS,
+                                 torch.float32).to(low)]),
+        ([cpp_kernels.scale_residual(wide[0], x, scale, None)],
+         [cpp_kernels.scale_residual(wide[0], wide[0], scale, None)]),
+        ([cpp_kernels.layer_norm_backward(x, wide[0], scale, bias, EPS,
+                                          grad)[0]],
+         [cpp_kernels.layer_norm_backward(wide[0], wide[0], scale, bias, EPS,
+                                          grad)[0]])):
+        for o, t in zip(own, other, strict=True):
+            assert o.dtype == t.dtype and torch.equal(o, t)
+
+
+def test_gelu_is_exact_from_end_to_end():
+    steps = torch.linspace(-12, 12, 96000)
+    far = torch.tensor(
+        [-3e38, -1e20, -88., -20., -0., 0., 20., 88., 1e20, 3e38])
+    z = torch.cat([steps, far.repeat_interleave(16)]).view(1, 1, -1, 16)
+    # Without the convolution h + GELU(0) remains.
+    weight, bias = torch.zeros(16, 1, 3, 3), torch.zeros(16)
+    z_ = z.double().requires_grad_()
+    true = F.gelu(z_)
+    true.sum().backward()
+    out = cpp_kernels.position(z, weight, bias)
+    slope, *_ = cpp_kernels.position_backward(torch.ones_like(z), z, weight,
+                                              bias)
+    # That of the normal distribution is 2e-7; torch's own is 1e-7.
+    assert ((out - true).abs() <= 2e-7 * z.abs()).all()
+    assert ((slope - z_.grad).abs() < 1e-6).all()
+    nan = torch.full((1, 1, 1, 16), torch.nan)
+    assert cpp_kernels.position(nan, weight, bias).isnan().all()
+    assert cpp_kernels.position_backward(nan, nan, weight,
+                                         bias)[0].isnan().all()
+
+
+def test_numbers_are_rounded_to_the_nearest():
+    bits = torch.arange(-2**31, 2**31, 4099 * 7, dtype=torch.int64)
+    x = bits.to(torch.int32).view(torch.float32)
+    x = torch.cat([x, torch.tensor([torch.inf, -torch.inf, torch.nan, 0.])])
+    x = x[:len(x) // 16 * 16].view(1, 1, -1, 16)
+    # Below are numbers that instructions for bf16 take for zero.
+    x = torch.where(x.abs() < torch.finfo(torch.float32).tiny, 1., x)
+    out = cpp_kernels.layer_norm(x, None, None, EPS, torch.bfloat16)
+    assert out.shape == x.shape
+    zeros, ones = torch.zeros(x.shape), torch.ones(16)
+    out = cpp_kernels.scale_residual(zeros.bfloat16(), x, ones, None)
+    assert torch.equal(out.isnan(), x.isnan())
+    assert torch.equal(out.nan_to_num(), x.bfloat16().nan_to_num())
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    n, h, w, c, k = 3, 31, 29, 40, 11
+    zv, a, grad, weight, bias, small = draw(
+        torch.float32, (n, h, w, 2 * c), (n, h, w, c), (n, h, w, c),
+        (c, 1, k, k), (c, ), (c, 1, 3, 3))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in 1, 2, 5:
+            torch.set_num_threads(count)
+            results.append([
+                *cpp_kernels.gate_forward(zv, weight, bias),
+                *cpp_kernels.gate_backward(grad, zv, a, weight, bias),
+                *cpp_kernels.position_backward(grad, a, small, bias),
+                *cpp_kernels.layer_norm_backward(grad, a, bias, bias, EPS,
+                                                 grad)[:4],
+                *cpp_kernels.scale_backward(grad, bias)])
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        for first, other in zip(results[0], others, strict=True):
+            assert torch.equal(first, other)
+
+
+def test_inputs_may_have_any_strides():
+    n, h, w, c = 2, 5, 7, 20
+    tensors = draw(torch.float32, (n, h, w, 2 * c), *[(n, h, w, c)] * 2,
+                   (c, 1, 3, 3), (c, ), (n, 1, 1, 1))
+    strided = [
+        torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+        for t in tensors
+    ]
+    assert not any(t.is_contiguous() for t in strided if t.numel() > n)
+
+    def run(zv, x, y, weight, bias, keep):
+        return [
+            *cpp_kernels.gate_forward(zv, weight, bias),
+            *cpp_kernels.gate_backward(y, zv, x, weight, bias),
+            cpp_kernels.position(x, weight, bias),
+            *cpp_kernels.position_backward(y, x, weight, bias),
+            cpp_kernels.layer_norm(x, bias, bias, EPS, torch.float32),
+            *cpp_kernels.layer_norm_backward(y, x, bias, bias, EPS, y)[:4],
+            cpp_kernels.scale_residual(x, y, bias, keep),
+            *cpp_kernels.scale_backward(x, bias)]
+
+    for own, true in zip(run(*strided), run(*tensors), strict=True):
+        assert torch.equal(own, true)
+
+
+@pytest.mark.parametrize('dtype, k', [(torch.float16, 5), (torch.float32, 23)])
+def test_torch_has_what_the_kernels_do_not_take(dtype, k):
+    zv, grad, weight, bias = draw(dtype, (1, 5, 7, 16), (1, 5, 7, 8),
+                                  (8, 1, k, k), (8, ))
+    out, a = cpp_kernels.gate_forward(zv, weight, bias)
+    plain = torch_kernels.gate_forward(zv, weight, bias)
+    assert torch.equal(out, plain[0]) and torch.equal(a, plain[1])
+    own = cpp_kernels.gate_backward(grad, zv, a, weight, bias)
+    plain = torch_kernels.gate_backward(grad, zv, a, weight, bias)
+    for o, p in zip(own[:4], plain[:4], strict=True):
+        assert torch.equal(o, p)
+    x = grad
+    if dtype == torch.float16:
+        for name, inputs in (
+                ('position', (x, weight, bias)),
+                ('layer_norm', (x, bias, bias, EPS, dtype)),
+                ('scale_residual', (x, x, bias, None))):
+            assert torch.equal(getattr(cpp_kernels, name)(*inputs),
+                               getattr(torch_kernels, name)(*inputs))
+
+
+def test_signatures_are_those_of_torchs_functions():
+    for name in cpp_kernels.__all__:
+        own, plain = (inspect.signature(getattr(module, name)).parameters
+                      for module in (cpp_kernels, torch_kernels))
+        assert list(own) == list(plain), name
+
+
+def python(code, **environment):
+    return subprocess.run([sys.executable, '-c', code], text=True,
+                          env={**os.environ, **environment},
+                          capture_output=True)
+
+
+def test_kernels_are_compiled_once(tmp_path):
+    code = ('from mmconv2former.cpp_kernels.library import load\n'
+            'load()\nprint("loaded")')
+    process = python(code, XDG_CACHE_HOME=str(tmp_path))
+    assert process.stdout.endswith('loaded\n'), process.stderr
+    assert 'compiling C++ kernels' in process.stdout + process.stderr
+    built, = (tmp_path / 'mmconv2former').iterdir()
+    made = built.stat().st_mtime_ns
+    process = python(code, XDG_CACHE_HOME=str(tmp_path))
+    assert process.stdout == 'loaded\n', process.stderr
+    assert built.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize('environment, reason', [
+    (dict(CXX='no-compiler'), 'there is no no-compiler'),
+    (dict(CXX='false'), 'cannot be compiled'),
+    (dict(XDG_CACHE_HOME='/dev/null'), 'cannot be written or loaded'),
+    (dict(ATEN_CPU_CAPABILITY='default'), 'torch finds DEFAULT'),
+])
+def test_torchs_operators_run_where_nothing_can_be_compiled(
+        environment, reason, tmp_path):
+    code = """
+import torch
+from mmconv2former import Conv2Former
+model = Conv2Former('nano').eval()
+with torch.no_grad():
+    model(torch.rand(1, 3, 64, 64))
+model(torch.rand(1, 3, 64, 64))[0].sum().backward()
+"""
+    process = python(code, **{'XDG_CACHE_HOME': str(tmp_path), **environment})
+    assert process.returncode == 0, process.stderr
+    log = process.stdout + process.stderr
+    assert log.count('fused operators of torch alone, because the C++') == 1
+    assert reason in log
+    assert not list(tmp_path.rglob('*.so'))
+
+
+def test_files_in_the_cache_are_no_others(tmp_path, monkeypatch):
+    """What is compiled for one CPU, or from other sources, is not loaded."""
+    names = set()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(library, '_compile',
+                        lambda target, command: names.add(target))
+    sources = tmp_path / 'sources'
+    sources.mkdir()
+    for path in library.FOLDER.iterdir():
+        if path.suffix in ('.cpp', '.h'):
+            (sources / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(library, 'FOLDER', sources)
+    library._library()
+    library._library()
+    assert len(names) == 1
+    with (sources / 'vector.h').open('a') as file:
+        file.write('// changed\n')
+    library._library()
+    assert len(names) == 2
+    monkeypatch.setattr(library, '_instructions', lambda: ['-mavx2'])
+    library._library()
+    assert len(names) == 3
+
+
+def test_blocks_take_them_and_say_so(monkeypatch):
+    called, lines = [], []
+    monkeypatch.setattr(dispatch, 'print_log',
+                        lambda text, **_: lines.append(text))
+    dispatch.log_once.cache_clear()
+    for name in 'gate_forward', 'gate_backward', 'position_backward':
+        function = getattr(cpp_kernels, name)
+        monkeypatch.setattr(
+            cpp_kernels, name,
+            lambda *inputs, f=function, n=name: called.append(n) or f(*inputs))
+    block = Block(8, 5, 4., 'hadamard', 0., 1., False, True)
+    x = torch.rand(1, 8, 6, 6)
+    block(x).sum().backward()
+    assert called == ['gate_forward', 'position_backward', 'gate_backward']
+    called.clear()
+    block.double()(x.double()).sum().backward()
+    dispatch.log_once.cache_clear()
+    assert not called
+    assert lines == [
+        'Conv2Former: fused operators with C++ kernels',
+        'Conv2Former: fused operators of torch alone, because the model is in '
+        'fp64'
+    ]
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == 'AVX2',
+    reason='this process has no other instructions')
+def test_kernels_for_avx2_are_as_exact():
+    process = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-rs', __file__, '-k',
+         'exact or nearest or threads or strides'],
+        env={**os.environ, 'ATEN_CPU_CAPABILITY': 'avx2'}, text=True,
+        capture_output=True)
+    assert process.returncode == 0, process.stdout
+    assert 'the C++ kernels' not in process.stdout  # skipped
