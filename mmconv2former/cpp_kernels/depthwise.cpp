@@ -209,6 +209,32 @@ Window window_of(const Shape& shape, const Tile& tile, int border = 0) {
   return {shape, tile.sample, tile.top - border, tile.left - border};
 }
 
+// The channels of a tile at all positions of a tensor.
+template <class T>
+struct Map {
+  T* data;         // of the first position and channel
+  int64_t stride;  // from position to position
+  Lanes lanes;
+
+  INLINE Vec load(int64_t position) const {
+    return ::load(data + position * stride, lanes);
+  }
+  // The same, and ask for what will be read next: positions are far apart in
+  // memory, and so no processor foresees that.
+  INLINE Vec load(int64_t position, int64_t next) const {
+    __builtin_prefetch(data + next * stride);
+    return load(position);
+  }
+  INLINE void store(int64_t position, Vec x) const {
+    ::store(data + position * stride, x, lanes);
+  }
+};
+
+template <class T>
+Map<T> map_of(T* data, int64_t stride, const Tile& tile) {
+  return {data + tile.channel, stride, tile.lanes};
+}
+
 struct Plane {
   float* data;
   int64_t rows, columns;
@@ -376,27 +402,27 @@ class Sums {
 template <class T>
 void gate(const T* zv, const float* weight, const float* bias, T* out, T* a,
           const Shape& shape, const Kernel& kernel, int threads) {
-  const int64_t c = shape.channels;
+  const int64_t c = shape.channels, width = shape.width;
   const int k = kernel.size;
   const Tiles tiles(shape, GATE_AREA);
   const Filters filters(weight, c, kernel, false);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < tiles.size(); i++) {
     const Tile t = tiles[i];
-    const Lanes lanes = t.lanes;
     const Window window = window_of(shape, t);
+    const auto z = map_of(zv, 2 * c, t), v = map_of(zv + c, 2 * c, t);
+    const auto out_map = map_of(out, c, t), a_map = map_of(a, c, t);
     const Plane h =
         workspace.plane(0, t.rows + k - 1, whole_blocks(t.columns) + k - 1);
-    fill(h, window_of(shape, t, kernel.padding()), [&](int64_t p, int64_t, int64_t) {
-      return gelu(load(zv + p * 2 * c + t.channel, lanes));
-    });
-    convolve_plane(kernel, h, filters.of(t), load(bias + t.channel, lanes),
+    fill(h, window_of(shape, t, kernel.padding()),
+         [&](int64_t p, int64_t, int64_t) {
+           return gelu(z.load(p, p + width));
+         });
+    convolve_plane(kernel, h, filters.of(t), load(bias + t.channel, t.lanes),
                    t.rows, t.columns, [&](int row, int column, Vec sum) {
                      const int64_t p = window.position(row, column);
-                     if (a) store(a + p * c + t.channel, sum, lanes);
-                     const Vec v = load(zv + (p * 2 + 1) * c + t.channel,
-                                        lanes);
-                     store(out + p * c + t.channel, sum * v, lanes);
+                     if (a) a_map.store(p, sum);
+                     out_map.store(p, sum * v.load(p, p + width));
                    });
   }
 }
@@ -406,7 +432,7 @@ template <class T, class S>
 void gate_backward(const T* grad, const S* zv, const S* a, const float* weight,
                    T* grad_zv, T* out, float* grad_weight, float* sums,
                    const Shape& shape, const Kernel& kernel, int threads) {
-  const int64_t c = shape.channels;
+  const int64_t c = shape.channels, width = shape.width;
   const int k = kernel.size, padding = kernel.padding();
   const Tiles tiles(shape, GATE_AREA);
   const Filters filters(weight, c, kernel, true);
@@ -414,45 +440,45 @@ void gate_backward(const T* grad, const S* zv, const S* a, const float* weight,
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < tiles.size(); i++) {
     const Tile t = tiles[i];
-    const Lanes lanes = t.lanes;
     const Window window = window_of(shape, t);
     const Window around = window_of(shape, t, padding);
     const int64_t rows = t.rows + k - 1;
     const int64_t columns = whole_blocks(t.columns) + k - 1;
-    const T* grad_of = grad + t.channel;
-    const S *z_of = zv + t.channel, *v_of = z_of + c, *a_of = a + t.channel;
-    T *grad_z_of = grad_zv + t.channel, *grad_v_of = grad_z_of + c;
+    const auto z = map_of(zv, 2 * c, t), v = map_of(zv + c, 2 * c, t);
+    const auto grad_z = map_of(grad_zv, 2 * c, t);
+    const auto grad_v = map_of(grad_zv + c, 2 * c, t);
+    const auto grad_map = map_of(grad, c, t);
+    const auto a_map = map_of(a, c, t);
+    const auto out_map = map_of(out, c, t);
 
     const Plane h = workspace.plane(0, rows, columns);
     fill(h, around, [&](int64_t p, int64_t, int64_t) {
-      return gelu(load(z_of + p * 2 * c, lanes));
+      return gelu(z.load(p, p + width));
     });
     const Plane grad_a = workspace.plane(1, rows, columns);
     fill(grad_a, around, [&](int64_t p, int64_t, int64_t) {
-      return load(grad_of + p * c, lanes) * load(v_of + p * 2 * c, lanes);
+      return grad_map.load(p, p + width) * v.load(p, p + width);
     });
     Sum sum_a, sum_z, sum_v;
     for (int row = 0; row < t.rows; row++)
       for (int column = 0; column < t.columns; column++) {
         const int64_t p = window.position(row, column);
-        const Vec factor = load(a_of + p * c, lanes);
-        const Vec grad_v = load(grad_of + p * c, lanes) * factor;
-        store(grad_v_of + p * 2 * c, grad_v, lanes);
-        store(out + p * c + t.channel, load(v_of + p * 2 * c, lanes) * factor,
-              lanes);
-        sum_v += grad_v;
+        const Vec factor = a_map.load(p, p + width);
+        const Vec here = grad_map.load(p) * factor;
+        grad_v.store(p, here);
+        out_map.store(p, v.load(p) * factor);
+        sum_v += here;
         sum_a += load(grad_a.at(row + padding, column + padding));
       }
     correlate_planes(kernel, h, grad_a, padding, t.rows, t.columns,
                      parts.weight(i));
-    convolve_plane(
-        kernel, grad_a, filters.of(t), Vec{}, t.rows, t.columns,
-        [&](int row, int column, Vec grad_h) {
-          const int64_t p = window.position(row, column);
-          const Vec grad_z = grad_h * Gelu(load(z_of + p * 2 * c, lanes)).slope;
-          store(grad_z_of + p * 2 * c, grad_z, lanes);
-          sum_z += grad_z;
-        });
+    convolve_plane(kernel, grad_a, filters.of(t), Vec{}, t.rows, t.columns,
+                   [&](int row, int column, Vec grad_h) {
+                     const int64_t p = window.position(row, column);
+                     const Gelu gelu(z.load(p, p + width));
+                     grad_z.store(p, grad_h * gelu.slope);
+                     sum_z += grad_h * gelu.slope;
+                   });
     parts.set(i, 0, sum_a.get());
     parts.set(i, 1, sum_z.get());
     parts.set(i, 2, sum_v.get());
@@ -463,7 +489,7 @@ void gate_backward(const T* grad, const S* zv, const S* a, const float* weight,
 template <class T>
 void position(const T* z, const float* weight, const float* bias, T* out,
               const Shape& shape, const Kernel& kernel, int threads) {
-  const int64_t c = shape.channels;
+  const int64_t c = shape.channels, width = shape.width;
   const int k = kernel.size, padding = kernel.padding();
   const Tiles tiles(shape, POSITION_AREA);
   const Filters filters(weight, c, kernel, false);
@@ -471,17 +497,19 @@ void position(const T* z, const float* weight, const float* bias, T* out,
   for (int64_t i = 0; i < tiles.size(); i++) {
     const Tile t = tiles[i];
     const Window window = window_of(shape, t);
+    const auto z_map = map_of(z, c, t);
+    const auto out_map = map_of(out, c, t);
     const Plane h =
         workspace.plane(0, t.rows + k - 1, whole_blocks(t.columns) + k - 1);
     fill(h, window_of(shape, t, padding), [&](int64_t p, int64_t, int64_t) {
-      return gelu(load(z + p * c + t.channel, t.lanes));
+      return gelu(z_map.load(p, p + width));
     });
     convolve_plane(kernel, h, filters.of(t), load(bias + t.channel, t.lanes),
                    t.rows, t.columns, [&](int row, int column, Vec sum) {
                      const Vec here =
                          load(h.at(row + padding, column + padding));
-                     store(out + window.position(row, column) * c + t.channel,
-                           here + gelu(sum), t.lanes);
+                     out_map.store(window.position(row, column),
+                                   here + gelu(sum));
                    });
   }
 }
@@ -491,7 +519,7 @@ void position_backward(const T* grad, const S* z, const float* weight,
                        const float* bias, T* grad_z, T* out,
                        float* grad_weight, float* sums, const Shape& shape,
                        const Kernel& kernel, int threads) {
-  const int64_t c = shape.channels;
+  const int64_t c = shape.channels, width = shape.width;
   const int k = kernel.size, padding = kernel.padding();
   const Tiles tiles(shape, POSITION_AREA);
   const Filters filters(weight, c, kernel, false);
@@ -500,11 +528,12 @@ void position_backward(const T* grad, const S* z, const float* weight,
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < tiles.size(); i++) {
     const Tile t = tiles[i];
-    const Lanes lanes = t.lanes;
     const Window window = window_of(shape, t);
     const Window around = window_of(shape, t, padding);
-    const T* grad_of = grad + t.channel;
-    const S* z_of = z + t.channel;
+    const auto z_map = map_of(z, c, t);
+    const auto grad_map = map_of(grad, c, t);
+    const auto grad_z_map = map_of(grad_z, c, t);
+    const auto out_map = map_of(out, c, t);
 
     // The gradient of the convolution's output is wanted around the tile, too,
     // and so is this output, and its input around that.
@@ -514,7 +543,7 @@ void position_backward(const T* grad, const S* z, const float* weight,
     const Plane slopes = workspace.plane(2, h.rows, h.columns);
     fill(h, window_of(shape, t, 2 * padding),
          [&](int64_t p, int64_t row, int64_t column) {
-           const Gelu gelu(load(z_of + p * c, lanes));
+           const Gelu gelu(z_map.load(p, p + width));
            store(slopes.at(row, column), gelu.slope);
            return gelu.out;
          });
@@ -525,21 +554,21 @@ void position_backward(const T* grad, const S* z, const float* weight,
         store(grad_d.at(row, column), Vec{});
     Sum sum_d, sum_z;
     convolve_plane(
-        kernel, h, filters.of(t), load(bias + t.channel, lanes), rows, columns,
-        [&](int row, int column, Vec d) {
+        kernel, h, filters.of(t), load(bias + t.channel, t.lanes), rows,
+        columns, [&](int row, int column, Vec d) {
           if (!around.has(row, column))
             return store(grad_d.at(row, column), Vec{});
           const int64_t p = around.position(row, column);
-          const Gelu value(d);
-          const Vec grad_here = load(grad_of + p * c, lanes) * value.slope;
-          store(grad_d.at(row, column), grad_here);
+          const Gelu gelu(d);
+          const Vec here = grad_map.load(p, p + width) * gelu.slope;
+          store(grad_d.at(row, column), here);
           const int from_top = row - padding, from_left = column - padding;
           if (from_top < 0 || from_top >= t.rows || from_left < 0 ||
               from_left >= t.columns)
             return;
-          sum_d += grad_here;
-          const Vec here = load(h.at(row + padding, column + padding));
-          store(out + p * c + t.channel, value.out + here, lanes);
+          sum_d += here;
+          out_map.store(
+              p, load(h.at(row + padding, column + padding)) + gelu.out);
         });
     // Without the border that only the convolution above has read.
     const Plane inner{h.at(padding, padding), h.rows, h.columns};
@@ -549,10 +578,10 @@ void position_backward(const T* grad, const S* z, const float* weight,
         kernel, grad_d, flipped.of(t), Vec{}, t.rows, t.columns,
         [&](int row, int column, Vec sum) {
           const int64_t p = window.position(row, column);
-          const Vec grad_h = sum + load(grad_of + p * c, lanes);
           const Vec here =
-              grad_h * load(slopes.at(row + 2 * padding, column + 2 * padding));
-          store(grad_z + p * c + t.channel, here, lanes);
+              (sum + grad_map.load(p)) *
+              load(slopes.at(row + 2 * padding, column + 2 * padding));
+          grad_z_map.store(p, here);
           sum_z += here;
         });
     parts.set(i, 0, sum_d.get());
