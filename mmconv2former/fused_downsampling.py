@@ -1,4 +1,4 @@
-"""The layer norm and the convolution between two stages, on GPUs."""
+"""The layer norm and the convolution between two stages, by our kernels."""
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class DownsamplingFunction(torch.autograd.Function):
 
 
 def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
-    """``conv(norm(x))``, by the kernels where GPUs have them.
+    """``conv(norm(x))``, by hand-written kernels where these can run.
 
     Args:
         x (Tensor): (N, C, H, W).
@@ -73,8 +73,8 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
     Returns:
         Tensor: (N, C', H', W'), in channels-last memory.
     """
-    # torch's own norm gives each pixel 128 threads, most of them idle, and
-    # under autocast reads and writes fp32.
+    # On GPUs torch's own norm gives each pixel 128 threads, most of them idle,
+    # and under autocast reads and writes fp32.
     if dispatch.kernels_for(x) is torch_kernels or dispatch.find_obstacle(x):
         return conv(norm(x))
     if not _is_unmodified(norm, conv) \

@@ -34,9 +34,9 @@ INLINE void unroll(F f) {
 // p - k: f(x[p], p - k, k).
 template <int K, int B, class F>
 INLINE void for_pairs(const float* x, F f) {
-  unroll<B + K - 1>([&](auto p) __attribute__((always_inline)) {
+  unroll<B + K - 1>([&](auto p) INLINED {
     const Vec value = load(x + p * LANES);
-    unroll<K>([&](auto k) __attribute__((always_inline)) {
+    unroll<K>([&](auto k) INLINED {
       constexpr int j = decltype(p)::value - decltype(k)::value;
       if constexpr (j >= 0 && j < B) f(value, j, k);
     });
@@ -47,19 +47,20 @@ INLINE void for_pairs(const float* x, F f) {
 template <int K, int B>
 void convolve(const float* x, int64_t stride, const float* weight, Vec start,
               float* out) {
-  unroll<B>([&](auto j) __attribute__((always_inline)) {
+  unroll<B>([&](auto j) INLINED {
     store(out + j * LANES, start);
   });
   for (int row = 0; row < K; row++) {
     Vec sums[B] = {}, taps[K];
-    unroll<K>([&](auto k) __attribute__((always_inline)) {
+    unroll<K>([&](auto k) INLINED {
       taps[k] = load(weight + (row * K + k) * LANES);
     });
     for_pairs<K, B>(x + row * stride,
-                    [&](Vec value, int j, int k) __attribute__((
-                        always_inline)) { sums[j] += value * taps[k]; });
+                    [&](Vec value, int j, int k) INLINED {
+                      sums[j] += value * taps[k];
+                    });
     // A sum of sums, which rounds off less than one of K * K numbers.
-    unroll<B>([&](auto j) __attribute__((always_inline)) {
+    unroll<B>([&](auto j) INLINED {
       store(out + j * LANES, load(out + j * LANES) + sums[j]);
     });
   }
@@ -71,25 +72,28 @@ void correlate(const float* x, int64_t stride, const float* grad,
                float* weight) {
   for (int row = 0; row < K; row++) {
     Vec taps[K], grads[B];
-    unroll<K>([&](auto k) __attribute__((always_inline)) {
+    unroll<K>([&](auto k) INLINED {
       taps[k] = load(weight + (row * K + k) * LANES);
     });
-    unroll<B>([&](auto j) __attribute__((always_inline)) {
+    unroll<B>([&](auto j) INLINED {
       grads[j] = load(grad + j * LANES);
     });
     for_pairs<K, B>(x + row * stride,
-                    [&](Vec value, int j, int k) __attribute__((
-                        always_inline)) { taps[k] += value * grads[j]; });
-    unroll<K>([&](auto k) __attribute__((always_inline)) {
+                    [&](Vec value, int j, int k) INLINED {
+                      taps[k] += value * grads[j];
+                    });
+    unroll<K>([&](auto k) INLINED {
       store(weight + (row * K + k) * LANES, taps[k]);
     });
   }
 }
 
+// The functions above for kernels of one size, [0] for NARROW and [1] for WIDE.
 struct Kernel {
   int size;
-  decltype(&convolve<1, 1>) convolve[2];
-  decltype(&correlate<1, 1>) correlate[2];
+  void (*convolve[2])(const float*, int64_t, const float*, Vec, float*);
+  void (*correlate[2])(const float*, int64_t, const float*, float*);
+
   int padding() const { return size / 2; }
   int taps() const { return size * size; }
 };
@@ -99,11 +103,13 @@ constexpr Kernel kernel_of{K,
                            {convolve<K, NARROW>, convolve<K, WIDE>},
                            {correlate<K, NARROW>, correlate<K, WIDE>}};
 
+// By half of their size. Python knows the largest one.
 constexpr Kernel KERNELS[] = {
     kernel_of<1>,  kernel_of<3>,  kernel_of<5>,  kernel_of<7>,
     kernel_of<9>,  kernel_of<11>, kernel_of<13>, kernel_of<15>,
     kernel_of<17>, kernel_of<19>, kernel_of<21>};
 
+// f(first column, whether WIDE, how many of the columns count)
 template <class F>
 void for_blocks(int columns, F f) {
   for (int first = 0; first < columns;) {
@@ -279,7 +285,8 @@ class Sum {
   Vec total_{}, excess_{};
 };
 
-// value(position, row, column) where the window is within the image, and 0 elsewhere.
+// value(position, row, column) where the window is within the image, and 0
+// elsewhere.
 template <class F>
 INLINE void fill(const Plane& plane, const Window& window, F value) {
   for (int64_t row = 0; row < plane.rows; row++) {
@@ -411,7 +418,7 @@ void gate(const T* zv, const float* weight, const float* bias, T* out, T* a,
     const Tile t = tiles[i];
     const Window window = window_of(shape, t);
     const auto z = map_of(zv, 2 * c, t), v = map_of(zv + c, 2 * c, t);
-    const auto out_map = map_of(out, c, t), a_map = map_of(a, c, t);
+    const auto out_map = map_of(out, c, t);
     const Plane h =
         workspace.plane(0, t.rows + k - 1, whole_blocks(t.columns) + k - 1);
     fill(h, window_of(shape, t, kernel.padding()),
@@ -421,7 +428,7 @@ void gate(const T* zv, const float* weight, const float* bias, T* out, T* a,
     convolve_plane(kernel, h, filters.of(t), load(bias + t.channel, t.lanes),
                    t.rows, t.columns, [&](int row, int column, Vec sum) {
                      const int64_t p = window.position(row, column);
-                     if (a) a_map.store(p, sum);
+                     if (a) map_of(a, c, t).store(p, sum);
                      out_map.store(p, sum * v.load(p, p + width));
                    });
   }

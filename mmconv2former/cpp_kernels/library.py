@@ -2,6 +2,7 @@
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -47,15 +48,15 @@ def _instructions() -> list[str]:
     return ['-mfma', *(f'-mavx512{part}' for part in parts)]
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
     """The command of the environment variable CXX, or g++, or clang++."""
-    wanted = [os.environ['CXX']] if os.environ.get('CXX') else [
+    commands = [os.environ['CXX']] if os.environ.get('CXX', '').strip() else [
         'g++', 'clang++']
-    for name in wanted:
-        if command := shutil.which(name):
-            return command
+    for name, *options in map(shlex.split, commands):
+        if program := shutil.which(name):
+            return [program, *options]
     raise CompilerError(
-        f'want a C++ compiler, and there is no {" or ".join(wanted)}')
+        f'want a C++ compiler, and there is no {" or ".join(commands)}')
 
 
 def _compile(target: Path, command: list[str]) -> None:
@@ -78,8 +79,8 @@ def _library() -> Path:
     """The compiled library in the user's cache folder, made if need be."""
     sources = sorted(FOLDER.glob('*.cpp'))
     command = [
-        _compiler(), '-O3', '-std=c++17', '-ffp-contract=fast', '-shared',
-        '-fPIC', '-fopenmp', *_instructions(), *map(str, sources)
+        *_compiler(), '-O3', '-std=c++17', '-ffp-contract=fast', '-shared',
+        '-fPIC', '-fopenmp', *_instructions()
     ]
     digest = hashlib.sha256(' '.join(command).encode())
     for path in (*sources, *sorted(FOLDER.glob('*.h'))):
@@ -87,7 +88,7 @@ def _library() -> Path:
     root = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     target = Path(root) / 'mmconv2former' / f'{digest.hexdigest()[:16]}.so'
     if not target.exists():
-        _compile(target, command)
+        _compile(target, [*command, *map(str, sources)])
     return target
 
 

@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#define INLINE __attribute__((always_inline)) inline
+#define INLINED __attribute__((always_inline))  // of lambdas
+#define INLINE INLINED inline
 
 #ifdef __AVX512F__
 constexpr int LANES = 16;
