@@ -223,10 +223,10 @@ def residual_branch(x: Tensor, norm: LayerNorm2d, layers: Iterable[nn.Module],
         parameters[-2:] = weight.flatten(1) * scale[:, None], bias * scale
         scale = None
     return infer(x, norm.weight, norm.bias, scale, keep, norm.eps, middle,
-                 prepare(x, parameters, middle))
+                 prepare(x, parameters))
 
 
-def prepare(x: Tensor, parameters: Sequence[Tensor], middle: str,
+def prepare(x: Tensor, parameters: Sequence[Tensor],
             pack: bool = False) -> list[Tensor]:
     """Weights of a branch as :func:`infer` takes them.
 
@@ -235,7 +235,6 @@ def prepare(x: Tensor, parameters: Sequence[Tensor], middle: str,
         parameters (Sequence[Tensor]): Those of
             :class:`ResidualBranchFunction`, or with one layer in place of the
             first ones.
-        middle (str): 'gate' or 'position'.
         pack (bool): Whether to spend time and memory for the sake of many
             calls to come. Defaults to False.
 

@@ -315,10 +315,7 @@ class FoldedBlock(nn.Module):
                 state.append(torch.cuda.current_stream(x.device))
             if self._prepared and self._prepared[0] == state:
                 return self._prepared[1]
-        prepared = [
-            prepare(x, branch, middle, pack=keep)
-            for branch, middle in zip(branches, ('gate', 'position'))
-        ]
+        prepared = [prepare(x, branch, pack=keep) for branch in branches]
         if keep:
             # With the parameters and their memory, whose place no others can
             # get then.

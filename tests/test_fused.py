@@ -32,16 +32,26 @@ from mmconv2former.backbone import MLP, Block
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(
     not torch.cuda.is_available(), reason='needs a GPU')]
-DEVICES = ['cpu', pytest.param('cuda', marks=ON_GPU)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOW = [torch.bfloat16, torch.float16]
+
+
+def use_kernels(kind, monkeypatch):
+    if kind == 'torch':
+        monkeypatch.setattr(dispatch, '_cpp_obstacle', lambda: 'are not asked')
 
 
 @pytest.fixture(params=['C++', 'torch'])
 def kernels(request, monkeypatch):
     """Whose kernels run on the CPU."""
-    if request.param == 'torch':
-        monkeypatch.setattr(dispatch, '_cpp_obstacle', lambda: 'are not asked')
+    use_kernels(request.param, monkeypatch)
+
+
+@pytest.fixture(params=['C++', 'torch', pytest.param('cuda', marks=ON_GPU)])
+def device(request, monkeypatch):
+    """A device, and on the CPU whose kernels run."""
+    use_kernels(request.param, monkeypatch)
+    return 'cuda' if request.param == 'cuda' else 'cpu'
 
 
 def random(*shape, dtype=torch.double, scale=1.):
@@ -120,8 +130,6 @@ def test_block_is_as_exact_as_the_plain_one(n, c, h, w, k, monkeypatch):
     assert_as_exact(*three_ways(block(c, k, .5), x, grad, monkeypatch))
 
 
-@pytest.mark.usefixtures('kernels')
-@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', LOW)
 @pytest.mark.parametrize('residual', ['low', 'fp32'])
 @pytest.mark.parametrize('n, c, h, w, k', [
@@ -380,8 +388,6 @@ def test_plain_path_has_second_derivatives_and_the_fused_one_says_so():
     assert torch.autograd.gradgradcheck(plain, x)
 
 
-@pytest.mark.usefixtures('kernels')
-@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 def test_recomputed_blocks_and_changed_weights_give_the_same_bits(dtype,
                                                                   device):
