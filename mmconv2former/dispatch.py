@@ -305,8 +305,10 @@ def available(x: Tensor, modified: nn.Module | None = None) -> bool:
             kind = 'Triton' if x.is_cuda else 'C++'
             log_once(f'fused operators with {kind} kernels')
         else:
-            reason = 'the model is in fp64' if x.dtype == torch.double else (
-                _triton_obstacle(x.device) if x.is_cuda else _cpp_obstacle())
+            missing = _triton_obstacle(x.device) if x.is_cuda \
+                else _cpp_obstacle()
+            reason = 'the model is in fp64' if x.dtype == torch.double \
+                else missing or f'they get a {type(x).__name__}'
             log_once(f'fused operators of torch alone, because {reason}')
     return not obstacle
 

@@ -351,6 +351,10 @@ def test_files_in_the_cache_are_no_others(tmp_path, monkeypatch):
     assert len(names) == 3
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
 def test_blocks_take_them_and_say_so(monkeypatch):
     called, lines = [], []
     monkeypatch.setattr(dispatch, 'print_log',
@@ -366,13 +370,14 @@ def test_blocks_take_them_and_say_so(monkeypatch):
     block(x).sum().backward()
     assert called == ['gate_forward', 'position_backward', 'gate_backward']
     called.clear()
+    block(x.as_subclass(Subclass)).sum().backward()
     block.double()(x.double()).sum().backward()
     dispatch.log_once.cache_clear()
     assert not called
+    alone = 'Conv2Former: fused operators of torch alone, because '
     assert lines == [
         'Conv2Former: fused operators with C++ kernels',
-        'Conv2Former: fused operators of torch alone, because the model is in '
-        'fp64'
+        alone + 'they get a Subclass', alone + 'the model is in fp64'
     ]
 
 
