@@ -1,4 +1,4 @@
-"""Matrix products and depthwise convolutions by the fastest library.
+"""Matrix products by the fastest library, and torch's depthwise convolutions.
 
 Tensors are (N, H, W, C). No function here builds a graph for autograd.
 """

@@ -1,6 +1,6 @@
 """C++ kernels of the residual branches, for CPUs.
 
-The functions listed here stand in for those of the same names in
+The functions here stand in for those of the same names in
 :mod:`mmconv2former.torch_kernels`, which describes them, is their reference,
 and gets what they do not take: numbers that are neither fp32 nor bf16, and
 depthwise convolutions beyond 21x21.
@@ -17,21 +17,14 @@ import torch
 from torch import Tensor, get_num_threads
 
 from .. import torch_kernels
-from ..torch_kernels import (
-    drop_backward,
-    patches_shape,
-    scaled_linear_backward,
-)
+from ..torch_kernels import patches_shape
 from . import library
 
-__all__ = [
-    'drop_backward', 'filters', 'gate', 'gate_backward', 'gate_forward',
-    'layer_norm', 'layer_norm_backward', 'operands', 'position',
-    'position_backward', 'scale_backward', 'scale_residual',
-    'scaled_linear_backward'
-]
+LARGEST_KERNEL = 21  # of KERNELS in planes.h
 
-LARGEST_KERNEL = 21  # of those in depthwise.cpp
+# Small, or seldom called: torch's serve CPUs well.
+drop_backward = torch_kernels.drop_backward
+scaled_linear_backward = torch_kernels.scaled_linear_backward
 
 
 def _takes(*dtypes: torch.dtype) -> bool:
@@ -103,10 +96,9 @@ def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
         return torch_kernels.gate_backward(grad, zv, a, weight, bias)
     grad, zv, a = grad.contiguous(), zv.contiguous(), a.to(zv).contiguous()
     weight = _in_fp32(weight)
-    grad_zv, out = torch.empty_like(zv, dtype=grad.dtype), \
-        torch.empty_like(grad)
-    grad_weight, sums = torch.empty_like(weight), weight.new_empty(
-        3 * len(weight))
+    grad_zv = torch.empty_like(zv, dtype=grad.dtype)
+    out, grad_weight = torch.empty_like(grad), torch.empty_like(weight)
+    sums = weight.new_empty(3 * len(weight))
     library.load().gate_backward(
         grad.data_ptr(), zv.data_ptr(), a.data_ptr(), weight.data_ptr(),
         grad_zv.data_ptr(), out.data_ptr(), grad_weight.data_ptr(),
@@ -137,8 +129,8 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
     grad, z = grad.contiguous(), z.contiguous()
     weight, bias = _in_fp32(weight), _in_fp32(bias)
     grad_z, out = torch.empty_like(grad), torch.empty_like(grad)
-    grad_weight, sums = torch.empty_like(weight), weight.new_empty(
-        (2, len(weight)))
+    grad_weight = torch.empty_like(weight)
+    sums = weight.new_empty((2, len(weight)))
     library.load().position_backward(
         grad.data_ptr(), z.data_ptr(), weight.data_ptr(), bias.data_ptr(),
         grad_z.data_ptr(), out.data_ptr(), grad_weight.data_ptr(),

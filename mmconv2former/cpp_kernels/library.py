@@ -15,7 +15,8 @@ from mmengine.logging import print_log
 
 FOLDER = Path(__file__).resolve().parent
 # Arguments of the functions: p for a pointer, l for a size, i for an integer
-# that is small, f for a number in fp32.
+# that is small, f for a number in fp32. As many as in the sources: ctypes
+# passes further ones without a word, and as small integers.
 TYPES = {'p': c_void_p, 'l': c_int64, 'i': c_int, 'f': c_float}
 FUNCTIONS = {
     'gate': 'ppppp llll iii',
@@ -56,7 +57,8 @@ def _compiler() -> list[str]:
         if program := shutil.which(name):
             return [program, *options]
     raise CompilerError(
-        f'want a C++ compiler, and there is no {" or ".join(commands)}')
+        f'want a C++ compiler, and there is no {" or ".join(commands)}: '
+        'install one, or name it in the environment variable CXX')
 
 
 def _compile(target: Path, command: list[str]) -> None:
@@ -107,7 +109,9 @@ def load() -> ctypes.CDLL:
     except CompilerError:
         raise
     except (OSError, RuntimeError) as error:  # the latter without a home
-        raise CompilerError(f'cannot be written or loaded: {error}') from error
+        raise CompilerError(
+            f'cannot be written or loaded: {error}; the environment variable '
+            'XDG_CACHE_HOME can name another folder for them') from error
     for name, arguments in FUNCTIONS.items():
         function = getattr(library, f'mmc_{name}')
         function.argtypes = [TYPES[kind] for kind in arguments if kind != ' ']
