@@ -11,7 +11,7 @@ from . import dispatch, fused_stem
 from .archs import resolve_arch
 from .checkpoint import PretrainedModule, load_backbone
 from .cuda_graphs import CUDAGraphs
-from .fused_block import residual_branch
+from .fused_block import Branch, fused_block
 from .fused_downsampling import downsampling
 from .operators import (
     FUSIONS,
@@ -144,12 +144,11 @@ class ConvModulation(nn.Module):
         x = self.norm(x)
         return self.proj(FUSIONS[self.fusion](self.att(x), self.v(x)))
 
-    def fused_residual(self, x: Tensor, scale: Tensor,
-                       keep: Tensor | None) -> Tensor:
-        """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
+    def branch(self, scale: Tensor, keep: Tensor | None) -> Branch:
+        """As :func:`mmconv2former.fused_block.fused_block` takes it."""
         z, _, depthwise = self.att
-        return residual_branch(x, self.norm, (z, self.v, depthwise, self.proj),
-                               scale, keep, 'gate')
+        return Branch(self.norm, (z, self.v, depthwise, self.proj), scale,
+                      keep)
 
 
 class MLP(nn.Module):
@@ -172,11 +171,9 @@ class MLP(nn.Module):
         """(N, C, H, W) -> (N, C, H, W)."""
         return self.fc2(add_position(self.fc1(self.norm(x)), self.pos))
 
-    def fused_residual(self, x: Tensor, scale: Tensor,
-                       keep: Tensor | None) -> Tensor:
-        """``x + keep * scale * forward(x)``, (N, H, W, C) -> (N, H, W, C)."""
-        return residual_branch(x, self.norm, (self.fc1, self.pos, self.fc2),
-                               scale, keep, 'position')
+    def branch(self, scale: Tensor, keep: Tensor | None) -> Branch:
+        """As :func:`mmconv2former.fused_block.fused_block` takes it."""
+        return Branch(self.norm, (self.fc1, self.pos, self.fc2), scale, keep)
 
 
 class Block(nn.Module):
@@ -213,9 +210,9 @@ class Block(nn.Module):
                     (self.mlp, self.layer_scale_2))
         if self.fused and dispatch.available(x, self.modified()):
             x = x.permute(0, 2, 3, 1).contiguous()
-            for branch, scale in branches:
-                x = branch.fused_residual(x, scale,
-                                          self.drop_path.factor(x))
+            x = fused_block(x, *(
+                branch.branch(scale, self.drop_path.factor(x))
+                for branch, scale in branches))
             return x.permute(0, 3, 1, 2)
         for branch, scale in branches:
             # In the precision of x: the fp32 scale would raise that of the

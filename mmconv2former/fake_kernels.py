@@ -45,27 +45,46 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
-                        eps: float, residual: Tensor | None,
-                        patch: int = 1) -> tuple[Tensor, ...]:
+                        eps: float, residual: Tensor | None, patch: int = 1,
+                        sums_residual: bool = False) -> tuple[Tensor, ...]:
     c = len(weight)
     return (x.new_empty(x.shape), _fp32(x, c), _fp32(x, c),
             grad.new_empty(patches_shape(x, patch)),
-            _fp32(x, 0 if residual is None else c))
+            _fp32(x, c if sums_residual else 0))
 
 
-def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor | None,
                    keep: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape), _fp32(grad, len(scale))
-
-
-def drop_backward(grad: Tensor, keep: Tensor,
-                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return (grad.new_empty(grad.shape, dtype=dtype),
+def scale_residual_backward(grad: Tensor, scale: Tensor | None,
+                            keep: Tensor | None,
+                            dtype: torch.dtype) -> tuple[Tensor, ...]:
+    has_own = keep is not None or grad.dtype != dtype
+    return (grad.new_empty(grad.shape if has_own else 0, dtype=dtype),
+            grad.new_empty(0 if scale is None else grad.shape, dtype=dtype),
             _fp32(grad, grad.shape[3]))
+
+
+def scale_residual_norm(x: Tensor, y: Tensor, scale: Tensor | None,
+                        keep: Tensor | None, weight: Tensor | None,
+                        bias: Tensor | None, eps: float,
+                        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (scale_residual(x, y, scale, keep),
+            layer_norm(x, weight, bias, eps, dtype))
+
+
+def scale_residual_norm_backward(grad: Tensor, x: Tensor, weight: Tensor,
+                                 bias: Tensor, eps: float, residual: Tensor,
+                                 scale: Tensor | None, keep: Tensor | None,
+                                 dtype: torch.dtype,
+                                 sums_residual: bool) -> tuple[Tensor, ...]:
+    own, scaled, total = scale_residual_backward(x, scale, keep, dtype)
+    if not own.numel() and not scaled.numel():
+        total = _fp32(x, 0)
+    return (*layer_norm_backward(grad, x, weight, bias, eps, residual, 1,
+                                 sums_residual), own, scaled, total)
 
 
 def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,
@@ -79,6 +98,7 @@ def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,
 KERNELS = {
     f.__name__: f
     for f in (gate, gate_forward, gate_backward, position, position_backward,
-              layer_norm, layer_norm_backward, scale_residual, scale_backward,
-              drop_backward, scaled_linear_backward)
+              layer_norm, layer_norm_backward, scale_residual,
+              scale_residual_backward, scale_residual_norm,
+              scale_residual_norm_backward, scaled_linear_backward)
 }

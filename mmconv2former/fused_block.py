@@ -1,22 +1,25 @@
-"""The residual branches of a block with hand-written gradients.
+"""A block with hand-written gradients.
 
-Both branches have one form,
+Its residual branches have one form,
 
     x + keep * scale * linear(middle(linear(layer_norm(x)))),
 
 where the middle is ``gate`` for convolutional modulation, [z|v] ->
 DW_k(GELU(z)) * v, and ``position`` for the MLP, z -> h + GELU(DW_3(h)) with
-h = GELU(z). On the plain path, in :mod:`mmconv2former.backbone`, autograd
-stores what each operator read, some 27 tensors of the size of x in a block.
-Here 9 are stored, the inputs of the branches and of their middles and the
-output of the large depthwise convolution. All else is computed once more in
-the backward pass, where it is cheap beside the matrix products.
+h = GELU(z). Kernels that take the sum of the first branch norm it for the
+second as well, and the gradient of that norm goes on into the first branch.
+
+On the plain path, in :mod:`mmconv2former.backbone`, autograd stores what each
+operator read, some 27 tensors of the size of x in a block. Here 9 are stored,
+the inputs of the branches and of their middles and the output of the large
+depthwise convolution. All else is computed once more in the backward pass,
+where it is cheap beside the matrix products.
 
 Tensors are (N, H, W, C).
 """
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +42,65 @@ from .products import (
 from .torch_kernels import PART_BYTES, in_parts
 
 
-def _hidden_bytes(x: Tensor, in_weight: Tensor, dtype: torch.dtype) -> int:
+class Branch(NamedTuple):
+    """What a residual branch consists of, but for its middle.
+
+    Attributes:
+        norm (LayerNorm2d): The layer norm.
+        layers (tuple[nn.Module]): The first linear layers, whose outputs stand
+            side by side (two of (C, C) for 'gate', one of (O, C) for
+            'position'), the depthwise convolution, and the last linear layer,
+            (C, C) or (C, O). Linear layers may be 1x1 convolutions.
+        scale (Tensor): Layer scale, (C, ).
+        keep (Tensor, optional): Drop path, (N, 1, 1, 1).
+    """
+    norm: LayerNorm2d
+    layers: tuple[nn.Module, ...]
+    scale: Tensor
+    keep: Tensor | None
+
+
+class InferenceBranch(NamedTuple):
+    """A branch as :func:`infer` takes it.
+
+    Attributes:
+        norm_weight, norm_bias (Tensor, optional): (C, ); None for ones and
+            zeros.
+        eps (float): Of the layer norm.
+        weights (Sequence[Tensor]): From :func:`prepare`.
+        scale (Tensor, optional): (C, ). Defaults to None, ones.
+        keep (Tensor, optional): (N, 1, 1, 1). Defaults to None, ones.
+    """
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    weights: Sequence[Tensor]
+    scale: Tensor | None = None
+    keep: Tensor | None = None
+
+
+class _Saved(NamedTuple):
+    """What the backward pass takes of the parameters of a branch."""
+    norm_weight: Tensor
+    norm_bias: Tensor
+    scale: Tensor
+    # In the precision of the products; the last times the scale where
+    # :func:`_folds_scale` says so.
+    in_weight: Tensor
+    dw_weight: Tensor
+    dw_bias: Tensor
+    weight: Tensor
+    # Parameters of the last layer.
+    out_weight: Tensor
+    out_bias: Tensor
+
+
+_SAVED = len(_Saved._fields)
+
+
+def _hidden_bytes(x: Tensor, in_bias: Tensor, dtype: torch.dtype) -> int:
     """Size of the output of the first linear layers for one sample."""
-    return x.shape[1] * x.shape[2] * len(in_weight) * dtype.itemsize
+    return x.shape[1] * x.shape[2] * len(in_bias) * dtype.itemsize
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:
@@ -58,172 +117,222 @@ def _folds_scale(x: Tensor, dtype: torch.dtype) -> bool:
     return x.is_cuda and dtype != torch.float16
 
 
-def _branch_backward(
-        middle: str, eps: float, grad: Tensor, x: Tensor, keep: Tensor | None,
-        *stored: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-        in_weight: Tensor, dw_weight: Tensor, dw_bias: Tensor, weight: Tensor,
-        scale: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of :class:`ResidualBranchFunction`, without its layer scale's.
+def _block_backward(
+        grad: Tensor, x: Tensor, mlp_x: Tensor, keep: Tensor | None,
+        mlp_keep: Tensor | None, zv: Tensor, a: Tensor, z: Tensor,
+        eps: tuple[float, float], modulation: _Saved,
+        mlp: _Saved) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Gradients of :class:`BlockFunction`, without those of the layer scales.
 
-    The scale counts as part of the last linear layer, from whose gradients
-    ``scaled_linear_backward`` has its own. ``weight`` is that layer's, times
-    the scale where :func:`_folds_scale` says so.
+    A scale counts as part of the last linear layer, from whose gradients
+    ``scaled_linear_backward`` has its own.
 
     Returns:
-        tuple[Tensor]: Gradients of x and, at least in fp32, of weight and
-        bias of the norm, of the first linear layers, of the convolution and,
-        as if the scale were 1, of the last layer.
+        tuple: The gradient of x and, for convolutional modulation and the
+        MLP, those of weight and bias of the norm, of the first linear layers,
+        of the convolution and, as if the scale were 1, of the last layer, at
+        least in fp32.
     """
-    kernels, dtype = dispatch.kernels_for(x), weight.dtype
-    if keep is None:
-        grad_y, grad_bias = grad.to(dtype), None
-    else:
-        grad_y, grad_bias = kernels.drop_backward(grad, keep, dtype)
-    grad_middle, folded = grad_y, _folds_scale(x, dtype)
-    if not folded:
-        grad_middle, grad_bias = kernels.scale_backward(grad_y, scale)
-    grad_middle = linear_grad_input(grad_middle, weight)
-    middle_backward = kernels.gate_backward if middle == 'gate' \
-        else kernels.position_backward
-    grad_z, grad_dw_weight, grad_dw_bias, y, grad_in_bias = middle_backward(
-        grad_middle, *stored, dw_weight, dw_bias)
-    del grad_middle, stored
-    # Where no pass has summed up the gradient yet, that of the norm does.
-    sum_comes_later = folded and keep is None
-    if not sum_comes_later:
-        grads = linear_grad_params(grad_y, y, grad_bias)
-        del y, grad_y
-    grad_x, grad_norm_weight, grad_norm_bias, normed, grad_sum = (
-        kernels.layer_norm_backward(
-            linear_grad_input(grad_z, in_weight), x, norm_weight, norm_bias,
-            eps, grad))
-    if sum_comes_later:
-        grads = linear_grad_params(grad_y, y, grad_sum)
-        del y, grad_y
-    return (grad_x, grad_norm_weight, grad_norm_bias,
+    kernels, dtype = dispatch.kernels_for(x), mlp.weight.dtype
+    scale, mlp_scale = (None if _folds_scale(x, dtype) else branch.scale
+                        for branch in (modulation, mlp))
+    # Gradients of what a branch adds: as if its scale were 1, and true.
+    grad_y = scaled = grad
+    total = None
+    # Without a pass that makes these, the one of the norm sums them up.
+    is_summed = _differ(grad, mlp_scale, mlp_keep, dtype)
+    if is_summed:
+        grad_y, scaled, total = _unless_empty(
+            grad, *kernels.scale_residual_backward(grad, mlp_scale, mlp_keep,
+                                                   dtype))
+    found = []
+    for branch, stored in (mlp, (z, )), (modulation, (zv, a)):
+        grad_middle = linear_grad_input(scaled, branch.weight)
+        del scaled
+        middle_backward = kernels.position_backward if branch is mlp \
+            else kernels.gate_backward
+        grad_z, grad_dw_weight, grad_dw_bias, y, grad_in_bias = (
+            middle_backward(grad_middle, *stored, branch.dw_weight,
+                            branch.dw_bias))
+        del grad_middle
+        if is_summed:
+            grads = linear_grad_params(grad_y, y, total)
+            del grad_y, y
+        grad_normed = linear_grad_input(grad_z, branch.in_weight)
+        norm = branch.norm_weight, branch.norm_bias
+        if branch is mlp:
+            outs = kernels.scale_residual_norm_backward(
+                grad_normed, mlp_x, *norm, eps[1], grad, scale, keep, dtype,
+                not is_summed)
+        else:
+            outs = kernels.layer_norm_backward(grad_normed, x, *norm, eps[0],
+                                               grad, 1, not is_summed)
+        (grad, grad_norm_weight, grad_norm_bias, normed, grad_sum,
+         *following) = outs
+        del grad_normed, outs
+        if not is_summed:
+            grads = linear_grad_params(grad_y, y, grad_sum)
+            del grad_y, y
+        found.append([
+            grad_norm_weight, grad_norm_bias,
             *linear_grad_params(grad_z, normed, grad_in_bias), grad_dw_weight,
-            grad_dw_bias, *grads)
+            grad_dw_bias, *grads
+        ])
+        del grad_z, normed
+        if following:
+            grad_y, scaled, total = _unless_empty(grad, *following)
+            is_summed = _differ(grad, scale, keep, dtype)
+            del following
+    return grad, *reversed(found)
 
 
-class ResidualBranchFunction(torch.autograd.Function):
-    """``x + keep * scale * linear(middle(linear(layer_norm(x))))``.
+def _differ(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+            dtype: torch.dtype) -> bool:
+    """Whether y in x + keep * scale * y has other gradients than the sum."""
+    return scale is not None or keep is not None or grad.dtype != dtype
+
+
+def _unless_empty(grad: Tensor, grad_y: Tensor, scaled: Tensor,
+                  total: Tensor | None) -> tuple[Tensor, ...]:
+    """What ``scale_residual_backward`` returns, and leaves out if the same."""
+    grad_y = grad_y if grad_y.numel() else grad
+    return grad_y, scaled if scaled.numel() else grad_y, total
+
+
+def _parameter_grads(branch: _Saved, shapes: Sequence[torch.Size],
+                     grads: Sequence[Tensor]) -> list[Tensor]:
+    """Those of :func:`_block_backward` and of the layer scale, as and in the
+    order of the parameters."""
+    *grad_norm, grad_in_weight, grad_in_bias, grad_dw_weight, grad_dw_bias = (
+        grads[:-2])
+    kernels = dispatch.kernels_for(branch.scale)
+    *grad_last, grad_scale = kernels.scaled_linear_backward(
+        *grads[-2:], branch.out_weight.flatten(1), branch.out_bias,
+        branch.scale)
+    sizes = [shape[0] for shape in shapes[3:-4:2]]
+    pairs = zip(
+        at_least_fp32(grad_in_weight).split_with_sizes(sizes),
+        grad_in_bias.split_with_sizes(sizes))
+    return list(map(Tensor.view, (
+        *grad_norm, grad_scale, *chain(*pairs), grad_dw_weight, grad_dw_bias,
+        *grad_last), shapes))
+
+
+class BlockFunction(torch.autograd.Function):
+    """The residual branches of a block, one after the other.
 
     Args:
         x (Tensor): (N, H, W, C).
-        norm_weight, norm_bias (Tensor): (C, ).
-        scale (Tensor): Layer scale, (C, ).
-        keep (Tensor, optional): Drop path, (N, 1, 1, 1).
-        eps (float): Of the layer norm.
-        middle (str): 'gate' or 'position'.
-        parameters (Tensor): Weight and bias of each layer in turn: of the
-            first linear layers, whose outputs stand side by side (two of
-            (C, C) for 'gate', one of (O, C) for 'position'), of the depthwise
-            convolution and of the last linear layer, (C, C) or (C, O). The
-            weights of linear layers may be those of 1x1 convolutions.
+        keep, mlp_keep (Tensor, optional): Drop path of the branches,
+            (N, 1, 1, 1).
+        eps (tuple[float]): Of their layer norms.
+        count (int): How many of the parameters are those of the first branch.
+        parameters (Tensor): Of convolutional modulation and then of the MLP:
+            weight and bias of the norm, the layer scale, and weight and bias
+            of each of the layers of a :class:`Branch`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-                scale: Tensor, keep: Tensor | None, eps: float, middle: str,
+    def forward(ctx: Any, x: Tensor, keep: Tensor | None,
+                mlp_keep: Tensor | None, eps: tuple[float, float], count: int,
                 *parameters: Tensor) -> Tensor:
         dtype, asked = product_dtype(x), autocast_dtype(x)
-        kernels = dispatch.kernels_for(x)
+        kernels, folds = dispatch.kernels_for(x), _folds_scale(x, dtype)
+        branches = parameters[:count], parameters[count:]
+        (*norm, scale), (*mlp_norm, mlp_scale) = (p[:3] for p in branches)
         with without_autocast(x):
-            in_weight, in_bias, dw_weight, dw_bias, weight, bias, *scaled = (
-                kernels.operands(parameters, dtype,
-                                 scale if _folds_scale(x, dtype) else None))
-            z = linear(
-                kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype),
-                in_weight, in_bias)
-            if middle == 'gate':
-                y, *stored = kernels.gate_forward(z, dw_weight, dw_bias)
-                y = linear(y, weight, bias)
-            else:
-                stored, parts = [], in_parts(
-                    _hidden_bytes(x, in_weight, dtype), PART_BYTES, z)
-                y = _whole([
-                    linear(
-                        kernels.position(part, dw_weight, dw_bias), weight,
-                        bias) for part, in parts])
-            out = kernels.scale_residual(x, y, scale, keep)
-        ctx.eps, ctx.middle = eps, middle
-        ctx.shapes = [p.shape for p in parameters]
-        ctx.save_for_backward(x, norm_weight, norm_bias, in_weight, dw_weight,
-                              dw_bias, *(scaled or [weight]),
-                              *parameters[-2:], scale, keep,
+            weights, mlp_weights = (
+                kernels.operands(layers, dtype, scale if folds else None)
+                for _, _, scale, *layers in branches)
+            normed = kernels.layer_norm(x, *norm, eps[0], dtype)
+            zv = linear(normed, *weights[:2])
+            y, a = kernels.gate_forward(zv, *weights[2:4])
+            mlp_x, normed = kernels.scale_residual_norm(
+                x, linear(y, *weights[4:6]), scale, keep, *mlp_norm, eps[1],
+                dtype)
+            z = linear(normed, *mlp_weights[:2])
+            del y, normed
+            parts = in_parts(_hidden_bytes(x, mlp_weights[1], dtype),
+                             PART_BYTES, z)
+            y = _whole([
+                linear(kernels.position(part, *mlp_weights[2:4]),
+                       *mlp_weights[4:6]) for part, in parts])
+            out = kernels.scale_residual(mlp_x, y, mlp_scale, mlp_keep)
+        ctx.eps = eps
+        ctx.shapes = [[p.shape for p in branch] for branch in branches]
+        saved = []
+        for p, w in zip(branches, (weights, mlp_weights)):
+            saved.extend(_Saved(*p[:3], w[0], *w[2:4], w[6 if folds else 4],
+                                *p[-2:]))
+        ctx.save_for_backward(*saved, x, mlp_x, keep, mlp_keep,
                               # Where the CPU emulates that type.
-                              *(t.to(asked) for t in (z, *stored)))
+                              *(t.to(asked) for t in (zv, a, z)))
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives(grad)
-        (x, norm_weight, norm_bias, in_weight, dw_weight, dw_bias, weight,
-         out_weight, out_bias, scale, keep, *stored) = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        branches = (_Saved(*saved[:_SAVED]),
+                    _Saved(*saved[_SAVED:2 * _SAVED]))
+        tensors = grad.contiguous(), *saved[2 * _SAVED:]
         outs, totals = [], None
-        with without_autocast(x):
+        with without_autocast(grad):
             # Parts that are no smaller than the gradients that they add to.
-            size = max(PART_BYTES, 4 * in_weight.nbytes)
-            parts = in_parts(_hidden_bytes(x, in_weight, weight.dtype), size,
-                           grad.contiguous(), x, keep, *stored)
+            weight = branches[1].in_weight
+            size = max(PART_BYTES, 4 * weight.nbytes)
+            parts = in_parts(_hidden_bytes(grad, weight, weight.dtype), size,
+                             *tensors)
             for part in parts:
-                out, *grads = _branch_backward(
-                    ctx.middle, ctx.eps, *part, norm_weight=norm_weight,
-                    norm_bias=norm_bias, in_weight=in_weight,
-                    dw_weight=dw_weight, dw_bias=dw_bias, weight=weight,
-                    scale=scale)
+                out, *grads = _block_backward(*part, ctx.eps, *branches)
                 outs.append(out)
                 if len(parts) > 1:
-                    grads = list(map(at_least_fp32, grads))
+                    grads = [list(map(at_least_fp32, g)) for g in grads]
                 if totals is None:
                     totals = grads
                 else:
-                    torch._foreach_add_(totals, grads)
-            (grad_norm_weight, grad_norm_bias, grad_in_weight, grad_in_bias,
-             grad_dw_weight, grad_dw_bias, *grads) = totals
-            grad_weight, grad_bias, grad_scale = (
-                dispatch.kernels_for(x).scaled_linear_backward(
-                    *grads, out_weight.flatten(1), out_bias, scale))
-            grad_x = _whole(outs)
-        sizes = [shape[0] for shape in ctx.shapes[:-4:2]]
-        pairs = zip(
-            at_least_fp32(grad_in_weight).split_with_sizes(sizes),
-            grad_in_bias.split_with_sizes(sizes))
-        grads = [
-            *chain(*pairs), grad_dw_weight, grad_dw_bias, grad_weight,
-            grad_bias
-        ]
-        return (grad_x, grad_norm_weight, grad_norm_bias, grad_scale, None,
-                None, None, *map(Tensor.view, grads, ctx.shapes))
+                    torch._foreach_add_(sum(totals, []), sum(grads, []))
+            grads = chain(*map(_parameter_grads, branches, ctx.shapes, totals))
+            return _whole(outs), None, None, None, None, *grads
 
 
-def residual_branch(x: Tensor, norm: LayerNorm2d, layers: Iterable[nn.Module],
-                    scale: Tensor, keep: Tensor | None,
-                    middle: str) -> Tensor:
-    """A residual branch of a block, with less work where gradients are off.
+def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
+    """The residual branches of a block, with less work where gradients are
+    off.
 
     Args:
-        norm (LayerNorm2d): The layer norm.
-        layers (Iterable[nn.Module]): The layers with the parameters that
-            :class:`ResidualBranchFunction` takes.
-        x, scale, keep, middle: Those of :class:`ResidualBranchFunction`.
+        x (Tensor): (N, H, W, C).
+        modulation, mlp (Branch): The branches, in this order.
 
     Returns:
         Tensor: (N, H, W, C).
     """
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    branches = modulation, mlp
+    layers = [[p for layer in branch.layers
+               for p in (layer.weight, layer.bias)] for branch in branches]
     if torch.is_grad_enabled():
-        return ResidualBranchFunction.apply(x, norm.weight, norm.bias, scale,
-                                            keep, norm.eps, middle,
-                                            *parameters)
-    weight, bias = parameters[-2:]
-    if keep is None and x.device.type == 'cpu' and x.numel() > weight.numel() \
+        own, others = (
+            (branch.norm.weight, branch.norm.bias, branch.scale, *parameters)
+            for branch, parameters in zip(branches, layers))
+        return BlockFunction.apply(
+            x, modulation.keep, mlp.keep,
+            (modulation.norm.eps, mlp.norm.eps), len(own), *own, *others)
+    return infer(x, *(_for_inference(x, branch, parameters)
+                      for branch, parameters in zip(branches, layers)))
+
+
+def _for_inference(x: Tensor, branch: Branch,
+                   parameters: list[Tensor]) -> InferenceBranch:
+    scale, (weight, bias) = branch.scale, parameters[-2:]
+    if branch.keep is None and x.device.type == 'cpu' \
+            and x.numel() > weight.numel() \
             and product_dtype(x) == torch.bfloat16:
         # The weight is copied for its type anyway, and the product adds x.
         parameters[-2:] = weight.flatten(1) * scale[:, None], bias * scale
         scale = None
-    return infer(x, norm.weight, norm.bias, scale, keep, norm.eps, middle,
-                 prepare(x, parameters))
+    return InferenceBranch(branch.norm.weight, branch.norm.bias,
+                           branch.norm.eps, prepare(x, parameters), scale,
+                           branch.keep)
 
 
 def prepare(x: Tensor, parameters: Sequence[Tensor],
@@ -232,9 +341,8 @@ def prepare(x: Tensor, parameters: Sequence[Tensor],
 
     Args:
         x (Tensor): Of the type and on the device of the inputs.
-        parameters (Sequence[Tensor]): Those of
-            :class:`ResidualBranchFunction`, or with one layer in place of the
-            first ones.
+        parameters (Sequence[Tensor]): Weight and bias of each of the layers of
+            a :class:`Branch`, or with one layer in place of the first ones.
         pack (bool): Whether to spend time and memory for the sake of many
             calls to come. Defaults to False.
 
@@ -252,34 +360,47 @@ def prepare(x: Tensor, parameters: Sequence[Tensor],
     return weights
 
 
-def infer(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
-          scale: Tensor | None, keep: Tensor | None, eps: float, middle: str,
-          weights: Sequence[Tensor]) -> Tensor:
-    """:class:`ResidualBranchFunction` without gradients.
+def infer(x: Tensor, modulation: InferenceBranch,
+          mlp: InferenceBranch) -> Tensor:
+    """:class:`BlockFunction` without gradients.
 
     Args:
-        norm_weight, norm_bias, scale (Tensor, optional): None for ones and
-            zeros.
-        weights (Sequence[Tensor]): From :func:`prepare`.
-        x, keep, eps, middle: Those of :class:`ResidualBranchFunction`.
+        x (Tensor): (N, H, W, C).
+        modulation, mlp (InferenceBranch): The branches, in this order.
 
     Returns:
         Tensor: (N, H, W, C).
     """
     dtype, kernels = product_dtype(x), dispatch.kernels_for(x)
     # A bias for a weight, which may be rearranged.
-    parts = in_parts(_hidden_bytes(x, weights[1], dtype), PART_BYTES, x, keep)
+    parts = in_parts(_hidden_bytes(x, mlp.weights[1], dtype), PART_BYTES, x,
+                     modulation.keep, mlp.keep)
     if len(parts) > 1:
         return torch.cat([
-            infer(part, norm_weight, norm_bias, scale, keep_part, eps, middle,
-                  weights) for part, keep_part in parts])
+            infer(part, modulation._replace(keep=keep),
+                  mlp._replace(keep=mlp_keep))
+            for part, keep, mlp_keep in parts])
     with without_autocast(x):
-        y = kernels.layer_norm(x, norm_weight, norm_bias, eps, dtype)
-        kernel = kernels.gate if middle == 'gate' else kernels.position
-        y = kernel(linear(y, *weights[:2]), *weights[2:4])
-        if scale is not None:
-            y = linear(y, *weights[4:])
-            return kernels.scale_residual(x, y, scale, keep)
-        if x.dtype == dtype and onednn_takes(x.device, dtype):
-            return onednn_linear(y, *weights[4:], residual=x)
-        return linear(y, *weights[4:]).to(x.dtype).add_(x)
+        normed = kernels.layer_norm(x, *modulation[:3], dtype)
+        weights = modulation.weights
+        y = kernels.gate(linear(normed, *weights[:2]), *weights[2:4])
+        x, normed = _add(x, y, modulation, dtype, mlp)
+        del y
+        weights = mlp.weights
+        y = kernels.position(linear(normed, *weights[:2]), *weights[2:4])
+        return _add(x, y, mlp, dtype)[0]
+
+
+def _add(x: Tensor, y: Tensor, branch: InferenceBranch, dtype: torch.dtype,
+         following: InferenceBranch | None = None
+         ) -> tuple[Tensor, Tensor | None]:
+    """The sum of x and the end of a branch, and the norm of the following."""
+    kernels, weights = dispatch.kernels_for(x), branch.weights[4:]
+    if branch.scale is branch.keep is None and x.dtype == dtype \
+            and onednn_takes(x.device, dtype):
+        x = onednn_linear(y, *weights, residual=x)
+        return x, following and kernels.layer_norm(x, *following[:3], dtype)
+    terms = x, linear(y, *weights), branch.scale, branch.keep
+    if following is None:
+        return kernels.scale_residual(*terms), None
+    return kernels.scale_residual_norm(*terms, *following[:3], dtype)

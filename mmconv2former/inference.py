@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import dispatch
 from .backbone import Block, Conv2Former
-from .fused_block import infer, prepare
+from .fused_block import InferenceBranch, infer, prepare
 from .neck import Conv2FormerNeck
 from .operators import (
     LayerNorm2d,
@@ -294,9 +294,8 @@ class FoldedBlock(nn.Module):
     @torch.no_grad()
     def _fused(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1).contiguous()
-        for weights, eps, middle in zip(self._prepare(x), self.eps,
-                                        ('gate', 'position')):
-            x = infer(x, None, None, None, None, eps, middle, weights)
+        x = infer(x, *(InferenceBranch(None, None, eps, weights)
+                       for eps, weights in zip(self.eps, self._prepare(x))))
         return x.permute(0, 3, 1, 2)
 
     def _prepare(self, x: Tensor) -> list[list[Tensor]]:

@@ -103,8 +103,8 @@ def operands(parameters: Sequence[Tensor], dtype: torch.dtype,
     """Weights and biases of a branch as the products and kernels take them.
 
     Args:
-        parameters (Sequence[Tensor]): Those of
-            :class:`mmconv2former.fused_block.ResidualBranchFunction`.
+        parameters (Sequence[Tensor]): Weight and bias of each of the layers of
+            a :class:`mmconv2former.fused_block.Branch`.
         dtype (torch.dtype): Of the products.
         scale (Tensor, optional): Layer scale, (O, ). Defaults to None.
 
@@ -291,8 +291,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
-                        eps: float, residual: Tensor | None,
-                        patch: int = 1) -> tuple[Tensor, ...]:
+                        eps: float, residual: Tensor | None, patch: int = 1,
+                        sums_residual: bool = False) -> tuple[Tensor, ...]:
     """Gradients of a layer norm over the channels, and of what passes by it.
 
     Args:
@@ -302,11 +302,13 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
         eps (float): Added to the variance.
         residual (Tensor, optional): What else reaches x, (N, H, W, C).
         patch (int): Side of the patches. Defaults to 1.
+        sums_residual (bool): Whether the sum of the residual is wanted.
+            Defaults to False.
 
     Returns:
         tuple[Tensor]: Gradients of x, weight and bias, the output once more,
         of the type of ``grad``, and the sum of the residual over all
-        positions, (C, ) (without a residual (0, )): None here, as above.
+        positions, (C, ), or (0, ) if it is not wanted: None here, as above.
     """
     dtype = x.dtype
     if patch > 1:
@@ -330,20 +332,23 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
             at_least_fp32(grad_bias), normed, None)
 
 
-def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor | None,
                    keep: Tensor | None) -> Tensor:
     """``x + keep * scale * y``.
 
     Args:
         x, y (Tensor): (N, H, W, C).
-        scale (Tensor): Layer scale, (C, ).
+        scale (Tensor, optional): Layer scale, (C, ).
         keep (Tensor, optional): Drop path, (N, 1, 1, 1).
 
     Returns:
         Tensor: (N, H, W, C), of the type of x.
     """
+    y = y.to(x.dtype)
+    if scale is None:
+        return (x + y if keep is None else x + keep * y).to(x.dtype)
     scale = _scale_for(x, scale)
-    return torch.addcmul(x, y.to(x.dtype), scale if keep is None else
+    return torch.addcmul(x, y, scale if keep is None else
                          scale * keep).to(x.dtype)
 
 
@@ -352,35 +357,62 @@ def _scale_for(x: Tensor, scale: Tensor) -> Tensor:
     return scale if x.dtype == torch.float16 else scale.to(x.dtype)
 
 
-def scale_backward(grad: Tensor,
-                   scale: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the input of a layer scale.
+def scale_residual_backward(
+        grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+        dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of y in ``x + keep * scale * y``.
 
     Args:
-        grad (Tensor): Of its output, (N, H, W, C).
-        scale (Tensor): (C, ).
+        grad (Tensor): Of the sum, (N, H, W, C).
+        scale (Tensor, optional): (C, ).
+        keep (Tensor, optional): (N, 1, 1, 1).
+        dtype (torch.dtype): Of the gradients.
 
     Returns:
-        tuple[Tensor]: The gradient, of the type of ``grad``, and the sum of
-        ``grad`` over all positions, (C, ): None here, as above.
+        tuple[Tensor]: The gradient as if the scale were 1, (0, ) where that
+        is ``grad``; the gradient, (0, ) without a scale; and the sum of the
+        former over all positions, (C, ): None here, as above.
     """
-    return (grad * _scale_for(grad, scale)).to(grad.dtype), None
+    grad_y, none = grad, grad.new_empty(0, dtype=dtype)
+    if keep is not None:
+        grad_y = grad_y * keep
+    grad_y = grad_y.to(dtype)
+    scaled = none
+    if scale is not None:
+        scaled = (grad_y * _scale_for(grad_y, scale)).to(dtype)
+    return none if grad_y is grad else grad_y, scaled, None
 
 
-def drop_backward(grad: Tensor, keep: Tensor,
-                  dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the input of drop path.
+def scale_residual_norm(x: Tensor, y: Tensor, scale: Tensor | None,
+                        keep: Tensor | None, weight: Tensor | None,
+                        bias: Tensor | None, eps: float,
+                        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`scale_residual` and :func:`layer_norm` of its result: both."""
+    out = scale_residual(x, y, scale, keep)
+    return out, layer_norm(out, weight, bias, eps, dtype)
+
+
+def scale_residual_norm_backward(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float,
+        residual: Tensor, scale: Tensor | None, keep: Tensor | None,
+        dtype: torch.dtype, sums_residual: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of :func:`scale_residual_norm`.
 
     Args:
-        grad (Tensor): Of its output, (N, H, W, C).
-        keep (Tensor): (N, 1, 1, 1).
-        dtype (torch.dtype): Of the result.
+        grad (Tensor): Of the norm, (N, H, W, C).
+        x (Tensor): The sum, (N, H, W, C).
+        residual (Tensor): Its gradient but for what comes through the norm,
+            (N, H, W, C).
+        weight, bias, eps, scale, keep, dtype, sums_residual: As above.
 
     Returns:
-        tuple[Tensor]: The gradient, and its sum over all positions, (C, ):
-        None here, as above.
+        tuple[Tensor]: What :func:`layer_norm_backward` returns, and then what
+        :func:`scale_residual_backward` makes of its first; where that makes
+        neither of the gradients, its sum is (0, ), too.
     """
-    return (grad * keep).to(dtype), None
+    grad_x, *others = layer_norm_backward(grad, x, weight, bias, eps, residual)
+    return (grad_x, *others,
+            *scale_residual_backward(grad_x, scale, keep, dtype))
 
 
 def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,

@@ -77,7 +77,7 @@ def came_from_fused_path(out):
         if node is not None and node not in found:
             found.add(node)
             nodes += [n for n, _ in node.next_functions]
-    return any('ResidualBranch' in node.name() for node in found)
+    return any('BlockFunction' in node.name() for node in found)
 
 
 def run(model, x, grad, autocast=None):
@@ -355,25 +355,26 @@ def test_gradients_of_linear_layers_are_as_exact_as_torchs(
         assert (ours - truth).norm() <= 2 * (plain - truth).norm() + rounding
 
 
-@pytest.mark.parametrize('middle, width', [('gate', 2), ('position', 1)])
 @pytest.mark.parametrize('keep', [None, [0., 2.]])
-def test_gradients_in_double_precision(middle, width, keep):
+@pytest.mark.parametrize('mlp_keep', [None, [2., 0.]])
+def test_gradients_in_double_precision(keep, mlp_keep):
     torch.manual_seed(0)
-    c, k = 2, 5 if middle == 'gate' else 3
-    if keep is not None:
-        keep = torch.tensor(keep).double().view(2, 1, 1, 1)
-    inputs = [
-        random(2, 3, 4, c), random(c), random(c), random(c),
-        *(random(*shape) for _ in range(width) for shape in ((c, c), (c, ))),
-        random(c, 1, k, k), random(c), random(c, c, 1, 1), random(c)
-    ]
+    c, hidden, k = 2, 3, 5
+    keep, mlp_keep = (
+        None if factors is None else torch.tensor(factors).double().view(
+            2, 1, 1, 1) for factors in (keep, mlp_keep))
+    shapes = [*[(c, )] * 3, *[(c, c), (c, )] * 2, (c, 1, k, k), (c, ),
+              (c, c, 1, 1), (c, )]
+    mlp_shapes = [*[(c, )] * 3, (hidden, c), (hidden, ), (hidden, 1, 3, 3),
+                  (hidden, ), (c, hidden, 1, 1), (c, )]
+    inputs = [random(*shape) for shape in ((2, 3, 4, c), *shapes, *mlp_shapes)]
 
-    def branch(x, norm_weight, norm_bias, scale, *parameters):
-        return fused_block.ResidualBranchFunction.apply(
-            x, norm_weight, norm_bias, scale, keep, 1e-6, middle, *parameters)
+    def both(x, *parameters):
+        return fused_block.BlockFunction.apply(
+            x, keep, mlp_keep, (1e-6, 1e-3), len(shapes), *parameters)
 
     assert torch.autograd.gradcheck(
-        branch, [t.requires_grad_() for t in inputs])
+        both, [t.requires_grad_() for t in inputs])
 
 
 def test_plain_path_has_second_derivatives_and_the_fused_one_says_so():
@@ -615,10 +616,12 @@ def test_kernels_run_on_the_device_of_their_operands(train, monkeypatch):
         out, = model(torch.randn(2, 3, 32, 32))
         if train:
             out.sum().backward()
-    assert called == {'operands', 'layer_norm', 'scale_residual'} | (
-        {'gate_forward', 'gate_backward', 'position', 'position_backward',
-         'scale_backward', 'drop_backward', 'layer_norm_backward',
-         'scaled_linear_backward'} if train else {'gate', 'position'})
+    assert called == {
+        'operands', 'layer_norm', 'scale_residual', 'scale_residual_norm'} | (
+            {'gate_forward', 'gate_backward', 'position', 'position_backward',
+             'scale_residual_backward', 'scale_residual_norm_backward',
+             'layer_norm_backward', 'scaled_linear_backward'}
+            if train else {'gate', 'position'})
 
 
 def test_transforms_of_torch_get_the_plain_path():
@@ -723,15 +726,25 @@ def triton_on_cpu(monkeypatch):
     def compute(name, *inputs):
         # Which plain functions overwrite.
         inputs = [t.clone() if torch.is_tensor(t) else t for t in inputs]
-        total = None
-        if name in ('scale_backward', 'layer_norm_backward'):
-            summed = inputs[0 if name == 'scale_backward' else 5]
-            total = inputs[0].new_empty(0) if summed is None \
-                else summed.sum((0, 1, 2))
         outs = getattr(torch_kernels, name)(*inputs)
-        if name in ('gate_backward', 'position_backward', 'drop_backward'):
-            total = outs[0].sum((0, 1, 2))
-        return outs if total is None else (*outs[:-1], total)
+        if not isinstance(outs, tuple):
+            return outs
+        if name in ('gate_backward', 'position_backward'):
+            return *outs[:-1], outs[0].sum((0, 1, 2))
+        if name == 'scale_residual_backward':
+            return *outs[:2], (outs[0] if outs[0].numel() else inputs[0]).sum(
+                (0, 1, 2))
+        none = inputs[0].new_empty(0)
+        if name == 'scale_residual_norm_backward':
+            own = outs[5] if outs[5].numel() else outs[0]
+            total = own.sum((0, 1, 2)) \
+                if outs[5].numel() + outs[6].numel() else none
+            residual = inputs[5].sum((0, 1, 2)) if inputs[9] else none
+            return *outs[:4], residual, *outs[5:7], total
+        if name == 'layer_norm_backward':
+            return *outs[:4], inputs[5].sum(
+                (0, 1, 2)) if inputs[7:] == [True] else none
+        return outs
 
     def kernels(x):
         obstacle = dispatch._triton_obstacle(x.device)
@@ -756,7 +769,6 @@ def test_scale_in_the_weight_changes_nothing(rate, monkeypatch):
         return {k: v.clone() for k, v in run(model, x, grad)[0].items()}
 
     scaled = results()
-    monkeypatch.delattr(torch_kernels, 'scale_backward')
     monkeypatch.setattr(fused_block, '_folds_scale', lambda *_: True)
     torch.testing.assert_close(results(), scaled)
 
@@ -782,12 +794,12 @@ def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu,
         grads.append([p.grad for p in model.parameters()])
     for own, other in zip(*grads, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
-    # Folded into the weight, which in fp16 it is not.
-    used = set(fake_kernels.KERNELS) - {'scale_backward'}
-    assert found == used - {'gate', 'drop_backward'}
+    used = set(fake_kernels.KERNELS)
+    # Scales are folded into the weight.
+    assert found == used - {'gate', 'scale_residual_backward'}
     with torch.no_grad():
         compiled(x)
-    assert found == used - {'drop_backward'}
+    assert found == used - {'scale_residual_backward'}
     dropping = Conv2Former(TINY, compile=options)
     for block in dropping.stages[0]:
         block.drop_path.rate = 0.5
@@ -929,17 +941,22 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
         gate_backward=(x, zv, x, *depthwise),
         position=(z, *small), position_backward=(x, z, *small),
         layer_norm=(x, weight, bias, 1e-6, torch.half),
-        layer_norm_backward=(x, x, weight, bias, 1e-6, x),
+        layer_norm_backward=(x, x, weight, bias, 1e-6, x, 1, True),
         scale_residual=(x, x, weight.float(), keep),
-        scale_backward=(x, weight),
-        drop_backward=(x, keep, torch.half),
+        scale_residual_backward=(x, weight, keep, torch.half),
+        scale_residual_norm=(x, x, weight, keep, weight, bias, 1e-6,
+                             torch.half),
+        scale_residual_norm_backward=(x, x, weight, bias, 1e-6, x, weight,
+                                      keep, torch.half, False),
         scaled_linear_backward=(torch.rand(c, 5).half(), torch.rand(c),
                                 torch.rand(c, 5), torch.rand(c),
                                 torch.rand(c)))
     assert set(calls) == set(fake_kernels.KERNELS) == \
         set(vars(kernels)) - {'operands', 'functions'}
-    sums = dict(gate_backward=2 * c, position_backward=c, scale_backward=c,
-                drop_backward=c, layer_norm_backward=c)
+    # At the end, where the functions of torch have None.
+    sums = dict(gate_backward=2 * c, position_backward=c,
+                layer_norm_backward=c, scale_residual_backward=c,
+                scale_residual_norm_backward=c)
     with FakeTensorMode() as mode:
         for name, inputs in calls.items():
             out = getattr(kernels, name)(
@@ -952,6 +969,8 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
             if name in sums:
                 reference = *reference[:-1], torch.zeros(sums[name])
             for own, other in zip(out, reference, strict=True):
+                if other is None:  # the sum of the residual, not asked for
+                    other = torch.zeros(0)
                 assert own.is_cuda and own.is_contiguous(), name
                 assert (own.shape, own.dtype) == (other.shape,
                                                   other.dtype), name

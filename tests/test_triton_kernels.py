@@ -125,15 +125,10 @@ gate_backward = with_sum(torch_kernels.gate_backward)
 position_backward = with_sum(torch_kernels.position_backward)
 
 
-def scale_backward(grad, scale):
-    out, _ = torch_kernels.scale_backward(grad, scale)
-    return out, grad.sum(
-        (0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
-
-
-def drop_backward(grad, keep):
-    out, _ = torch_kernels.drop_backward(grad, keep, grad.dtype)
-    return out, out.sum(
+def scale_residual_backward(grad, scale, keep):
+    own, scaled, _ = torch_kernels.scale_residual_backward(
+        grad, scale, keep, grad.dtype)
+    return own, scaled, (own if own.numel() else grad).sum(
         (0, 1, 2), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
@@ -141,14 +136,17 @@ def layer_norm(x, weight, bias):
     return F.layer_norm(x, weight.shape, weight, bias, EPS)
 
 
-def layer_norm_backward(grad, x, weight, bias, eps, residual):
-    """That of autograd; the one in fused takes other types on the CPU."""
+def layer_norm_backward(grad, x, weight, bias, eps, residual, patch,
+                        sums_residual):
+    """That of autograd; the plain one takes other types on the CPU."""
+    assert patch == 1
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias)]
     out = F.layer_norm(inputs[0], weight.shape, *inputs[1:], eps)
     grad_x, *others = torch.autograd.grad(out, inputs, grad)
     total = grad_x.new_empty(0)
     if residual is not None:
         grad_x = grad_x + residual
+    if sums_residual:
         total = residual.sum((0, 1, 2), dtype=torch.promote_types(
             residual.dtype, torch.float32))
     return grad_x, *others, out.detach(), total
@@ -262,16 +260,17 @@ def test_images_too_large_for_offsets_of_32_bits(kernels, monkeypatch):
     zv, x, y, weight, bias, scale, keep = draw(
         torch.float32, (n, h, w, 2 * c), *[(n, h, w, c)] * 2, (c, 1, 3, 3),
         (c, ), (c, ), (n, 1, 1, 1))
-    calls = [lambda: kernels.gate(zv, weight, bias),
-             lambda: kernels.scale_residual(x, y, scale, keep)]
+    calls = [lambda: [kernels.gate(zv, weight, bias)],
+             lambda: kernels.scale_residual_norm(x, y, scale, keep, bias, bias,
+                                                 EPS, torch.float32)]
     expected = [call() for call in calls]
     monkeypatch.setattr(tiling, 'MAX_OFFSETS', w * 2 * c + 1)
     assert tiling.small_images((n, h, w, c), 2 * c) == (n * h, 1, w, c)
     plans = depthwise._gelu_launch, pointwise._scale_residual_launch
     for function in plans:
         function.cache_clear()
-    for call, out in zip(calls, expected):
-        assert torch.equal(call(), out)
+    for call, outs in zip(calls, expected):
+        assert all(map(torch.equal, call(), outs))
     for function in plans:
         function.cache_clear()
 
@@ -287,24 +286,56 @@ def test_norms_are_as_exact_as_their_plain_forms(kernels, n, h, w, c, dtype):
     assert normed.dtype == dtype
     grad_x, grad_weight, grad_bias, again, total = compare(
         kernels.layer_norm_backward, layer_norm_backward, grad, x, weight,
-        bias, EPS, y)
+        bias, EPS, y, 1, True)
     assert grad_x.dtype == dtype
     assert {t.dtype for t in (grad_weight, grad_bias, total)} \
         == {torch.float32}
     torch.testing.assert_close(again, normed)
     alone, *_ = compare(kernels.layer_norm_backward, layer_norm_backward, grad,
-                        x, weight, bias, EPS, None)
+                        x, weight, bias, EPS, None, 1, False)
     assert not torch.equal(alone, grad_x)
-    for factor in (keep, None):
+    for factors in (scale, keep), (scale, None), (None, keep), (None, None):
         out = compare(kernels.scale_residual, torch_kernels.scale_residual,
-                      x, y, scale, factor)
+                      x, y, *factors)
         assert out.dtype == dtype
-    out, total = compare(kernels.scale_backward, scale_backward, grad, scale)
-    assert out.dtype == dtype and total.dtype == torch.float32
-    out, total = compare(
-        lambda *inputs: kernels.drop_backward(*inputs, dtype), drop_backward,
-        grad, keep)
-    assert out.dtype == dtype and total.dtype == torch.float32
+        *outs, total = compare(
+            lambda *inputs: kernels.scale_residual_backward(*inputs, dtype),
+            scale_residual_backward, grad, *factors)
+        assert {t.dtype for t in outs} == {dtype}
+        assert total.dtype == torch.float32
+
+
+@device_test
+@pytest.mark.parametrize('n, h, w, c, dtype', SHAPES)
+@pytest.mark.parametrize('scaled, dropped', [
+    (True, True), (True, False), (False, True), (False, False)])
+def test_sum_with_its_norm_is_that_of_two_kernels(
+        kernels, n, h, w, c, dtype, scaled, dropped):
+    x, y, grad, weight, bias, scale, keep = draw(
+        dtype, *[(n, h, w, c)] * 3, *[(c, )] * 3, (n, 1, 1, 1))
+    factors = scale if scaled else None, keep if dropped else None
+    out, normed = kernels.scale_residual_norm(x, y, *factors, weight, bias,
+                                              EPS, dtype)
+    assert torch.equal(out, kernels.scale_residual(x, y, *factors))
+    assert torch.equal(
+        normed, kernels.layer_norm(out, weight, bias, EPS, dtype))
+    _, plain = kernels.scale_residual_norm(x, y, *factors, None, None, EPS,
+                                           dtype)
+    assert torch.equal(plain, kernels.layer_norm(out, None, None, EPS, dtype))
+    for sums_residual in True, False:
+        inputs = grad, x, weight, bias, EPS, y
+        *norm, own, scaled_, total = kernels.scale_residual_norm_backward(
+            *inputs, *factors, dtype, sums_residual)
+        for o, t in zip(norm, kernels.layer_norm_backward(
+                *inputs, 1, sums_residual), strict=True):
+            assert torch.equal(o, t)
+        if not scaled and not dropped:
+            assert not own.numel() + scaled_.numel() + total.numel()
+            continue
+        *outs, sums = kernels.scale_residual_backward(norm[0], *factors, dtype)
+        for o, t in zip((own, scaled_), outs, strict=True):
+            assert torch.equal(o, t)
+        torch.testing.assert_close(total, sums, rtol=1e-5, atol=1e-4)
 
 
 @pytest.fixture
@@ -427,9 +458,22 @@ def test_precisions_of_stream_and_branch_may_differ(kernels):
         normed, F.layer_norm(x, (8, ), eps=EPS).half())
     inputs = (x, weight, bias, EPS, x)
     grad_x, *_, again, _ = kernels.layer_norm_backward(y, *inputs)
-    true, *_ = layer_norm_backward(y.float(), *inputs)
+    true, *_ = layer_norm_backward(y.float(), *inputs, 1, False)
     assert grad_x.dtype == torch.float32 and again.dtype == torch.float16
     torch.testing.assert_close(grad_x, true)
+    out, normed = kernels.scale_residual_norm(x, y, weight, None, None, None,
+                                              EPS, torch.float16)
+    assert out.dtype == torch.float32 and normed.dtype == torch.float16
+    # The gradient of the branch is another tensor then.
+    grad_x, *_, own, scaled, total = kernels.scale_residual_norm_backward(
+        y, *inputs, None, None, torch.float16, False)
+    torch.testing.assert_close(grad_x, true)
+    assert torch.equal(own, grad_x.half()) and not scaled.numel()
+    torch.testing.assert_close(total, own.float().sum((0, 1, 2)), rtol=1e-5,
+                               atol=1e-5)
+    again, *_ = kernels.scale_residual_backward(grad_x, None, None,
+                                                torch.float16)
+    assert torch.equal(again, own)
 
 
 @device_test
@@ -444,9 +488,12 @@ def test_number_of_splits_changes_nothing_but_the_rounding(
         return [
             *compare(kernels.gate_backward, gate_backward, grad, zv, z, weight,
                      bias),
-            *compare(kernels.scale_backward, scale_backward, grad, bias),
+            *compare(
+                lambda *inputs: kernels.scale_residual_backward(
+                    *inputs, torch.float32), scale_residual_backward, grad,
+                bias, None)[1:],
             *compare(kernels.layer_norm_backward, layer_norm_backward, grad, z,
-                     bias, bias, EPS, z),
+                     bias, bias, EPS, z, 1, True),
             *compare(kernels.position_backward, position_backward, grad, z,
                      weight, bias)]
 
@@ -494,9 +541,15 @@ def test_strided_inputs_give_the_same_bits(kernels):
         kernels.position: (z, weight, bias),
         kernels.position_backward: (grad, z, weight, bias),
         kernels.layer_norm: (z, bias, bias, EPS, torch.float32),
-        kernels.layer_norm_backward: (grad, z, bias, bias, EPS, zv[..., 8:]),
+        kernels.layer_norm_backward: (grad, z, bias, bias, EPS, zv[..., 8:], 1,
+                                      True),
         kernels.scale_residual: (z, grad, bias, None),
-        kernels.scale_backward: (grad, bias),
+        kernels.scale_residual_backward: (grad, bias, None, torch.float32),
+        kernels.scale_residual_norm: (z, grad, bias, None, bias, bias, EPS,
+                                      torch.float32),
+        kernels.scale_residual_norm_backward: (
+            grad, z, bias, bias, EPS, zv[..., 8:], bias, None, torch.float32,
+            True),
     }
     for function, inputs in calls.items():
         others = [strided(x, i % 2) if torch.is_tensor(x) else x
@@ -617,8 +670,11 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
     kernels.layer_norm_backward(y, x, vector, vector, EPS, y)
     kernels.scaled_linear_backward(x[0, 0], vector, x[0, 0], vector,
                                    vector)
-    kernels.scale_residual(x, y, vector, keep)
-    kernels.scale_backward(x, vector)
+    kernels.scale_residual_norm(x, y, vector, keep, vector, vector, EPS,
+                                x.dtype)
+    kernels.scale_residual_backward(x, vector, keep, x.dtype)
+    kernels.scale_residual_norm_backward(y, x, vector, vector, EPS, y, vector,
+                                         keep, x.dtype, True)
     kernels.operands([x[0, 0], vector, weight, vector, x[0, 0], vector],
                      x.dtype)
     stem_kernels.pixels_first(x, 8, x.dtype)
@@ -656,7 +712,7 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
         kernel, *grid, _, _, _, _, _, _ = calls[-1][:10]
         addresses = [t.data_ptr() if torch.is_tensor(t) else t
                      for t in calls[-1][10:]]
-        out = addresses.pop(4)  # is new each time
+        out = addresses.pop(6)  # is new each time
         return kernel, grid, addresses, out % 16
 
     first = launch(x, y, scale, keep)

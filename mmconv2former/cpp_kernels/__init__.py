@@ -22,8 +22,7 @@ from . import library
 
 LARGEST_KERNEL = 21  # of KERNELS in planes.h
 
-# Small, or seldom called: torch's serve CPUs well.
-drop_backward = torch_kernels.drop_backward
+# Small: torch's serve CPUs well.
 scaled_linear_backward = torch_kernels.scaled_linear_backward
 
 
@@ -153,9 +152,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
-                        eps: float, residual: Tensor | None,
-                        patch: int = 1) -> tuple[Tensor, ...]:
-    """See :func:`mmconv2former.torch_kernels.layer_norm_backward`."""
+                        eps: float, residual: Tensor | None, patch: int = 1,
+                        sums_residual: bool = False) -> tuple[Tensor, ...]:
+    """See :func:`mmconv2former.torch_kernels.layer_norm_backward`; the sum of
+    the residual is None here, too."""
     if not _takes(grad.dtype, x.dtype):
         return torch_kernels.layer_norm_backward(grad, x, weight, bias, eps,
                                                  residual, patch)
@@ -173,7 +173,7 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
     return grad_x, sums[0], sums[1], normed, None
 
 
-def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor | None,
                    keep: Tensor | None) -> Tensor:
     """See :func:`mmconv2former.torch_kernels.scale_residual`."""
     if not _takes(x.dtype, y.dtype):
@@ -181,22 +181,85 @@ def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
     x, y = x.contiguous(), y.contiguous()
     scale, keep = _in_fp32(scale), _in_fp32(keep)
     out = torch.empty_like(x)
-    n, height, width, c = x.shape
     library.load().scale_residual(
-        x.data_ptr(), y.data_ptr(), scale.data_ptr(), _pointer(keep),
-        out.data_ptr(), n, height * width, c, _is_bf16(x), _is_bf16(y),
+        x.data_ptr(), y.data_ptr(), _pointer(scale), _pointer(keep),
+        out.data_ptr(), *_samples(x), _is_bf16(x), _is_bf16(y),
         get_num_threads())
     return out
 
 
-def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`mmconv2former.torch_kernels.scale_backward`."""
-    if not _takes(grad.dtype):
-        return torch_kernels.scale_backward(grad, scale)
-    grad, scale = grad.contiguous(), _in_fp32(scale)
-    out, sums = torch.empty_like(grad), torch.empty_like(scale)
-    n, height, width, c = grad.shape
-    library.load().scale_backward(
-        grad.data_ptr(), scale.data_ptr(), out.data_ptr(), sums.data_ptr(),
-        n * height * width, c, _is_bf16(grad), get_num_threads())
-    return out, sums
+def _samples(x: Tensor) -> tuple[int, int, int]:
+    """Samples, positions of each, and channels."""
+    n, height, width, c = x.shape
+    return n, height * width, c
+
+
+def scale_residual_backward(
+        grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+        dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.scale_residual_backward`."""
+    if not _takes(grad.dtype, dtype):
+        return torch_kernels.scale_residual_backward(grad, scale, keep, dtype)
+    grad, scale, keep = grad.contiguous(), _in_fp32(scale), _in_fp32(keep)
+    own, scaled = _branch_grads(grad, scale, keep, dtype)
+    sums = grad.new_empty(grad.shape[3], dtype=torch.float32)
+    library.load().scale_residual_backward(
+        grad.data_ptr(), _pointer(scale), _pointer(keep), own.data_ptr(),
+        scaled.data_ptr(), sums.data_ptr(), *_samples(grad), _is_bf16(grad),
+        _is_bf16(own), get_num_threads())
+    return own, scaled, sums
+
+
+def _branch_grads(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for the first two that ``scale_residual_backward`` returns.
+
+    Without any there is no address either.
+    """
+    has_own = keep is not None or grad.dtype != dtype
+    return (grad.new_empty(grad.shape if has_own else 0, dtype=dtype),
+            grad.new_empty(0 if scale is None else grad.shape, dtype=dtype))
+
+
+def scale_residual_norm(x: Tensor, y: Tensor, scale: Tensor | None,
+                        keep: Tensor | None, weight: Tensor | None,
+                        bias: Tensor | None, eps: float,
+                        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.scale_residual_norm`."""
+    if not _takes(x.dtype, dtype) or y.dtype != dtype:
+        return torch_kernels.scale_residual_norm(x, y, scale, keep, weight,
+                                                 bias, eps, dtype)
+    x, y = x.contiguous(), y.contiguous()
+    scale, keep, weight, bias = map(_in_fp32, (scale, keep, weight, bias))
+    out, normed = torch.empty_like(x), torch.empty_like(y)
+    library.load().scale_residual_norm(
+        x.data_ptr(), y.data_ptr(), *map(_pointer, (scale, keep, weight,
+                                                    bias)),
+        eps, out.data_ptr(), normed.data_ptr(), *_samples(x), _is_bf16(x),
+        _is_bf16(y), get_num_threads())
+    return out, normed
+
+
+def scale_residual_norm_backward(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float,
+        residual: Tensor, scale: Tensor | None, keep: Tensor | None,
+        dtype: torch.dtype, sums_residual: bool) -> tuple[Tensor | None, ...]:
+    """See :func:`mmconv2former.torch_kernels.scale_residual_norm_backward`;
+    the sum of the residual is None here, too."""
+    if not _takes(x.dtype, dtype) or grad.dtype != dtype:
+        return torch_kernels.scale_residual_norm_backward(
+            grad, x, weight, bias, eps, residual, scale, keep, dtype,
+            sums_residual)
+    grad, x = grad.contiguous(), x.contiguous()
+    residual = residual.to(x).contiguous()
+    weight, bias, scale, keep = map(_in_fp32, (weight, bias, scale, keep))
+    grad_x, normed = torch.empty_like(x), torch.empty_like(grad)
+    own, scaled = _branch_grads(x, scale, keep, dtype)
+    sums = weight.new_empty((3, len(weight)))
+    library.load().scale_residual_norm_backward(
+        grad.data_ptr(), x.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps,
+        residual.data_ptr(), _pointer(scale), _pointer(keep),
+        grad_x.data_ptr(), normed.data_ptr(), own.data_ptr(),
+        scaled.data_ptr(), sums.data_ptr(), *_samples(x), _is_bf16(x),
+        _is_bf16(grad), get_num_threads())
+    return (grad_x, sums[0], sums[1], normed, None, own, scaled, sums[2])

@@ -26,7 +26,9 @@ FUNCTIONS = {
     'layer_norm': 'pppfp llll iiii',
     'layer_norm_backward': 'ppppfpppp llll iiii',
     'scale_residual': 'ppppp lll iii',
-    'scale_backward': 'pppp ll ii',
+    'scale_residual_backward': 'pppppp lll iii',
+    'scale_residual_norm': 'ppppppfpp lll iii',
+    'scale_residual_norm_backward': 'ppppfpppppppp lll iii',
 }
 
 

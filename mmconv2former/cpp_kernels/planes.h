@@ -7,9 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
 #include <utility>
 
 #include "vector.h"
@@ -125,22 +122,6 @@ void for_blocks(int columns, F f) {
 int whole_blocks(int columns) {
   const int rest = columns % WIDE;
   return columns - rest + (rest > NARROW ? WIDE : rest ? NARROW : 0);
-}
-
-struct Free {
-  void operator()(float* memory) const { std::free(memory); }
-};
-
-using Buffer = std::unique_ptr<float, Free>;
-
-Buffer allocate(size_t floats) {
-  const size_t bytes = (floats * 4 + 63) / 64 * 64;
-  Buffer buffer(static_cast<float*>(std::aligned_alloc(64, bytes)));
-  if (!buffer) {
-    std::fprintf(stderr, "mmconv2former: no memory for %zu bytes\n", bytes);
-    std::abort();  // no exception may leave a thread of OpenMP
-  }
-  return buffer;
 }
 
 struct Shape {

@@ -1,10 +1,14 @@
-// Vectors of channels: loads and stores of fp32 and bf16, and GELU.
+// Vectors of channels: loads and stores of fp32 and bf16, memory for them, and
+// GELU.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #define INLINED __attribute__((always_inline))  // of lambdas
 #define INLINE INLINED inline
@@ -95,21 +99,43 @@ INLINE float sum(Vec x) {
 
 #endif
 
-INLINE void store(bf16* to, Vec x, Lanes lanes) {
 #ifdef __AVX512BF16__
-  _mm256_mask_storeu_epi16(to, lanes, __m256i(_mm512_cvtneps_pbh(__m512(x))));
+
+INLINE __m256i bf16_bits(Vec x) {
+  return __m256i(_mm512_cvtneps_pbh(__m512(x)));
+}
+
+INLINE void store(bf16* to, Vec x, Lanes lanes) {
+  _mm256_mask_storeu_epi16(to, lanes, bf16_bits(x));
+}
+
+INLINE Vec rounded(Vec x, bf16) {
+  return Vec(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16_bits(x)), 16));
+}
+
 #else
-  // To the nearest, of two as near to the even one; NaN to a quiet one.
+
+// To the nearest, of two as near to the even one; NaN to a quiet one.
+INLINE Ints bf16_bits(Vec x) {
   const Ints bits = Ints(x);
   const Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Ints out = (x == x ? rounded : bits | 0x400000) >> 16;
+  return (x == x ? rounded : bits | 0x400000) >> 16;
+}
+
+INLINE void store(bf16* to, Vec x, Lanes lanes) {
+  const Ints bits = bf16_bits(x);
 #ifdef __AVX512F__
-  _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(__m512i(out)));
+  _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(__m512i(bits)));
 #else
-  for (int i = 0; i < lanes; i++) to[i].bits = uint16_t(out[i]);
-#endif
+  for (int i = 0; i < lanes; i++) to[i].bits = uint16_t(bits[i]);
 #endif
 }
+
+INLINE Vec rounded(Vec x, bf16) { return Vec(bf16_bits(x) << 16); }
+
+#endif
+
+INLINE Vec rounded(Vec x, float) { return x; }
 
 // All lanes, of memory that is aligned.
 INLINE Vec load(const float* from) {
@@ -117,6 +143,22 @@ INLINE Vec load(const float* from) {
 }
 
 INLINE void store(float* to, Vec x) { *reinterpret_cast<Vec*>(to) = x; }
+
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+using Buffer = std::unique_ptr<float, Free>;
+
+inline Buffer allocate(size_t floats) {
+  const size_t bytes = (floats * 4 + 63) / 64 * 64;
+  Buffer buffer(static_cast<float*>(std::aligned_alloc(64, bytes)));
+  if (!buffer) {
+    std::fprintf(stderr, "mmconv2former: no memory for %zu bytes\n", bytes);
+    std::abort();  // no exception may leave a thread of OpenMP
+  }
+  return buffer;
+}
 
 // (1 + erf(x / sqrt(2))) / 2, as 1/2 + x * P(x * x) / Q(x * x), a fit with an
 // error of 7e-9; from 5.5 on the rest is below the rounding of fp32.
@@ -176,4 +218,12 @@ void with_type(int is_bf16, F f) {
     f(bf16{});
   else
     f(float{});
+}
+
+// The same for two.
+template <class F>
+void with_types(int is_bf16, int other_is_bf16, F f) {
+  with_type(is_bf16, [&](auto type) {
+    with_type(other_is_bf16, [&](auto other_type) { f(type, other_type); });
+  });
 }

@@ -20,18 +20,19 @@ from .depthwise import (
     position_backward,
 )
 from .pointwise import (
-    drop_backward,
     layer_norm,
     layer_norm_backward,
     operands,
-    scale_backward,
     scale_residual,
+    scale_residual_backward,
+    scale_residual_norm,
+    scale_residual_norm_backward,
     scaled_linear_backward,
 )
 
 __all__ = [
-    'drop_backward', 'filters', 'gate', 'gate_backward', 'gate_forward',
-    'layer_norm', 'layer_norm_backward', 'operands', 'position',
-    'position_backward', 'scale_backward', 'scale_residual',
-    'scaled_linear_backward'
+    'filters', 'gate', 'gate_backward', 'gate_forward', 'layer_norm',
+    'layer_norm_backward', 'operands', 'position', 'position_backward',
+    'scale_residual', 'scale_residual_backward', 'scale_residual_norm',
+    'scale_residual_norm_backward', 'scaled_linear_backward'
 ]

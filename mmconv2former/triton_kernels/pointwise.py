@@ -123,22 +123,29 @@ def _normalize(x, used, eps, C: tl.constexpr):
     return normed * rstd, rstd
 
 
+@triton.jit
+def _affine(normed, weight_ptr, bias_ptr, channel, used):
+    if weight_ptr is not None:
+        normed *= tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
+        normed += tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
+    return normed
+
+
 @triton.jit(do_not_specialize=['pixels', 'height', 'width'])
 def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, height,
                        width, eps, C: tl.constexpr, X_STRIDE: tl.constexpr,
                        PATCH: tl.constexpr, BLOCK: tl.constexpr,
                        PIXELS: tl.constexpr):
     """out = (x - mean) * rstd * weight + bias, as patches."""
-    channel = tl.arange(0, BLOCK)[None, :]
+    # In full shape, so that the vectors come in the layout of the tensors.
+    channel = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (PIXELS, BLOCK))
     used = channel < C
     pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
         + tl.arange(0, PIXELS)[:, None]
     inside = used & (pixel < pixels)
     x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.)
     normed, _ = _normalize(x, used, eps, C)
-    if weight_ptr is not None:
-        normed *= tl.load(weight_ptr + channel, used, 0.).to(tl.float32)
-        normed += tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
+    normed = _affine(normed, weight_ptr, bias_ptr, channel, used)
     if PATCH > 1:
         pixel, is_used = patch_index(pixel, height, width, PATCH)
         inside &= is_used
@@ -163,16 +170,41 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
     nothing to do where channels are few.
     """
     out = _patches_like(x, patch, dtype)
-    if weight is not None:
-        weight, bias = weight.contiguous(), bias.contiguous()
     shape, (x, stride) = x.shape, as_pixels(x)
-    _layer_norm_launch(shape, stride, float(eps), patch)(x, weight, bias, out)
+    _layer_norm_launch(shape, stride, float(eps), patch)(
+        x, _contiguous(weight), _contiguous(bias), out)
     return out
 
 
 def _patches_like(x: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
     shape = x.shape if patch == 1 else patches_shape(x, patch)
     return x.new_empty(shape, dtype=dtype)
+
+
+@triton.jit
+def _keep_of(keep_ptr, pixel, pixels, area):
+    """The factor of drop path for each pixel, of which an image has area."""
+    return tl.load(keep_ptr + pixel.to(tl.int32) // area, pixel < pixels,
+                   0.).to(tl.float32)
+
+
+@triton.jit
+def _store_own(grad, scale_ptr, keep, own_ptr, scaled_ptr, at, channel, inside,
+               used):
+    """own = grad * keep and scaled = own * scale, where they are asked for.
+
+    Returns own as it is rounded, which the gradient of the weight will find;
+    zeros outside.
+    """
+    own = grad.to(tl.float32) * keep
+    if own_ptr is not None:
+        rounded = own.to(own_ptr.dtype.element_ty)
+        tl.store(own_ptr + at, rounded, inside)
+        own = rounded.to(tl.float32)
+    if scaled_ptr is not None:
+        scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
+        tl.store(scaled_ptr + at, own * scale, inside)
+    return tl.where(inside, own, 0.)
 
 
 @triton.jit
@@ -185,16 +217,19 @@ def _load_chunks(ptr, inside, COUNT: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit(do_not_specialize=['pixels', 'tiles', 'height', 'width'])
 def _layer_norm_backward_kernel(
-        grad_ptr, x_ptr, weight_ptr, bias_ptr, residual_ptr, grad_x_ptr,
-        normed_ptr, partial_ptr, pixels, tiles, height, width, eps,
-        C: tl.constexpr, GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
-        RESIDUAL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
-        CHUNKS: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+        grad_ptr, x_ptr, weight_ptr, bias_ptr, residual_ptr, scale_ptr,
+        keep_ptr, grad_x_ptr, normed_ptr, own_ptr, scaled_ptr, partial_ptr,
+        pixels, tiles, height, width, eps, C: tl.constexpr,
+        GRAD_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr,
+        RESIDUAL_STRIDE: tl.constexpr, SUMS_RESIDUAL: tl.constexpr,
+        PATCH: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+        PIXELS: tl.constexpr):
     """With g = grad * weight and n = (x - mean) * rstd,
 
     grad_x = (g - mean(g) - n * mean(g * n)) * rstd + residual, the output
-    once more, and sums of grad * n, of grad and of the residual for each
-    program.
+    once more, and sums of grad * n, of grad and, if asked, of the residual for
+    each program. If asked also own = grad_x * keep with its sums, and scaled =
+    own * scale.
     """
     pid = tl.program_id(0)
     STEP: tl.constexpr = C // CHUNKS
@@ -204,6 +239,8 @@ def _layer_norm_backward_kernel(
     weight_sums = repeat(zero, CHUNKS)
     bias_sums = repeat(zero, CHUNKS)
     residual_sums = repeat(zero, CHUNKS)
+    own_sums = repeat(zero, CHUNKS)
+    goes_on: tl.constexpr = own_ptr is not None or scaled_ptr is not None
     for tile in range(pid, tiles, tl.num_programs(0)):
         pixel = tl.cast(tile, tl.int64) * PIXELS \
             + tl.arange(0, PIXELS)[:, None]
@@ -252,6 +289,10 @@ def _layer_norm_backward_kernel(
         grad_mean = tl.sum(grad_sums, 1)[:, None] / C
         product_mean = tl.sum(product_sums, 1)[:, None] / C
         new_residual_sums = ()
+        new_own_sums = ()
+        keep = 1.
+        if keep_ptr is not None:
+            keep = _keep_of(keep_ptr, pixel, pixels, height * width)
         for i in tl.static_range(CHUNKS):
             # Once more: registers cost more.
             weight = tl.load(weight_ptr + i * STEP + channel, used,
@@ -262,25 +303,37 @@ def _layer_norm_backward_kernel(
             if residual_ptr is not None:
                 residual = residuals[i].to(tl.float32)
                 out += residual
-                new_residual_sums = new_residual_sums + (
-                    residual_sums[i] + residual, )
-            tl.store(grad_x_ptr + pixel * C + i * STEP + channel, out, inside)
-        if residual_ptr is not None:
+                if SUMS_RESIDUAL:
+                    new_residual_sums = new_residual_sums + (
+                        residual_sums[i] + residual, )
+            out = out.to(grad_x_ptr.dtype.element_ty)
+            at = pixel * C + i * STEP + channel
+            tl.store(grad_x_ptr + at, out, inside)
+            if goes_on:
+                own = _store_own(out, scale_ptr, keep, own_ptr, scaled_ptr, at,
+                                 i * STEP + channel, inside, used)
+                new_own_sums = new_own_sums + (own_sums[i] + own, )
+        if SUMS_RESIDUAL:
             residual_sums = new_residual_sums
-    kinds: tl.constexpr = 2 if residual_ptr is None else 3
+        if goes_on:
+            own_sums = new_own_sums
+    kinds: tl.constexpr = 2 + SUMS_RESIDUAL + goes_on
     for i in tl.static_range(CHUNKS):
         to = partial_ptr + pid * (kinds * C) + i * STEP + channel
         tl.store(to, tl.sum(weight_sums[i], 0)[None, :], used)
         tl.store(to + C, tl.sum(bias_sums[i], 0)[None, :], used)
-        if residual_ptr is not None:
+        if SUMS_RESIDUAL:
             tl.store(to + 2 * C, tl.sum(residual_sums[i], 0)[None, :], used)
+        if goes_on:
+            tl.store(to + (kinds - 1) * C, tl.sum(own_sums[i], 0)[None, :],
+                     used)
 
 
 @plan
 def _layer_norm_backward_launch(
         shape: tuple[int, ...], grad_stride: int, stride: int,
-        residual_stride: int, eps: float,
-        patch: int) -> tuple[Launch, tuple[int, ...]]:
+        residual_stride: int, eps: float, patch: int, sums_residual: bool,
+        goes_on: bool) -> tuple[Launch, tuple[int, ...]]:
     n, height, width, c = shape
     (tile, programs), pixels = chunk_tile(c), n * height * width
     tiles = ceil_div(pixels, tile['PIXELS'])
@@ -288,16 +341,27 @@ def _layer_norm_backward_launch(
     launch = Launch(_layer_norm_backward_kernel, programs, pixels, tiles,
                     height, width, eps, GRAD_STRIDE=grad_stride,
                     X_STRIDE=stride, RESIDUAL_STRIDE=residual_stride,
-                    PATCH=patch, maxnreg=128,  # all programs at a time
+                    SUMS_RESIDUAL=int(sums_residual), PATCH=patch,
+                    maxnreg=128,  # all programs at a time
                     **tile)
-    return launch, (programs, 3 if residual_stride else 2, 1, c)
+    return launch, (programs, 2 + sums_residual + goes_on, 1, c)
 
 
 def layer_norm_backward(
         grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float,
-        residual: Tensor | None,
-        patch: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        residual: Tensor | None, patch: int = 1, sums_residual: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.torch_kernels.layer_norm_backward`."""
+    return _layer_norm_backward(
+        grad, x, weight, bias, eps, residual, patch, sums_residual)[:5]
+
+
+def _layer_norm_backward(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float,
+        residual: Tensor | None, patch: int, sums_residual: bool,
+        scale: Tensor | None = None, keep: Tensor | None = None,
+        own: Tensor | None = None,
+        scaled: Tensor | None = None) -> tuple[Tensor, ...]:
     grad_x = x.new_empty(x.shape)
     normed = _patches_like(x, patch, grad.dtype)
     shape, step = x.shape, 0
@@ -308,23 +372,25 @@ def layer_norm_backward(
     x, stride = as_pixels(x)
     if residual is not None:
         residual, step = as_pixels(residual)
+    goes_on = own is not None or scaled is not None
     launch, partial = _layer_norm_backward_launch(
-        shape, grad_stride, stride, step, float(eps), patch)
+        shape, grad_stride, stride, step, float(eps), patch, sums_residual,
+        goes_on)
     partial = x.new_empty(partial, dtype=torch.float32)
-    launch(grad, x, weight.contiguous(), bias.contiguous(), residual, grad_x,
-           normed, partial)
+    launch(grad, x, weight.contiguous(), bias.contiguous(), residual, scale,
+           keep, grad_x, normed, own, scaled, partial)
     c = shape[3]
-    grad_weight, grad_bias, total = sum_partials(partial).split_with_sizes(
-        (c, c, (partial.shape[1] - 2) * c))
-    return grad_x, grad_weight, grad_bias, normed, total
+    grad_weight, grad_bias, total, own_total = sum_partials(
+        partial).split_with_sizes((c, c, sums_residual * c, goes_on * c))
+    return grad_x, grad_weight, grad_bias, normed, total, own_total
 
 
 @triton.jit(do_not_specialize=['area'])
 def _scale_residual_kernel(
-        x_ptr, y_ptr, scale_ptr, keep_ptr, out_ptr, area, C: tl.constexpr,
-        X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-        PIXELS: tl.constexpr):
-    """out = x + keep * scale * y."""
+        x_ptr, y_ptr, scale_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr,
+        normed_ptr, area, eps, C: tl.constexpr, X_STRIDE: tl.constexpr,
+        Y_STRIDE: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+    """out = x + keep * scale * y, and its layer norm if asked."""
     tiles = tl.cdiv(area, PIXELS)
     n = tl.cast(tl.program_id(0) // tiles, tl.int64)
     # In full shape, so that the vectors come in the layout of the tensors.
@@ -335,103 +401,141 @@ def _scale_residual_kernel(
     x = tl.load(x_ptr + n * area * X_STRIDE + pixel * X_STRIDE + channel,
                 inside, 0.)
     y = tl.load(y_ptr + n * area * Y_STRIDE + pixel * Y_STRIDE + channel,
-                inside, 0.)
-    scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
-    if keep_ptr is not None:
-        scale *= tl.load(keep_ptr + n).to(tl.float32)
-    out = (x.to(tl.float32) + y.to(tl.float32) * scale).to(x.dtype)
-    tl.store(out_ptr + n * area * C + pixel * C + channel, out, inside)
+                inside, 0.).to(tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
+        if keep_ptr is not None:
+            scale *= tl.load(keep_ptr + n).to(tl.float32)
+        y *= scale
+    elif keep_ptr is not None:
+        y *= tl.load(keep_ptr + n).to(tl.float32)
+    out = (x.to(tl.float32) + y).to(x.dtype)
+    at = n * area * C + pixel * C + channel
+    tl.store(out_ptr + at, out, inside)
+    if normed_ptr is not None:
+        normed, _ = _normalize(out, used, eps, C)
+        tl.store(normed_ptr + at,
+                 _affine(normed, weight_ptr, bias_ptr, channel, used), inside)
 
 
 @plan
 def _scale_residual_launch(shape: tuple[int, ...], x_stride: int,
-                           y_stride: int) -> Launch:
+                           y_stride: int, eps: float) -> Launch:
     n, height, width, c = shape
     area, tile = height * width, norm_tile(c)
     return Launch(_scale_residual_kernel,
-                  n * ceil_div(area, tile['PIXELS']), area,
+                  n * ceil_div(area, tile['PIXELS']), area, eps,
                   X_STRIDE=x_stride, Y_STRIDE=y_stride, **tile)
 
 
-def scale_residual(x: Tensor, y: Tensor, scale: Tensor,
+def scale_residual(x: Tensor, y: Tensor, scale: Tensor | None,
                    keep: Tensor | None) -> Tensor:
     """See :func:`mmconv2former.torch_kernels.scale_residual`."""
+    return _scale_residual(x, y, scale, keep)
+
+
+def scale_residual_norm(x: Tensor, y: Tensor, scale: Tensor | None,
+                        keep: Tensor | None, weight: Tensor | None,
+                        bias: Tensor | None, eps: float,
+                        dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.scale_residual_norm`."""
+    normed = x.new_empty(x.shape, dtype=dtype)
+    out = _scale_residual(x, y, scale, keep, weight, bias, eps, normed)
+    return out, normed
+
+
+def _scale_residual(x: Tensor, y: Tensor, scale: Tensor | None,
+                    keep: Tensor | None, weight: Tensor | None = None,
+                    bias: Tensor | None = None, eps: float = 0.,
+                    normed: Tensor | None = None) -> Tensor:
     out = x.new_empty(x.shape)
     shape, (x, x_stride), (y, y_stride) = x.shape, as_pixels(x), as_pixels(y)
     images = small_images(shape, max(x_stride, y_stride))
-    if keep is not None:
-        keep = keep.contiguous()
-        if images is not shape:
-            keep = keep.repeat_interleave(shape[1])
-    _scale_residual_launch(images, x_stride, y_stride)(
-        x, y, scale.contiguous(), keep, out)
+    scale, keep, weight, bias = map(_contiguous, (scale, keep, weight, bias))
+    if keep is not None and images is not shape:
+        keep = keep.repeat_interleave(shape[1])
+    _scale_residual_launch(images, x_stride, y_stride, float(eps))(
+        x, y, scale, keep, weight, bias, out, normed)
     return out
 
 
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
 @triton.jit(do_not_specialize=['pixels', 'tiles', 'area'])
-def _scale_backward_kernel(grad_ptr, scale_ptr, keep_ptr, out_ptr,
-                           partial_ptr, pixels, tiles, area, C: tl.constexpr,
-                           GRAD_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
-                           PIXELS: tl.constexpr):
-    """out = grad * scale, with the sums of grad for each part; or out = grad *
-    keep, with its own."""
+def _scale_residual_backward_kernel(
+        grad_ptr, scale_ptr, keep_ptr, own_ptr, scaled_ptr, partial_ptr,
+        pixels, tiles, area, C: tl.constexpr, GRAD_STRIDE: tl.constexpr,
+        BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+    """own = grad * keep with its sums for each part, and scaled = own * scale.
+    """
     channel, part, parts = column_place(C, BLOCK)
     used = channel < C
     sums = tl.zeros((PIXELS, BLOCK), tl.float32)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
     for tile in range(part, tiles, parts):
         pixel = tl.cast(tile, tl.int64) * PIXELS \
             + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
-        grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside,
-                       0.).to(tl.float32)
-        out = grad
+        grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside, 0.)
+        keep = 1.
         if keep_ptr is not None:
-            out *= tl.load(keep_ptr + pixel.to(tl.int32) // area,
-                           pixel < pixels, 0.).to(tl.float32)
-            # Rounded as the gradient of the weight will find it.
-            grad = out.to(out_ptr.dtype.element_ty).to(tl.float32)
-        if scale_ptr is not None:
-            out *= scale
-        tl.store(out_ptr + pixel * C + channel, out, inside)
-        sums += grad
+            keep = _keep_of(keep_ptr, pixel, pixels, area)
+        sums += _store_own(grad, scale_ptr, keep, own_ptr, scaled_ptr,
+                           pixel * C + channel, channel, inside, used)
     tl.store(partial_ptr + part * C + channel,
              tl.sum(sums, 0)[None, :], used)
 
 
 @plan
-def _scale_backward_launch(shape: tuple[int, ...], grad_stride: int
-                           ) -> tuple[Launch, tuple[int, ...]]:
+def _scale_residual_backward_launch(
+        shape: tuple[int, ...],
+        grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
     c = shape[3]
     tile, pixels, tiles, parts = column_tiles(shape, 32 if c > 128 else 128)
     launch = Launch(
-        _scale_backward_kernel, parts * ceil_div(c, tile['BLOCK']), pixels,
-        tiles, shape[1] * shape[2], GRAD_STRIDE=grad_stride, **tile)
+        _scale_residual_backward_kernel, parts * ceil_div(c, tile['BLOCK']),
+        pixels, tiles, shape[1] * shape[2], GRAD_STRIDE=grad_stride, **tile)
     return launch, (parts, 1, 1, c)
 
 
-def scale_backward(grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`mmconv2former.torch_kernels.scale_backward`."""
-    return _scale_backward(grad, scale, None, grad.dtype)
+def _branch_grads(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+                  dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for the first two that ``scale_residual_backward`` returns."""
+    has_own = keep is not None or grad.dtype != dtype
+    return tuple(grad.new_empty(grad.shape, dtype=dtype) if wanted else None
+                 for wanted in (has_own, scale is not None))
 
 
-def drop_backward(grad: Tensor, keep: Tensor,
-                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """See :func:`mmconv2former.torch_kernels.drop_backward`."""
-    return _scale_backward(grad, None, keep, dtype)
-
-
-def _scale_backward(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
-                    dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out = grad.new_empty(grad.shape, dtype=dtype)
-    scale, keep = (None if t is None else t.contiguous()
-                   for t in (scale, keep))
+def scale_residual_backward(
+        grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+        dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.scale_residual_backward`."""
+    own, scaled = outs = _branch_grads(grad, scale, keep, dtype)
     shape, (grad, stride) = grad.shape, as_pixels(grad)
-    launch, partial = _scale_backward_launch(shape, stride)
+    launch, partial = _scale_residual_backward_launch(shape, stride)
     partial = grad.new_empty(partial, dtype=torch.float32)
-    launch(grad, scale, keep, out, partial)
-    return out, sum_partials(partial)
+    launch(grad, _contiguous(scale), _contiguous(keep), own, scaled, partial)
+    return *_or_empty(outs, grad, dtype), sum_partials(partial)
+
+
+def _or_empty(outs: Sequence[Tensor | None], like: Tensor,
+              dtype: torch.dtype) -> list[Tensor]:
+    # Operators of torch return tensors.
+    return [like.new_empty(0, dtype=dtype) if t is None else t for t in outs]
+
+
+def scale_residual_norm_backward(
+        grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float,
+        residual: Tensor, scale: Tensor | None, keep: Tensor | None,
+        dtype: torch.dtype, sums_residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`mmconv2former.torch_kernels.scale_residual_norm_backward`."""
+    outs = _branch_grads(x, scale, keep, dtype)
+    *others, own_total = _layer_norm_backward(
+        grad, x, weight, bias, eps, residual, 1, sums_residual,
+        _contiguous(scale), _contiguous(keep), *outs)
+    return *others, *_or_empty(outs, x, dtype), own_total
 
 
 @triton.jit
