@@ -136,10 +136,11 @@ def _block_backward(
     kernels, dtype = dispatch.kernels_for(x), mlp.weight.dtype
     scale, mlp_scale = (None if _folds_scale(x, dtype) else branch.scale
                         for branch in (modulation, mlp))
-    # Gradients of what a branch adds: as if its scale were 1, and true.
+    # Gradients of y in x + keep * scale * y: as if the scale were 1, and true.
     grad_y = scaled = grad
     total = None
-    # Without a pass that makes these, the one of the norm sums them up.
+    # Where nothing has to be computed for these, and so no pass sums them up,
+    # that of the norm does, which reads them as its residual.
     is_summed = _differ(grad, mlp_scale, mlp_keep, dtype)
     if is_summed:
         grad_y, scaled, total = _unless_empty(
@@ -199,23 +200,23 @@ def _unless_empty(grad: Tensor, grad_y: Tensor, scaled: Tensor,
     return grad_y, scaled if scaled.numel() else grad_y, total
 
 
-def _parameter_grads(branch: _Saved, shapes: Sequence[torch.Size],
+def _parameter_grads(kernels: Any, branch: _Saved,
+                     shapes: Sequence[torch.Size],
                      grads: Sequence[Tensor]) -> list[Tensor]:
-    """Those of :func:`_block_backward` and of the layer scale, as and in the
-    order of the parameters."""
-    *grad_norm, grad_in_weight, grad_in_bias, grad_dw_weight, grad_dw_bias = (
-        grads[:-2])
-    kernels = dispatch.kernels_for(branch.scale)
-    *grad_last, grad_scale = kernels.scaled_linear_backward(
-        *grads[-2:], branch.out_weight.flatten(1), branch.out_bias,
+    """What :func:`_block_backward` has of a branch, and the gradient of the
+    layer scale, in the shapes and the order of the parameters."""
+    (grad_norm_weight, grad_norm_bias, grad_in_weight, grad_in_bias,
+     grad_dw_weight, grad_dw_bias, *grad_last) = grads
+    grad_weight, grad_bias, grad_scale = kernels.scaled_linear_backward(
+        *grad_last, branch.out_weight.flatten(1), branch.out_bias,
         branch.scale)
     sizes = [shape[0] for shape in shapes[3:-4:2]]
     pairs = zip(
         at_least_fp32(grad_in_weight).split_with_sizes(sizes),
         grad_in_bias.split_with_sizes(sizes))
     return list(map(Tensor.view, (
-        *grad_norm, grad_scale, *chain(*pairs), grad_dw_weight, grad_dw_bias,
-        *grad_last), shapes))
+        grad_norm_weight, grad_norm_bias, grad_scale, *chain(*pairs),
+        grad_dw_weight, grad_dw_bias, grad_weight, grad_bias), shapes))
 
 
 class BlockFunction(torch.autograd.Function):
@@ -292,7 +293,9 @@ class BlockFunction(torch.autograd.Function):
                     totals = grads
                 else:
                     torch._foreach_add_(sum(totals, []), sum(grads, []))
-            grads = chain(*map(_parameter_grads, branches, ctx.shapes, totals))
+            kernels = dispatch.kernels_for(grad)
+            grads = chain(*(_parameter_grads(kernels, *of_branch)
+                            for of_branch in zip(branches, ctx.shapes, totals)))
             return _whole(outs), None, None, None, None, *grads
 
 

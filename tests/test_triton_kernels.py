@@ -19,7 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
-from mmconv2former import dispatch, fake_kernels, fused_stem, torch_kernels
+from mmconv2former import (
+    dispatch,
+    fake_kernels,
+    fused_block,
+    fused_stem,
+    torch_kernels,
+)
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
@@ -560,9 +566,13 @@ def test_strided_inputs_give_the_same_bits(kernels):
 
 
 @device_test
-def test_block_computes_with_them_what_it_does_without(kernels, monkeypatch):
+@pytest.mark.parametrize('rate', [0., 0.5])
+@pytest.mark.parametrize('folds', [True, False])
+def test_block_computes_with_them_what_it_does_without(
+        kernels, monkeypatch, rate, folds):
+    monkeypatch.setattr(fused_block, '_folds_scale', lambda *_: folds)
     torch.manual_seed(0)
-    block = Block(8, 5, 4., 'hadamard', 0.5, 1e-6, with_cp=False, fused=True)
+    block = Block(8, 5, 4., 'hadamard', rate, 1e-6, with_cp=False, fused=True)
     for p in block.parameters():
         torch.nn.init.normal_(
             p, std=1. if p.ndim == 1 else p[0].numel()**-0.5)
