@@ -214,9 +214,11 @@ def _parameter_grads(kernels: Any, branch: _Saved,
     pairs = zip(
         at_least_fp32(grad_in_weight).split_with_sizes(sizes),
         grad_in_bias.split_with_sizes(sizes))
-    return list(map(Tensor.view, (
-        grad_norm_weight, grad_norm_bias, grad_scale, *chain(*pairs),
-        grad_dw_weight, grad_dw_bias, grad_weight, grad_bias), shapes))
+    found = (grad_norm_weight, grad_norm_bias, grad_scale, *chain(*pairs),
+             grad_dw_weight, grad_dw_bias, grad_weight, grad_bias)
+    # Of a vector a view would be the same.
+    return [g if g.ndim == 1 else g.view(shape)
+            for g, shape in zip(found, shapes, strict=True)]
 
 
 class BlockFunction(torch.autograd.Function):

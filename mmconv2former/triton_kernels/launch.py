@@ -1,6 +1,7 @@
 """Launches of Triton kernels that cost the CPU less than Triton's own."""
 from collections.abc import Hashable
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any
 
 import triton
@@ -49,22 +50,13 @@ class Launch:
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch; tensors after the first may be None where the kernel allows
         it."""
-        pointers, low_bits = [], 0
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
         # All are on one device, the current one.
-        key = [self.variant, tensors[0].get_device()]
-        for tensor in tensors:
-            if tensor is None:
-                pointers.append(None)
-                key.append(None)
-            else:
-                pointer = tensor.data_ptr()
-                low_bits |= pointer
-                pointers.append(pointer)
-                key.append(tensor.dtype)
-        key = tuple(key)
+        key = (self.variant, tensors[0].get_device(),
+               *[None if t is None else t.dtype for t in tensors])
         # What is compiled for pointers to multiples of 16 bytes reads so many
         # at a time.
-        aligned = low_bits % 16 == 0
+        aligned = reduce(or_, filter(None, pointers), 0) % 16 == 0
         compiled = COMPILED.get(key) if aligned else None
         if compiled is not None:
             compiled[self.grid](*pointers, *self.tail)
