@@ -296,8 +296,9 @@ class BlockFunction(torch.autograd.Function):
                 else:
                     torch._foreach_add_(sum(totals, []), sum(grads, []))
             kernels = dispatch.kernels_for(grad)
-            grads = chain(*(_parameter_grads(kernels, *of_branch)
-                            for of_branch in zip(branches, ctx.shapes, totals)))
+            grads = chain.from_iterable(
+                _parameter_grads(kernels, *of_branch)
+                for of_branch in zip(branches, ctx.shapes, totals))
             return _whole(outs), None, None, None, None, *grads
 
 
