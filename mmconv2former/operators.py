@@ -178,7 +178,7 @@ class DropPath(nn.Module):
         mask = torch.empty(
             (len(x), ) + (1, ) * (x.ndim - 1), dtype=x.dtype,
             device=x.device).bernoulli_(keep)
-        return mask / keep
+        return mask.div_(keep)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, ...) -> (N, ...); the expected value is that of the input."""
