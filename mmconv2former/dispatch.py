@@ -167,6 +167,7 @@ def _register(triton_kernels: ModuleType) -> None:
 
     TRITON.operands = partial(torch_kernels.join_operands,
                               filters=triton_kernels.filters)
+    TRITON.deferred_sums = torch_kernels.deferred_sums
     for name, fake in fake_kernels.KERNELS.items():
         function = getattr(triton_kernels, name)
         operator = f'mmconv2former::{name}'

@@ -118,14 +118,15 @@ def _folds_scale(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _block_backward(
-        grad: Tensor, x: Tensor, mlp_x: Tensor, keep: Tensor | None,
-        mlp_keep: Tensor | None, zv: Tensor, a: Tensor, z: Tensor,
-        eps: tuple[float, float], modulation: _Saved,
+        kernels: Any, grad: Tensor, x: Tensor, mlp_x: Tensor,
+        keep: Tensor | None, mlp_keep: Tensor | None, zv: Tensor, a: Tensor,
+        z: Tensor, eps: tuple[float, float], modulation: _Saved,
         mlp: _Saved) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of :class:`BlockFunction`, without those of the layer scales.
 
     A scale counts as part of the last linear layer, from whose gradients
-    ``scaled_linear_backward`` has its own.
+    ``scaled_linear_backward`` has its own. Sums over positions, which are the
+    gradients of all that is no matrix, are not read here.
 
     Returns:
         tuple: The gradient of x and, for convolutional modulation and the
@@ -133,7 +134,7 @@ def _block_backward(
         of the convolution and, as if the scale were 1, of the last layer, at
         least in fp32.
     """
-    kernels, dtype = dispatch.kernels_for(x), mlp.weight.dtype
+    dtype = mlp.weight.dtype
     scale, mlp_scale = (None if _folds_scale(x, dtype) else branch.scale
                         for branch in (modulation, mlp))
     # Gradients of y in x + keep * scale * y: as if the scale were 1, and true.
@@ -279,6 +280,7 @@ class BlockFunction(torch.autograd.Function):
         branches = (_Saved(*saved[:_SAVED]),
                     _Saved(*saved[_SAVED:2 * _SAVED]))
         tensors = grad.contiguous(), *saved[2 * _SAVED:]
+        kernels = dispatch.kernels_for(grad)
         outs, totals = [], None
         with without_autocast(grad):
             # Parts that are no smaller than the gradients that they add to.
@@ -287,7 +289,9 @@ class BlockFunction(torch.autograd.Function):
             parts = in_parts(_hidden_bytes(grad, weight, weight.dtype), size,
                              *tensors)
             for part in parts:
-                out, *grads = _block_backward(*part, ctx.eps, *branches)
+                with kernels.deferred_sums():
+                    out, *grads = _block_backward(kernels, *part, ctx.eps,
+                                                  *branches)
                 outs.append(out)
                 if len(parts) > 1:
                     grads = [list(map(at_least_fp32, g)) for g in grads]
@@ -295,7 +299,6 @@ class BlockFunction(torch.autograd.Function):
                     totals = grads
                 else:
                     torch._foreach_add_(sum(totals, []), sum(grads, []))
-            kernels = dispatch.kernels_for(grad)
             grads = chain.from_iterable(
                 _parameter_grads(kernels, *of_branch)
                 for of_branch in zip(branches, ctx.shapes, totals))

@@ -7,6 +7,7 @@ runs where these cannot.
 Tensors are (N, H, W, C). No function here builds a graph for autograd.
 """
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import repeat
 
@@ -18,6 +19,9 @@ from .operators import at_least_fp32
 from .products import depthwise, depthwise_backward
 
 aten = torch.ops.aten
+
+# What is summed over the positions within is known at its end.
+deferred_sums = nullcontext
 
 # Largest temporary tensor where a batch is processed in parts; that of a
 # single sample may exceed it.

@@ -593,6 +593,37 @@ def test_block_computes_with_them_what_it_does_without(
 
 
 @device_test
+def test_deferred_sums_are_those_of_a_launch_each(kernels, monkeypatch):
+    partials = draw(torch.float32, *[
+        (parts, kinds, strips, c) for parts, kinds, strips, c in (
+            (3, 10, 2, 8), (700, 1, 1, 8), (2, 3, 5, 40), (1, 2, 1, 33),
+            (4, 1, 3, 33), (2, 2, 2, 8))])
+    calls = [(partials[:2], 9), (partials[2:3], 0), (partials[3:5], 0),
+             (partials[5:], 1)]
+    launched = []
+    launch = sums._launch
+    monkeypatch.setattr(sums, '_launch', lambda sets: (
+        launched.append(len(sets)), launch(sets)))
+    alone = [[p.sum((0, 2), dtype=torch.double) for p in group]
+             for group, _ in calls]
+    with kernels.deferred_sums():
+        found = [
+            sums.sum_partials(*group, taps=taps) for group, taps in calls]
+        assert launched == [3]  # five would be too many
+    assert launched == [3, 3]
+    for (group, taps), out, true in zip(calls, found, alone):
+        assert torch.equal(out, sums.sum_partials(*group, taps=taps))
+        true = [true[0][:taps].t(), true[0][taps:], *true[1:]]
+        torch.testing.assert_close(
+            out.double(), torch.cat([t.flatten() for t in true]), rtol=1e-5,
+            atol=1e-4)
+    with pytest.raises(ZeroDivisionError), kernels.deferred_sums():
+        sums.sum_partials(partials[0])
+        1 / 0  # noqa: B018
+    assert len(launched) == 6  # of what failed nothing
+
+
+@device_test
 def test_norm_of_the_downsampling_computes_the_same(kernels, monkeypatch):
     torch.manual_seed(0)
     layer = Downsampling(8, 20, fused=True).to(DEVICE)

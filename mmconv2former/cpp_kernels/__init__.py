@@ -22,6 +22,7 @@ from . import library
 
 LARGEST_KERNEL = 21  # of KERNELS in planes.h
 
+deferred_sums = torch_kernels.deferred_sums
 # Small: torch's serve CPUs well.
 scaled_linear_backward = torch_kernels.scaled_linear_backward
 

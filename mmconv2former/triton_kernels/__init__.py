@@ -29,10 +29,12 @@ from .pointwise import (
     scale_residual_norm_backward,
     scaled_linear_backward,
 )
+from .sums import deferred_sums
 
 __all__ = [
-    'filters', 'gate', 'gate_backward', 'gate_forward', 'layer_norm',
-    'layer_norm_backward', 'operands', 'position', 'position_backward',
-    'scale_residual', 'scale_residual_backward', 'scale_residual_norm',
-    'scale_residual_norm_backward', 'scaled_linear_backward'
+    'deferred_sums', 'filters', 'gate', 'gate_backward', 'gate_forward',
+    'layer_norm', 'layer_norm_backward', 'operands', 'position',
+    'position_backward', 'scale_residual', 'scale_residual_backward',
+    'scale_residual_norm', 'scale_residual_norm_backward',
+    'scaled_linear_backward'
 ]
