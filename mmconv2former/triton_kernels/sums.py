@@ -65,49 +65,56 @@ def _sum(out_ptr, ptr, program, parts, strips, C: tl.constexpr,
 def _sum_kernel(out0, ptr0, out1, ptr1, out2, ptr2, out3, ptr3, parts0,
                 strips0, end0, parts1, strips1, end1, parts2, strips2, end2,
                 parts3, strips3, C0: tl.constexpr, KINDS0: tl.constexpr,
-                TAPS0: tl.constexpr, START0: tl.constexpr, C1: tl.constexpr,
+                TAPS0: tl.constexpr, START0: tl.constexpr,
+                COLUMNS0: tl.constexpr, ROWS0: tl.constexpr, C1: tl.constexpr,
                 KINDS1: tl.constexpr, TAPS1: tl.constexpr,
-                START1: tl.constexpr, C2: tl.constexpr, KINDS2: tl.constexpr,
-                TAPS2: tl.constexpr, START2: tl.constexpr, C3: tl.constexpr,
+                START1: tl.constexpr, COLUMNS1: tl.constexpr,
+                ROWS1: tl.constexpr, C2: tl.constexpr, KINDS2: tl.constexpr,
+                TAPS2: tl.constexpr, START2: tl.constexpr,
+                COLUMNS2: tl.constexpr, ROWS2: tl.constexpr, C3: tl.constexpr,
                 KINDS3: tl.constexpr, TAPS3: tl.constexpr,
-                START3: tl.constexpr, COLUMNS: tl.constexpr,
-                ROWS: tl.constexpr):
+                START3: tl.constexpr, COLUMNS3: tl.constexpr,
+                ROWS3: tl.constexpr):
     """Up to SETS sets, whose programs follow each other and end there."""
     program = tl.program_id(0)
     if program < end0:
         _sum(out0, ptr0, program, parts0, strips0, C0, KINDS0, TAPS0, START0,
-             COLUMNS, ROWS)
+             COLUMNS0, ROWS0)
     if ptr1 is not None:
         if (program >= end0) & (program < end1):
             _sum(out1, ptr1, program - end0, parts1, strips1, C1, KINDS1,
-                 TAPS1, START1, COLUMNS, ROWS)
+                 TAPS1, START1, COLUMNS1, ROWS1)
     if ptr2 is not None:
         if (program >= end1) & (program < end2):
             _sum(out2, ptr2, program - end1, parts2, strips2, C2, KINDS2,
-                 TAPS2, START2, COLUMNS, ROWS)
+                 TAPS2, START2, COLUMNS2, ROWS2)
     if ptr3 is not None:
         if program >= end2:
             _sum(out3, ptr3, program - end2, parts3, strips3, C3, KINDS3,
-                 TAPS3, START3, COLUMNS, ROWS)
+                 TAPS3, START3, COLUMNS3, ROWS3)
+
+
+def _tile(rows: int) -> tuple[int, int]:
+    """Channels of a program and rows at a time, 32 values for each thread.
+
+    Long sums have few programs, and had better have few loads after another.
+    """
+    return (8, 1024) if rows > 512 else (32, 256)
 
 
 @plan
 def _sum_launch(*sets: _Set) -> Launch:
-    columns, sizes, constants, end = 32, [], {}, 0
+    sizes, constants, end = [], {}, 0
     for i, (shape, taps, start) in enumerate(
             [*sets, *(SETS - len(sets)) * [_Set((0, 0, 1, 1), 0, 0)]]):
         parts, kinds, strips, c = shape
+        columns, rows = _tile(parts * strips)
         end += kinds * ceil_div(c, columns)
         sizes += parts, strips, end
         constants |= {f'C{i}': c, f'KINDS{i}': kinds, f'TAPS{i}': taps,
-                      f'START{i}': start}
-    longest = max(s.shape[0] * s.shape[2] for s in sets)
-    if longest > 640:
-        tile = dict(ROWS=512, num_warps=8)
-    else:  # few programs had better have few loads after another
-        tile = dict(ROWS=128 if end > 256 else 256)
-    return Launch(_sum_kernel, end, *sizes[:-1], **constants, COLUMNS=columns,
-                  **tile)
+                      f'START{i}': start, f'COLUMNS{i}': columns,
+                      f'ROWS{i}': rows}
+    return Launch(_sum_kernel, end, *sizes[:-1], **constants, num_warps=8)
 
 
 def _launch(sets: list[tuple[_Set, Tensor, Tensor]]) -> None:
