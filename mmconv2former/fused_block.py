@@ -279,15 +279,14 @@ class BlockFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         branches = (_Saved(*saved[:_SAVED]),
                     _Saved(*saved[_SAVED:2 * _SAVED]))
-        tensors = grad.contiguous(), *saved[2 * _SAVED:]
-        kernels = dispatch.kernels_for(grad)
+        x, *others = saved[2 * _SAVED:]
+        kernels, weight = dispatch.kernels_for(x), branches[1].in_weight
         outs, totals = [], None
-        with without_autocast(grad):
+        with without_autocast(x):
             # Parts that are no smaller than the gradients that they add to.
-            weight = branches[1].in_weight
             size = max(PART_BYTES, 4 * weight.nbytes)
-            parts = in_parts(_hidden_bytes(grad, weight, weight.dtype), size,
-                             *tensors)
+            parts = in_parts(_hidden_bytes(x, weight, weight.dtype), size,
+                             grad.contiguous(), x, *others)
             for part in parts:
                 with kernels.deferred_sums():
                     out, *grads = _block_backward(kernels, *part, ctx.eps,
