@@ -148,7 +148,7 @@ def _describe(taps: int,
 
 
 def sum_partials(*partials: Tensor, taps: int = 0) -> Tensor:
-    """Sums of partial sums, in one launch.
+    """Sums of partial sums, in one launch; see :func:`deferred_sums`.
 
     Args:
         partials (Tensor): One to four, (parts, kinds, strips, C), of the same
