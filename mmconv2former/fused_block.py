@@ -250,12 +250,14 @@ class BlockFunction(torch.autograd.Function):
                 for _, _, scale, *layers in branches)
             normed = kernels.layer_norm(x, *norm, eps[0], dtype)
             zv = linear(normed, *weights[:2])
+            del normed
             y, a = kernels.gate_forward(zv, *weights[2:4])
+            y = linear(y, *weights[4:6])
             mlp_x, normed = kernels.scale_residual_norm(
-                x, linear(y, *weights[4:6]), scale, keep, *mlp_norm, eps[1],
-                dtype)
+                x, y, scale, keep, *mlp_norm, eps[1], dtype)
+            del y
             z = linear(normed, *mlp_weights[:2])
-            del y, normed
+            del normed
             parts = in_parts(_hidden_bytes(x, mlp_weights[1], dtype),
                              PART_BYTES, z)
             y = _whole([
@@ -388,27 +390,30 @@ def infer(x: Tensor, modulation: InferenceBranch,
             infer(part, modulation._replace(keep=keep),
                   mlp._replace(keep=mlp_keep))
             for part, keep, mlp_keep in parts])
+    # Each y is gone, and its memory free, when there is the next.
     with without_autocast(x):
-        normed = kernels.layer_norm(x, *modulation[:3], dtype)
         weights = modulation.weights
-        y = kernels.gate(linear(normed, *weights[:2]), *weights[2:4])
-        x, normed = _add(x, y, modulation, dtype, mlp)
-        del y
+        y = linear(
+            kernels.layer_norm(x, *modulation[:3], dtype), *weights[:2])
+        y = kernels.gate(y, *weights[2:4])
+        if _is_plain_sum(x, modulation, dtype):
+            x = onednn_linear(y, *weights[4:], residual=x)
+            y = kernels.layer_norm(x, *mlp[:3], dtype)
+        else:
+            y = linear(y, *weights[4:])
+            x, y = kernels.scale_residual_norm(
+                x, y, modulation.scale, modulation.keep, *mlp[:3], dtype)
         weights = mlp.weights
-        y = kernels.position(linear(normed, *weights[:2]), *weights[2:4])
-        return _add(x, y, mlp, dtype)[0]
+        y = linear(y, *weights[:2])
+        y = kernels.position(y, *weights[2:4])
+        if _is_plain_sum(x, mlp, dtype):
+            return onednn_linear(y, *weights[4:], residual=x)
+        y = linear(y, *weights[4:])
+        return kernels.scale_residual(x, y, mlp.scale, mlp.keep)
 
 
-def _add(x: Tensor, y: Tensor, branch: InferenceBranch, dtype: torch.dtype,
-         following: InferenceBranch | None = None
-         ) -> tuple[Tensor, Tensor | None]:
-    """The sum of x and the end of a branch, and the norm of the following."""
-    kernels, weights = dispatch.kernels_for(x), branch.weights[4:]
-    if branch.scale is branch.keep is None and x.dtype == dtype \
-            and onednn_takes(x.device, dtype):
-        x = onednn_linear(y, *weights, residual=x)
-        return x, following and kernels.layer_norm(x, *following[:3], dtype)
-    terms = x, linear(y, *weights), branch.scale, branch.keep
-    if following is None:
-        return kernels.scale_residual(*terms), None
-    return kernels.scale_residual_norm(*terms, *following[:3], dtype)
+def _is_plain_sum(x: Tensor, branch: InferenceBranch,
+                  dtype: torch.dtype) -> bool:
+    """Whether the last product of a branch can add x itself."""
+    return (branch.scale is branch.keep is None and x.dtype == dtype
+            and onednn_takes(x.device, dtype))
