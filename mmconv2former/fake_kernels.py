@@ -7,7 +7,7 @@ operators; :mod:`mmconv2former.torch_kernels` describes them.
 import torch
 from torch import Tensor
 
-from .torch_kernels import patches_shape
+from .torch_kernels import branch_grads, patches_shape
 
 
 def _fp32(x: Tensor, *shape: int) -> Tensor:
@@ -61,9 +61,7 @@ def scale_residual(x: Tensor, y: Tensor, scale: Tensor | None,
 def scale_residual_backward(grad: Tensor, scale: Tensor | None,
                             keep: Tensor | None,
                             dtype: torch.dtype) -> tuple[Tensor, ...]:
-    has_own = keep is not None or grad.dtype != dtype
-    return (grad.new_empty(grad.shape if has_own else 0, dtype=dtype),
-            grad.new_empty(0 if scale is None else grad.shape, dtype=dtype),
+    return (*branch_grads(grad, scale, keep, dtype),
             _fp32(grad, grad.shape[3]))
 
 

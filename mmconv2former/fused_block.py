@@ -142,7 +142,7 @@ def _block_backward(
     total = None
     # Where nothing has to be computed for these, and so no pass sums them up,
     # that of the norm does, which reads them as its residual.
-    is_summed = _differ(grad, mlp_scale, mlp_keep, dtype)
+    is_summed = _has_own_grad(grad, mlp_scale, mlp_keep, dtype)
     if is_summed:
         grad_y, scaled, total = _unless_empty(
             grad, *kernels.scale_residual_backward(grad, mlp_scale, mlp_keep,
@@ -165,10 +165,11 @@ def _block_backward(
         if branch is mlp:
             outs = kernels.scale_residual_norm_backward(
                 grad_normed, mlp_x, *norm, eps[1], grad, scale, keep, dtype,
-                not is_summed)
+                sums_residual=not is_summed)
         else:
-            outs = kernels.layer_norm_backward(grad_normed, x, *norm, eps[0],
-                                               grad, 1, not is_summed)
+            outs = kernels.layer_norm_backward(
+                grad_normed, x, *norm, eps[0], grad,
+                sums_residual=not is_summed)
         (grad, grad_norm_weight, grad_norm_bias, normed, grad_sum,
          *following) = outs
         del grad_normed, outs
@@ -183,13 +184,13 @@ def _block_backward(
         del grad_z, normed
         if following:
             grad_y, scaled, total = _unless_empty(grad, *following)
-            is_summed = _differ(grad, scale, keep, dtype)
+            is_summed = _has_own_grad(grad, scale, keep, dtype)
             del following
     return grad, *reversed(found)
 
 
-def _differ(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
-            dtype: torch.dtype) -> bool:
+def _has_own_grad(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+                  dtype: torch.dtype) -> bool:
     """Whether y in x + keep * scale * y has other gradients than the sum."""
     return scale is not None or keep is not None or grad.dtype != dtype
 
@@ -396,7 +397,7 @@ def infer(x: Tensor, modulation: InferenceBranch,
         y = linear(
             kernels.layer_norm(x, *modulation[:3], dtype), *weights[:2])
         y = kernels.gate(y, *weights[2:4])
-        if _is_plain_sum(x, modulation, dtype):
+        if _product_adds(x, modulation, dtype):
             x = onednn_linear(y, *weights[4:], residual=x)
             y = kernels.layer_norm(x, *mlp[:3], dtype)
         else:
@@ -406,13 +407,13 @@ def infer(x: Tensor, modulation: InferenceBranch,
         weights = mlp.weights
         y = linear(y, *weights[:2])
         y = kernels.position(y, *weights[2:4])
-        if _is_plain_sum(x, mlp, dtype):
+        if _product_adds(x, mlp, dtype):
             return onednn_linear(y, *weights[4:], residual=x)
         y = linear(y, *weights[4:])
         return kernels.scale_residual(x, y, mlp.scale, mlp.keep)
 
 
-def _is_plain_sum(x: Tensor, branch: InferenceBranch,
+def _product_adds(x: Tensor, branch: InferenceBranch,
                   dtype: torch.dtype) -> bool:
     """Whether the last product of a branch can add x itself."""
     return (branch.scale is branch.keep is None and x.dtype == dtype

@@ -20,7 +20,8 @@ from .products import depthwise, depthwise_backward
 
 aten = torch.ops.aten
 
-# What is summed over the positions within is known at its end.
+# A context in which kernels may put off sums over positions to its end. Here
+# they are taken at once.
 deferred_sums = nullcontext
 
 # Largest temporary tensor where a batch is processed in parts; that of a
@@ -385,6 +386,15 @@ def scale_residual_backward(
     if scale is not None:
         scaled = (grad_y * _scale_for(grad_y, scale)).to(dtype)
     return none if grad_y is grad else grad_y, scaled, None
+
+
+def branch_grads(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for the gradients that :func:`scale_residual_backward` returns.
+    """
+    has_own = keep is not None or grad.dtype != dtype
+    return (grad.new_empty(grad.shape if has_own else 0, dtype=dtype),
+            grad.new_empty(0 if scale is None else grad.shape, dtype=dtype))
 
 
 def scale_residual_norm(x: Tensor, y: Tensor, scale: Tensor | None,

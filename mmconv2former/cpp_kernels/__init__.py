@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from .. import torch_kernels
-from ..torch_kernels import patches_shape
+from ..torch_kernels import branch_grads, patches_shape
 from . import library
 
 LARGEST_KERNEL = 21  # of KERNELS in planes.h
@@ -202,24 +202,14 @@ def scale_residual_backward(
     if not _takes(grad.dtype, dtype):
         return torch_kernels.scale_residual_backward(grad, scale, keep, dtype)
     grad, scale, keep = grad.contiguous(), _in_fp32(scale), _in_fp32(keep)
-    own, scaled = _branch_grads(grad, scale, keep, dtype)
+    # Of no size they have no address either.
+    own, scaled = branch_grads(grad, scale, keep, dtype)
     sums = grad.new_empty(grad.shape[3], dtype=torch.float32)
     library.load().scale_residual_backward(
         grad.data_ptr(), _pointer(scale), _pointer(keep), own.data_ptr(),
         scaled.data_ptr(), sums.data_ptr(), *_samples(grad), _is_bf16(grad),
         _is_bf16(own), get_num_threads())
     return own, scaled, sums
-
-
-def _branch_grads(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
-                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Memory for the first two that ``scale_residual_backward`` returns.
-
-    Without any there is no address either.
-    """
-    has_own = keep is not None or grad.dtype != dtype
-    return (grad.new_empty(grad.shape if has_own else 0, dtype=dtype),
-            grad.new_empty(0 if scale is None else grad.shape, dtype=dtype))
 
 
 def scale_residual_norm(x: Tensor, y: Tensor, scale: Tensor | None,
@@ -255,7 +245,7 @@ def scale_residual_norm_backward(
     residual = residual.to(x).contiguous()
     weight, bias, scale, keep = map(_in_fp32, (weight, bias, scale, keep))
     grad_x, normed = torch.empty_like(x), torch.empty_like(grad)
-    own, scaled = _branch_grads(x, scale, keep, dtype)
+    own, scaled = branch_grads(x, scale, keep, dtype)
     sums = weight.new_empty((3, len(weight)))
     library.load().scale_residual_norm_backward(
         grad.data_ptr(), x.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps,

@@ -103,7 +103,7 @@ INLINE Moments moments_of(int64_t channels, float eps, float* buffer,
   return {mean, 1 / __builtin_sqrtf(sum(squares) / channels + eps)};
 }
 
-// The following functions take one position.
+// What follows takes one position.
 
 template <class O, class Read>
 INLINE void norm_row(const float* weight, const float* bias, float eps, O* out,
@@ -117,39 +117,71 @@ INLINE void norm_row(const float* weight, const float* bias, float eps, O* out,
   });
 }
 
-// T: type of the input and its gradient, G: of the output and its gradient.
-// sums: of the gradients of weight and bias. The gradient of x goes to
-// write(first channel, which lanes, values), too.
-template <class T, class G, class Write>
-INLINE void norm_row_backward(const G* grad, const T* x, const float* weight,
-                              const float* bias, float eps, const T* residual,
-                              T* grad_x, G* normed, int64_t channels,
-                              float* buffer, float* sums, Write write) {
-  float *grads = buffer + padded(channels), *bias_sums = sums + padded(channels);
-  const Moments m = moments_of(
-      channels, eps, buffer,
-      [&](int64_t c, Lanes lanes) INLINED { return load(x + c, lanes); });
-  Vec total{}, product{};
-  for_channels(channels, [&](int64_t c, Lanes lanes) INLINED {
-    const Vec value = only((load(buffer + c) - m.mean) * m.rstd, lanes);
-    const Vec w = load(weight + c, lanes);
-    const Vec g = load(grad + c, lanes);
-    store(normed + c, value * w + load(bias + c, lanes), lanes);
-    add(sums + c, g * value);
-    add(bias_sums + c, g);
-    store(buffer + c, value);
-    store(grads + c, g * w);
-    total += g * w;
-    product += g * w * value;
-  });
-  const float mean = sum(total) / channels;
-  const float slope = sum(product) / channels;
-  for_channels(channels, [&](int64_t c, Lanes lanes) INLINED {
-    Vec out = (load(grads + c) - mean - load(buffer + c) * slope) * m.rstd;
-    if (residual) out += load(residual + c, lanes);
-    store(grad_x + c, out, lanes);
-    write(c, lanes, rounded(out, T{}));
-  });
+// Gradients of the norm. T: type of the input and its gradient, G: of the
+// output and its gradient.
+template <class T, class G>
+struct NormBackward {
+  const G* grad;
+  const T* x;
+  const float *weight, *bias;
+  float eps;
+  const T* residual;  // or null
+  T* grad_x;
+  G* normed;
+  int64_t channels;
+
+  // Of the position that begins at ``at``, and among the patches at
+  // ``source``. sums: of the gradients of weight and bias. The gradient of x
+  // goes to write(first channel, which lanes, values), too.
+  template <class Write>
+  INLINE void row(int64_t at, int64_t source, float* buffer, float* sums,
+                  Write write) const {
+    float* grads = buffer + padded(channels);
+    float* bias_sums = sums + padded(channels);
+    const Moments m = moments_of(channels, eps, buffer,
+                                 [&](int64_t c, Lanes lanes) INLINED {
+      return load(x + at + c, lanes);
+    });
+    Vec total{}, product{};
+    for_channels(channels, [&](int64_t c, Lanes lanes) INLINED {
+      const Vec value = only((load(buffer + c) - m.mean) * m.rstd, lanes);
+      const Vec w = load(weight + c, lanes);
+      const Vec g = load(grad + source + c, lanes);
+      store(normed + source + c, value * w + load(bias + c, lanes), lanes);
+      add(sums + c, g * value);
+      add(bias_sums + c, g);
+      store(buffer + c, value);
+      store(grads + c, g * w);
+      total += g * w;
+      product += g * w * value;
+    });
+    const float mean = sum(total) / channels;
+    const float slope = sum(product) / channels;
+    for_channels(channels, [&](int64_t c, Lanes lanes) INLINED {
+      Vec out = (load(grads + c) - mean - load(buffer + c) * slope) * m.rstd;
+      if (residual) out += load(residual + at + c, lanes);
+      store(grad_x + at + c, out, lanes);
+      write(c, lanes, rounded(out, T{}));
+    });
+  }
+};
+
+// From pointers of Python.
+template <class T, class G>
+NormBackward<T, G> norm_backward(T, G, const void* grad, const void* x,
+                                 const float* weight, const float* bias,
+                                 float eps, const void* residual,
+                                 void* grad_x, void* normed,
+                                 int64_t channels) {
+  return {static_cast<const G*>(grad),
+          static_cast<const T*>(x),
+          weight,
+          bias,
+          eps,
+          static_cast<const T*>(residual),
+          static_cast<T*>(grad_x),
+          static_cast<G*>(normed),
+          channels};
 }
 
 // x + keep * scale * y
@@ -207,33 +239,26 @@ void mmc_layer_norm(const void* x_, const float* weight, const float* bias,
   });
 }
 
-void mmc_layer_norm_backward(const void* grad_, const void* x_,
+void mmc_layer_norm_backward(const void* grad, const void* x,
                              const float* weight, const float* bias, float eps,
-                             const void* residual_, void* grad_x_,
-                             void* normed_, float* sums, int64_t n,
-                             int64_t height, int64_t width, int64_t c,
-                             int patch, int is_bf16, int grad_is_bf16,
-                             int threads) {
+                             const void* residual, void* grad_x, void* normed,
+                             float* sums, int64_t n, int64_t height,
+                             int64_t width, int64_t c, int patch, int is_bf16,
+                             int grad_is_bf16, int threads) {
   const Patches patches{height, width, patch};
   with_types(is_bf16, grad_is_bf16, [&](auto type, auto grad_type) {
-    using T = decltype(type);
-    using G = decltype(grad_type);
-    const auto grad = static_cast<const G*>(grad_);
-    const auto x = static_cast<const T*>(x_);
-    const auto residual = static_cast<const T*>(residual_);
-    const auto grad_x = static_cast<T*>(grad_x_);
-    const auto normed = static_cast<G*>(normed_);
+    const auto norm = norm_backward(type, grad_type, grad, x, weight, bias,
+                                    eps, residual, grad_x, normed, c);
     sum_rows(n * height * width, c, 2, sums, threads,
              [=](int64_t row, float* buffer, float* part) INLINED {
       const int64_t at = row * c, source = patches[row] * c;
       if (source >= 0)
-        return norm_row_backward(grad + source, x + at, weight, bias, eps,
-                                 from(residual, at), grad_x + at,
-                                 normed + source, c, buffer, part,
-                                 [](int64_t, Lanes, Vec) INLINED {});
+        return norm.row(at, source, buffer, part,
+                        [](int64_t, Lanes, Vec) INLINED {});
       for_channels(c, [&](int64_t i, Lanes lanes) INLINED {
-        store(grad_x + at + i,
-              residual ? load(residual + at + i, lanes) : Vec{}, lanes);
+        store(norm.grad_x + at + i,
+              norm.residual ? load(norm.residual + at + i, lanes) : Vec{},
+              lanes);
       });
     });
   });
@@ -306,28 +331,22 @@ void mmc_scale_residual_backward(const void* grad_, const float* scale,
 
 // sums: (3, C), two of the norm and one of the branch.
 void mmc_scale_residual_norm_backward(
-    const void* grad_, const void* x_, const float* weight, const float* bias,
-    float eps, const void* residual_, const float* scale, const float* keep,
-    void* grad_x_, void* normed_, void* own_, void* scaled_, float* sums,
+    const void* grad, const void* x, const float* weight, const float* bias,
+    float eps, const void* residual, const float* scale, const float* keep,
+    void* grad_x, void* normed, void* own_, void* scaled_, float* sums,
     int64_t n, int64_t rows, int64_t c, int is_bf16, int grad_is_bf16,
     int threads) {
   with_types(is_bf16, grad_is_bf16, [&](auto type, auto grad_type) {
-    using T = decltype(type);
-    using G = decltype(grad_type);
-    const auto grad = static_cast<const G*>(grad_);
-    const auto x = static_cast<const T*>(x_);
-    const auto residual = static_cast<const T*>(residual_);
-    const auto grad_x = static_cast<T*>(grad_x_);
-    const auto normed = static_cast<G*>(normed_);
-    const auto own = static_cast<G*>(own_);
-    const auto scaled = static_cast<G*>(scaled_);
+    const auto norm = norm_backward(type, grad_type, grad, x, weight, bias,
+                                    eps, residual, grad_x, normed, c);
+    const auto own = static_cast<decltype(grad_type)*>(own_);
+    const auto scaled = static_cast<decltype(grad_type)*>(scaled_);
     sum_rows(n * rows, c, 3, sums, threads,
              [=](int64_t row, float* buffer, float* part) INLINED {
       const float factor = keep_of(keep, row / rows);
       const int64_t at = row * c;
-      norm_row_backward(grad + at, x + at, weight, bias, eps, residual + at,
-                        grad_x + at, normed + at, c, buffer, part,
-                        [=](int64_t i, Lanes lanes, Vec value) INLINED {
+      norm.row(at, at, buffer, part,
+               [=](int64_t i, Lanes lanes, Vec value) INLINED {
         scaled_sum_backward(value, scale, factor, from(own, at),
                             from(scaled, at), part + 2 * padded(c), i, lanes);
       });

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..torch_kernels import patches_shape
+from ..torch_kernels import branch_grads, patches_shape
 from .launch import Launch, plan
 from .sums import sum_partials
 from .tiling import (
@@ -499,30 +499,21 @@ def _scale_residual_backward_launch(
     return launch, (parts, 1, 1, c)
 
 
-def _branch_grads(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
-                  dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Memory for the first two that ``scale_residual_backward`` returns."""
-    has_own = keep is not None or grad.dtype != dtype
-    return tuple(grad.new_empty(grad.shape, dtype=dtype) if wanted else None
-                 for wanted in (has_own, scale is not None))
-
-
 def scale_residual_backward(
         grad: Tensor, scale: Tensor | None, keep: Tensor | None,
         dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.torch_kernels.scale_residual_backward`."""
-    own, scaled = outs = _branch_grads(grad, scale, keep, dtype)
+    own, scaled = branch_grads(grad, scale, keep, dtype)
     shape, (grad, stride) = grad.shape, as_pixels(grad)
     launch, partial = _scale_residual_backward_launch(shape, stride)
     partial = grad.new_empty(partial, dtype=torch.float32)
-    launch(grad, _contiguous(scale), _contiguous(keep), own, scaled, partial)
-    return *_or_empty(outs, grad, dtype), sum_partials(partial)
+    launch(grad, _contiguous(scale), _contiguous(keep), _unless_empty(own),
+           _unless_empty(scaled), partial)
+    return own, scaled, sum_partials(partial)
 
 
-def _or_empty(outs: Sequence[Tensor | None], like: Tensor,
-              dtype: torch.dtype) -> list[Tensor]:
-    # Operators of torch return tensors.
-    return [like.new_empty(0, dtype=dtype) if t is None else t for t in outs]
+def _unless_empty(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
 
 
 def scale_residual_norm_backward(
@@ -531,11 +522,12 @@ def scale_residual_norm_backward(
         dtype: torch.dtype, sums_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`mmconv2former.torch_kernels.scale_residual_norm_backward`."""
-    outs = _branch_grads(x, scale, keep, dtype)
-    *others, own_total = _layer_norm_backward(
+    own, scaled = branch_grads(x, scale, keep, dtype)
+    *others, total = _layer_norm_backward(
         grad, x, weight, bias, eps, residual, 1, sums_residual,
-        _contiguous(scale), _contiguous(keep), *outs)
-    return *others, *_or_empty(outs, x, dtype), own_total
+        _contiguous(scale), _contiguous(keep), _unless_empty(own),
+        _unless_empty(scaled))
+    return *others, own, scaled, total
 
 
 @triton.jit
