@@ -54,12 +54,14 @@ void sum_rows(int64_t rows, int64_t channels, int kinds, float* out,
         f(row, buffer.get(), sums);
     }
   }
-  std::vector<double> total(size);
-  for (int64_t chunk = 0; chunk < chunks; chunk++)
-    for (int64_t i = 0; i < size; i++)
-      total[i] += parts.get()[chunk * size + i];
+  std::vector<double> totals(size);
+  double* total = totals.data();
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    const float* sums = parts.get() + chunk * size;
+    for (int64_t i = 0; i < size; i++) total[i] += sums[i];
+  }
   for (int kind = 0; kind < kinds; kind++)
-    std::copy_n(total.data() + kind * step, channels, out + kind * channels);
+    std::copy_n(total + kind * step, channels, out + kind * channels);
 }
 
 INLINE void add(float* sums, Vec x) { store(sums, load(sums) + x); }
