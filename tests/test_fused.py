@@ -838,8 +838,7 @@ def test_residual_stays_in_fp32_if_asked():
 
 
 def test_norm_of_the_downsampling_has_the_precision_of_products(monkeypatch):
-    kernels = SimpleNamespace(layer_norm=torch_kernels.layer_norm,
-                              layer_norm_backward=torch_kernels.layer_norm_backward)
+    kernels = SimpleNamespace(**vars(torch_kernels))
     monkeypatch.setattr(dispatch, 'kernels_for', lambda _: kernels)
     monkeypatch.setattr(dispatch, '_is_emulated', lambda _: False)
     x = torch.randn(2, 8, 4, 4, requires_grad=True)
@@ -856,8 +855,7 @@ def test_norm_of_the_downsampling_has_the_precision_of_products(monkeypatch):
 @pytest.mark.parametrize('size', [(4, 6), (5, 7), (9, 4)])
 @pytest.mark.parametrize('patch', [2, 4])
 def test_downsampling_is_a_product_over_patches(monkeypatch, size, patch):
-    kernels = SimpleNamespace(layer_norm=torch_kernels.layer_norm,
-                              layer_norm_backward=torch_kernels.layer_norm_backward)
+    kernels = SimpleNamespace(**vars(torch_kernels))
     layers = [operators.LayerNorm2d(8),
               torch.nn.Conv2d(8, 12, patch, stride=patch)]
     for p in (p for layer in layers for p in layer.double().parameters()):

@@ -29,9 +29,9 @@ from mmconv2former import (
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
-banded, depthwise, pointwise, sums, tiling, launches = (
+banded, depthwise, pointwise, sums, stem, tiling, launches = (
     importlib.import_module(f'mmconv2former.triton_kernels.{name}')
-    for name in ('banded', 'depthwise', 'pointwise', 'sums', 'tiling',
+    for name in ('banded', 'depthwise', 'pointwise', 'sums', 'stem', 'tiling',
                  'launch'))
 
 EPS = 1e-6
@@ -104,6 +104,24 @@ def kernels(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     from mmconv2former import triton_kernels
     return triton_kernels
+
+
+def forget_plans():
+    """Have all launches made anew."""
+    for module in (banded, depthwise, pointwise, sums, stem):
+        for function in vars(module).values():
+            if hasattr(function, 'cache_clear'):
+                function.cache_clear()
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch, tmp_path):
+    """And nothing of the test is left to others."""
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(launches, 'COMPILED', {})
+    forget_plans()
+    yield
+    forget_plans()
 
 
 def draw(dtype, *shapes):
@@ -287,13 +305,10 @@ def test_images_too_large_for_offsets_of_32_bits(kernels, monkeypatch):
     expected = [call() for call in calls]
     monkeypatch.setattr(tiling, 'MAX_OFFSETS', w * 2 * c + 1)
     assert tiling.small_images((n, h, w, c), 2 * c) == (n * h, 1, w, c)
-    plans = depthwise._gelu_launch, pointwise._scale_residual_launch
-    for function in plans:
-        function.cache_clear()
+    forget_plans()
     for call, outs in zip(calls, expected):
         assert all(map(torch.equal, call(), outs))
-    for function in plans:
-        function.cache_clear()
+    forget_plans()
 
 
 @device_test
@@ -356,7 +371,6 @@ def test_sum_with_its_norm_is_as_exact(kernels, n, h, w, c, dtype, scaled,
 
 @pytest.fixture
 def stem_kernels(kernels):
-    from mmconv2former.triton_kernels import stem
     return stem
 
 
@@ -512,12 +526,6 @@ def test_number_of_splits_changes_nothing_but_the_rounding(
                      bias, bias, EPS, z, 1, True),
             *compare(kernels.position_backward, position_backward, grad, z,
                      weight, bias)]
-
-    def forget_plans():
-        for module in (depthwise, pointwise, sums):
-            for function in vars(module).values():
-                if hasattr(function, 'cache_clear'):
-                    function.cache_clear()
 
     assert tiling.split_count(6, 1) == 6
     many = results()
@@ -688,7 +696,7 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(),
                     reason='the other tests compile the kernels')
 def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
-                                       tmp_path):
+                                       nothing_compiled):
     """The interpreter takes Python that the compiler refuses."""
     target = triton.backends.compiler.GPUTarget('cuda', 90, 32)
     compiled = set()
@@ -701,8 +709,6 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
 
         return compile_only
 
-    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(launches, 'COMPILED', {})
     monkeypatch.setattr(triton.JITFunction, '__getitem__', launch)
     monkeypatch.setattr(
         triton.runtime.jit, 'driver', SimpleNamespace(active=SimpleNamespace(
@@ -741,7 +747,7 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
 
 @pytest.mark.skipif(INTERPRETED, reason='compiles')
 def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
-        kernels, monkeypatch, tmp_path):
+        kernels, monkeypatch, nothing_compiled):
     """Of which the first goes by Triton's own choice among the compiled."""
     stub = SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda _: 0,
@@ -749,8 +755,6 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
             'cuda', 90, 32))
     calls = []
     compiled = triton.compiler.CompiledKernel
-    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(launches, 'COMPILED', {})
     for module in (triton.runtime.jit, triton.compiler.compiler):
         monkeypatch.setattr(module, 'driver', SimpleNamespace(active=stub))
     monkeypatch.setattr(compiled, '_init_handles', lambda self: None)
@@ -772,12 +776,13 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
     with monkeypatch.context() as patch:
         patch.delattr(triton.JITFunction, 'run')
         assert launch(x, y, scale, keep) == first
-    assert len(launches.COMPILED) == 1
+    kept, = launches.COMPILED.values()
+    assert len(kept) == 1
     # Other types, no drop path, pointers that are not aligned.
     others = [launch(x.float(), y, scale, keep), launch(x, y, scale, None),
               launch(x, y, short[1:], keep)]
     assert len({kernel for kernel, *_ in [first, *others]}) == 4
-    assert len(launches.COMPILED) == 3
+    assert len(kept) == 3
 
 
 def test_signatures_are_those_of_the_plain_functions(kernels):

@@ -1,7 +1,6 @@
 """Launches of Triton kernels that cost the CPU less than Triton's own."""
 from collections.abc import Hashable
-from functools import lru_cache, reduce
-from operator import or_
+from functools import lru_cache
 from typing import Any
 
 import triton
@@ -17,8 +16,9 @@ if TorchVersion(triton.__version__) < (3, 3):
 # many sizes of images has some thousands.
 plan = lru_cache(maxsize=4096)
 
-# The kernels that Triton has compiled, by what it chose them for.
-COMPILED: dict[tuple[Hashable, ...], Any] = {}
+# What Triton has compiled for each kernel with its constants, by the device
+# and the types of aligned tensors. Shared, for images of many sizes.
+COMPILED: dict[tuple[Hashable, ...], dict[tuple[Hashable, ...], Any]] = {}
 
 
 class Launch:
@@ -43,25 +43,32 @@ class Launch:
         names = [name for name in kernel.arg_names if name in constants]
         self.tail = (*scalars, *(constants[name] for name in names))
         # Triton passes integers in 32 bits where they fit.
-        self.variant = (kernel.__name__, *(isinstance(x, int) and x >> 31
-                                           for x in scalars),
-                        *constants.items())
+        variant = (kernel.__name__, *(isinstance(x, int) and x >> 31
+                                      for x in scalars), *constants.items())
+        self.compiled = COMPILED.setdefault(variant, {})
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch; tensors after the first may be None where the kernel allows
         it."""
-        pointers = [None if t is None else t.data_ptr() for t in tensors]
         # All are on one device, the current one.
-        key = (self.variant, tensors[0].get_device(),
-               *[None if t is None else t.dtype for t in tensors])
+        key, pointers, bits = [tensors[0].get_device()], [], 0
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+                pointers.append(None)
+            else:
+                key.append(tensor.dtype)
+                pointers.append(pointer := tensor.data_ptr())
+                bits |= pointer
+        key = tuple(key)
         # What is compiled for pointers to multiples of 16 bytes reads so many
         # at a time.
-        aligned = reduce(or_, filter(None, pointers), 0) % 16 == 0
-        compiled = COMPILED.get(key) if aligned else None
+        is_aligned = bits % 16 == 0
+        compiled = self.compiled.get(key) if is_aligned else None
         if compiled is not None:
             compiled[self.grid](*pointers, *self.tail)
             return
         compiled = self.kernel[self.grid](*tensors, *self.scalars,
                                           **self.constants)
-        if aligned and isinstance(compiled, CompiledKernel):
-            COMPILED[key] = compiled
+        if is_aligned and isinstance(compiled, CompiledKernel):
+            self.compiled[key] = compiled
