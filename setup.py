@@ -79,6 +79,10 @@ if __name__ == '__main__':
         long_description_content_type='text/markdown',
         license='Apache-2.0',
         packages=find_packages(include=['mmconv2former', 'mmconv2former.*']),
+        # An editable install puts this folder on the path, then. Otherwise
+        # setuptools adds a finder that comes last: next to a clone, Python
+        # would take the folder of the clone for the package.
+        package_dir={'': '.'},
         package_data={'mmconv2former.cpp_kernels': ['*.cpp', '*.h']},
         python_requires='>=3.10',
         install_requires=['torch'],

@@ -69,6 +69,15 @@ def test_missing_mmengine_names_both_ways_to_get_it():
     assert 'mmconv2former[openmmlab]' in message
 
 
+def test_package_is_found_next_to_the_folder_of_a_clone(tmp_path):
+    (tmp_path / 'mmconv2former').mkdir()
+    code = 'import mmconv2former; print(mmconv2former.__file__)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith('__init__.py')
+
+
 def name_of(path):
     return str(path.relative_to(ROOT))
 
