@@ -460,9 +460,17 @@ class PretrainedModule(BaseModule):
         self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
         super().init_weights()
         self.init_cfg = init_cfg
-        if first_call:
-            for cfg in pretrained:
-                self.load_pretrained(cfg['checkpoint'], cfg.get('prefix'))
+        if not first_call:
+            return
+        # To be called again once the file is there.
+        self._is_init = False
+        for cfg in pretrained:
+            if 'checkpoint' not in cfg:
+                raise ValueError(
+                    "init_cfg=dict(type='Pretrained') needs a checkpoint, got "
+                    f'{dict(cfg)}')
+            self.load_pretrained(cfg['checkpoint'], cfg.get('prefix'))
+        self._is_init = True
 
 
 def rename_classifier(weights: dict[str, Tensor],

@@ -1,5 +1,6 @@
 """Layer-wise learning-rate decay for classifiers, detectors, segmentors."""
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ _MMENGINE_KEYS = ('custom_keys', 'bias_lr_mult', 'bias_decay_mult',
                   'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult',
                   'dcn_offset_lr_mult', 'bypass_duplicate')
 _KEYS = ('decay_rate', 'decay_type', 'num_layers') + _MMENGINE_KEYS
+# What torch.compile and FSDP put into the names of what they wrap.
+_WRAPPER = re.compile(r'\b(_orig_mod|_fsdp_wrapped_module)\.')
 
 
 @contextmanager
@@ -164,6 +167,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Raises:
         ValueError: If ``paramwise_cfg`` has other keys or values.
+            Also if the backbone finds no parameter to be in a layer of it.
         TypeError: If the backbone has no ``get_layer_depth``.
 
     Examples:
@@ -202,7 +206,16 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 backbone itself.
         """
         depth_of = self._depth_map(module)
-        names = {id(p): name for name, p in module.named_parameters()}
+        names = {id(p): _WRAPPER.sub('', name)
+                 for name, p in module.named_parameters()}
+        depths = map(depth_of, names.values())
+        if all(depth == total - 1 for depth, total in depths):
+            raise ValueError(
+                'layer-wise decay finds no layer of the backbone: by its '
+                f'get_layer_depth all {len(names)} parameters lie outside of '
+                f'it (the first is {next(iter(names.values()), None)}). '
+                'Build the optimizer before the model is wrapped, or leave '
+                'the constructor out')
         singles: list[dict] = []
         with _silenced(MMLogger.get_current_instance()):
             # DefaultOptimWrapperConstructor recurses through self.add_params.

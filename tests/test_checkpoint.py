@@ -301,12 +301,17 @@ def test_missing_file_says_where_weights_are_and_how_to_do_without(
                  'HVision-NKU/Conv2Former', 'convert_checkpoint.py',
                  'model.backbone.init_cfg=None', 'MMCONV2FORMER_WEIGHTS'):
         assert part in str(error.value)
+    # The same one, once the file is there.
     torch.save(GOOD, tmp_path / 't.pth')
-    backbone = Conv2Former(
-        MINI, init_cfg=dict(type='Pretrained', checkpoint='t.pth'))
     backbone.init_weights()
     assert torch.equal(backbone.stages[0][0].attn.v.bias,
                        GOOD['stages.0.0.attn.v.bias'])
+
+
+def test_pretrained_without_a_checkpoint_is_named():
+    backbone = Conv2Former(MINI, init_cfg=dict(type='Pretrained'))
+    with pytest.raises(ValueError, match="needs a checkpoint, got {'type'"):
+        backbone.init_weights()
 
 
 def test_other_init_cfgs_still_work_and_pretrained_comes_last(tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmconv2former import Conv2Former, LayerDecayOptimWrapperConstructor
+from mmconv2former.layer_decay import describe_groups
 
 MINI = dict(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], kernel_size=3)
 LR, WD = 1e-3, 0.05
@@ -172,6 +173,35 @@ def test_distributed_wrapper_and_bare_backbone_work(tmp_path):
             ] == [g['names'] for g in plain.optimizer.param_groups]
     bare = build(Conv2Former(MINI), decay_rate=.5)
     assert bare.optimizer.param_groups[0]['lr'] == pytest.approx(LR * .5**7)
+
+
+@pytest.mark.parametrize('wrap', [
+    torch.compile,
+    lambda model: setattr(model, 'backbone',
+                          torch.compile(model.backbone)) or model])
+def test_compiled_models_have_the_same_groups(wrap):
+    own, plain = build(wrap(Model()), decay_rate=.5), build(
+        Model(), decay_rate=.5)
+    assert describe_groups(own.optimizer.param_groups) == describe_groups(
+        plain.optimizer.param_groups)
+    assert [g['names'] for g in own.optimizer.param_groups
+            ] == [g['names'] for g in plain.optimizer.param_groups]
+
+
+def test_models_whose_layers_are_not_found_are_refused():
+
+    class Wrapper(nn.Module):
+
+        def __init__(self):
+            super().__init__()
+            self.inner = Model()
+
+        @property
+        def backbone(self):
+            return self.inner.backbone
+
+    with pytest.raises(ValueError, match='no layer of the backbone.*inner'):
+        build(Wrapper(), decay_rate=.5)
 
 
 def test_mmpretrains_constructor_and_backbones_work_too():
