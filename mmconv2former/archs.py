@@ -1,4 +1,5 @@
 """The table of variants; adding one is adding a row."""
+from collections.abc import Sequence
 
 # One row per model. The hierarchical ones are those of the paper (table of
 # variants) with the depths and kernels of the official code; 'base-22k' is
@@ -73,17 +74,16 @@ def resolve_arch(arch: str | dict) -> dict:
         raise ValueError(
             'arch as a dict needs depths, dims and kernel_size and may have '
             f'stem; got the keys {", ".join(sorted(arch))}')
-    settings = dict(
-        depths=tuple(arch['depths']),
-        dims=tuple(arch['dims']),
-        kernel_size=arch['kernel_size'],
-        stem=arch.get('stem', 'conv'))
-    if len(settings['depths']) != len(settings['dims']) or not settings[
-            'depths'] or min(settings['depths'] + settings['dims']) < 1:
+    depths, dims = arch['depths'], arch['dims']
+    if not isinstance(depths, Sequence) or not isinstance(dims, Sequence) \
+            or len(depths) != len(dims) or not depths \
+            or not all(type(n) is int and n > 0 for n in (*depths, *dims)):
         raise ValueError(
-            'depths and dims need one positive number per stage each; got '
-            f'depths {settings["depths"]} and dims {settings["dims"]}')
-    return settings
+            'depths and dims need one positive integer per stage each; got '
+            f'depths {depths} and dims {dims}')
+    return dict(depths=tuple(depths), dims=tuple(dims),
+                kernel_size=arch['kernel_size'],
+                stem=arch.get('stem', 'conv'))
 
 
 def describe_arch(settings: dict) -> str:

@@ -86,8 +86,16 @@ class Stem(nn.Sequential):
         """(N, C, H, W) -> (N, C', H', W'), in channels-last memory."""
         if self.fused and fused_stem.available(x, self):
             return fused_stem.stem(x, self)
-        # The layout of all that follows.
-        x = x.contiguous(memory_format=torch.channels_last)
+        if len(self) > 2 and type(self[2]) is nn.Identity \
+                and self[0].bias is not None:
+            raise RuntimeError(
+                'the batch norms of the stem, which come after GELU, were '
+                'folded into the convolutions before it, as by '
+                'mmcv.cnn.fuse_conv_bn (--fuse-conv-bn); use '
+                'mmconv2former.fuse_for_inference on the model as it was')
+        # The layout of all that follows; vmap refuses to ask for one.
+        if torch.compiler.is_compiling() or not dispatch.is_transformed():
+            x = x.contiguous(memory_format=torch.channels_last)
         if not self.fused:
             return super().forward(x)
         faster = {nn.BatchNorm2d: fused_stem.batch_norm,
@@ -203,12 +211,12 @@ class Block(nn.Module):
             torch.full((dim, ), float(layer_scale_init_value)))
         self.drop_path = DropPath(drop_path_rate)
         self.with_cp = with_cp
-        self.fused = fused and fusion == 'hadamard'
+        self.fused = fused
 
     def _forward(self, x: Tensor) -> Tensor:
         branches = ((self.attn, self.layer_scale_1),
                     (self.mlp, self.layer_scale_2))
-        if self.fused and dispatch.available(x, self.modified()):
+        if self._is_fusible() and dispatch.available(x, self.modified):
             x = x.permute(0, 2, 3, 1).contiguous()
             x = fused_block(x, *(
                 branch.branch(scale, self.drop_path.factor(x))
@@ -231,24 +239,49 @@ class Block(nn.Module):
                 'them after that')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def modified(self) -> nn.Module | None:
+    def _is_fusible(self) -> bool:
+        return self.fused and getattr(self.attn, 'fusion', '') == 'hadamard'
+
+    def modified(self, dim: int) -> nn.Module | None:
         """A module that is not as this class makes it, or has hooks, if any.
 
         The fused path passes all of them by, and reads their parameters.
+
+        Args:
+            dim (int): Channels of the input.
+
+        Returns:
+            nn.Module: The first one, which may be the block itself.
         """
         attn, mlp = self.attn, self.mlp
         for part, kind in ((attn, ConvModulation), (mlp, MLP),
                            (self.drop_path, DropPath)):
-            if type(part) is not kind or dispatch.has_hooks(part):
+            if not dispatch.is_plain(part, kind):
                 return part
-        if type(attn.att) is not nn.Sequential or len(attn.att) != 3 \
-                or dispatch.has_hooks(attn.att):
+        if not dispatch.is_plain(attn.att, nn.Sequential) \
+                or len(attn.att) != 3:
             return attn.att
-        for layer in (attn.norm, *attn.att, attn.v, attn.proj, mlp.norm,
-                      mlp.fc1, mlp.pos, mlp.fc2):
-            if not dispatch.is_unmodified(layer):
+        z, gelu, depthwise = attn.att
+        if not dispatch.is_gelu(gelu):
+            return gelu
+        # Narrower layers within a branch are fine, if these fit each other.
+        inner, hidden = getattr(z, 'out_channels', 0), getattr(
+            mlp.fc1, 'out_channels', 0)
+        k = getattr(depthwise, 'kernel_size', (0, ))[0] | 1  # odd
+        for layer, kind, *shape in (
+                (attn.norm, LayerNorm2d, dim),
+                (z, Pointwise, inner, dim, 1, 1),
+                (depthwise, nn.Conv2d, inner, 1, k, k),
+                (attn.v, Pointwise, inner, dim, 1, 1),
+                (attn.proj, Pointwise, dim, inner, 1, 1),
+                (mlp.norm, LayerNorm2d, dim),
+                (mlp.fc1, Pointwise, hidden, dim, 1, 1),
+                (mlp.pos, nn.Conv2d, hidden, 1, 3, 3),
+                (mlp.fc2, Pointwise, dim, hidden, 1, 1)):
+            if not dispatch.is_layer(layer, kind, *shape):
                 return layer
-        return None
+        scales = self.layer_scale_1, self.layer_scale_2
+        return None if all(s.shape == (dim, ) for s in scales) else self
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
@@ -287,8 +320,9 @@ class Conv2Former(PretrainedModule):
         layer_scale_init_value (float): Initial value of the layer scales.
             Defaults to 1e-6.
         out_indices (int | Sequence[int]): Stages to return, counted from 0;
-            negative ones count from the end. Stages beyond the last returned
-            one are not built. Defaults to -1.
+            negative ones count from the end. They are returned in ascending
+            order, each once; stages beyond the last are not built. Defaults
+            to -1.
         out_norm (bool): Whether each returned feature map passes a layer
             norm of its own (``norm{i}``), as dense tasks want.
             Defaults to False.
@@ -360,7 +394,8 @@ class Conv2Former(PretrainedModule):
         if kernel_size is not None:
             self.arch['kernel_size'] = kernel_size
         depths, dims = self.arch['depths'], self.arch['dims']
-        self._check_arguments(fusion, drop_path_rate, frozen_stages)
+        self._check_arguments(mlp_ratio, fusion, drop_path_rate,
+                              frozen_stages)
         self.in_channels = in_channels
         self.out_indices = self._resolve_out_indices(out_indices)
         self.out_norm = out_norm
@@ -396,7 +431,8 @@ class Conv2Former(PretrainedModule):
         self._freeze_stages()
         self.cuda_graphs = None
         if cuda_graphs:
-            if compile or with_cp or cuda_graphs < 0:
+            if compile or with_cp or not isinstance(cuda_graphs, int) \
+                    or cuda_graphs < 0:
                 raise ValueError(
                     'cuda_graphs must be a bool or a number of kinds of '
                     'batches, without compile and with_cp, got '
@@ -404,13 +440,16 @@ class Conv2Former(PretrainedModule):
                     f'with_cp={with_cp!r}')
             self.cuda_graphs = CUDAGraphs(
                 8 if cuda_graphs is True else cuda_graphs)
+        if not isinstance(compile, (bool, dict)):
+            raise ValueError('compile must be a bool or a dict of options of '
+                             f'torch.compile, got {compile!r}')
         if compile:
             self.compile(**(compile if isinstance(compile, dict) else {}))
 
-    def _check_arguments(self, fusion: str, drop_path_rate: float,
-                         frozen_stages: int) -> None:
+    def _check_arguments(self, mlp_ratio: float, fusion: str,
+                         drop_path_rate: float, frozen_stages: int) -> None:
         kernel_size = self.arch['kernel_size']
-        if not isinstance(kernel_size, int) or kernel_size < 1 \
+        if type(kernel_size) is not int or kernel_size < 1 \
                 or kernel_size % 2 == 0:
             raise ValueError('kernel_size must be an odd positive integer, '
                              f'got {kernel_size!r}')
@@ -420,14 +459,21 @@ class Conv2Former(PretrainedModule):
         if fusion not in FUSIONS:
             raise ValueError(f'unknown fusion {fusion!r}; expected one of '
                              f'{", ".join(FUSIONS)}')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(
-                f'drop_path_rate must lie in [0, 1), got {drop_path_rate}')
+        if not isinstance(mlp_ratio, (int, float)) \
+                or mlp_ratio * min(self.arch['dims']) < 1:
+            raise ValueError('mlp_ratio must be a number that leaves each MLP '
+                             f'a channel, got {mlp_ratio!r}')
+        if not isinstance(drop_path_rate, (int, float)) \
+                or not 0 <= drop_path_rate < 1:
+            raise ValueError('drop_path_rate must be a number in [0, 1), got '
+                             f'{drop_path_rate!r}')
         num_stages = len(self.arch['depths'])
-        if not -1 <= frozen_stages <= num_stages:
+        if type(frozen_stages) is not int \
+                or not -1 <= frozen_stages <= num_stages:
             raise ValueError(
-                f'frozen_stages must lie in -1 .. {num_stages} (-1 none, 0 '
-                f'the stem, k the stem and k stages), got {frozen_stages}')
+                f'frozen_stages must be an integer in -1 .. {num_stages} (-1 '
+                'none, 0 the stem, k the stem and k stages), got '
+                f'{frozen_stages!r}')
 
     def _resolve_out_indices(
             self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
@@ -435,11 +481,12 @@ class Conv2Former(PretrainedModule):
         if isinstance(out_indices, int):
             out_indices = (out_indices, )
         if not out_indices or not all(
-                -num_stages <= i < num_stages for i in out_indices):
+                type(i) is int and -num_stages <= i < num_stages
+                for i in out_indices):
             raise ValueError(
                 f'out_indices must name stages in {-num_stages} .. '
                 f'{num_stages - 1} of an arch with {num_stages} stages, got '
-                f'{out_indices}')
+                f'{out_indices!r}')
         return tuple(sorted({i % num_stages for i in out_indices}))
 
     def load_pretrained(self, checkpoint: str,

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.nn.modules.module import _has_any_global_hook
 
-from .dispatch import FUSED_VARIABLE, has_hooks, is_capturing, log_once
+from .dispatch import FUSED_VARIABLE, is_capturing, is_intercepted, log_once
 
 # Batches of a kind that run as ever before it is recorded, so that kinds which
 # do not come back take no memory.
@@ -62,6 +63,8 @@ class _Watched:
         """Which tensors there are and where, modes and other settings, and
         why nothing can be recorded, or ''."""
         tensors, settings, obstacle = [], [], ''
+        if _has_any_global_hook():
+            obstacle = 'hooks are registered for all modules'
         for m in self.modules:
             settings.append(m.training)
             # Numbers that kernels are given: of batch norm and drop path.
@@ -74,7 +77,7 @@ class _Watched:
             for b in m._buffers.values():
                 if b is not None:
                     tensors.append(b.data_ptr())
-            if has_hooks(m):
+            if is_intercepted(m):
                 obstacle = 'the backbone has hooks, which would not be called'
             if type(m).__name__ == 'FullyShardedDataParallel':
                 obstacle = 'the weights of the backbone are sharded'
@@ -259,7 +262,8 @@ class _Recording:
     def __init__(self, owner: CUDAGraphs, module: nn.Module,
                  x: Tensor) -> None:
         self.owner, self.x = owner, torch.empty_like(x)
-        self._find_parameters(module, x)
+        # What is recorded is compiled for the memory that it will read.
+        self._find_parameters(module, self.x.copy_(x))
         try:
             self._record(module, owner.memory)
         except RuntimeError as error:

@@ -16,41 +16,59 @@ from typing import Any
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import cpp_kernels, fake_kernels, torch_kernels
-from .operators import LayerNorm2d, Pointwise
 
+FindModified = Callable[[int], nn.Module | None]
 # The environment variable that turns the fused path off everywhere.
 FUSED_VARIABLE = 'MMCONV2FORMER_FUSED'
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks are registered, which reading its weights would pass by.
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether a call does more than the class says, which reading the weights
+    would pass by: hooks, or a ``forward`` that was put in its place.
+
+    The latter is how mmengine turns on activation checkpointing, and
+    accelerate the offloading of weights.
     """
     return bool(module._forward_hooks or module._forward_pre_hooks
-                or module._backward_hooks or module._backward_pre_hooks)
+                or module._backward_hooks or module._backward_pre_hooks
+                or 'forward' in module.__dict__)
 
 
-def is_unmodified(layer: nn.Module) -> bool:
-    """Whether a layer of a block is as the block has made it, without hooks.
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether a module is of that very class and a call does what it says."""
+    return type(module) is kind and not is_intercepted(module)
 
-    Then the fused path can stand in for it with its parameters.
+
+def is_layer(layer: nn.Module, kind: type, *shape: int) -> bool:
+    """Whether a layer is one that the fused path can stand in for.
+
+    The kernels read its parameters, and do not look how long these are.
+
+    Args:
+        layer (nn.Module): The layer.
+        kind (type): What it must be; a ``nn.Conv2d`` is a depthwise one that
+            keeps the size.
+        shape (int): Of the weight; there is to be a bias, too.
+
+    Returns:
+        bool: Whether it is.
     """
-    if has_hooks(layer):
+    if not is_plain(layer, kind) or layer.weight is None \
+            or layer.bias is None or layer.weight.shape != shape \
+            or layer.bias.shape != shape[:1]:
         return False
-    kind = type(layer)
-    if kind is nn.GELU:
-        return layer.approximate == 'none'
-    if kind not in (LayerNorm2d, Pointwise, nn.Conv2d) \
-            or layer.weight is None or layer.bias is None:
-        return False
-    if kind is not nn.Conv2d:
-        return True
-    c, i, k, width = layer.weight.shape
-    return (i == 1 and k == width and layer.groups == c
-            and layer.stride == layer.dilation == (1, 1)
-            and layer.padding == (k // 2, k // 2)
-            and layer.padding_mode == 'zeros')
+    return kind is not nn.Conv2d or (
+        layer.groups == shape[0] and layer.stride == layer.dilation == (1, 1)
+        and layer.padding == (shape[2] // 2, shape[2] // 2)
+        and layer.padding_mode == 'zeros')
+
+
+def is_gelu(layer: nn.Module) -> bool:
+    """Whether a layer is GELU, that of erf."""
+    return is_plain(layer, nn.GELU) and layer.approximate == 'none'
 
 
 @cache
@@ -155,16 +173,29 @@ def _make_triton_operators() -> str:
     return ''
 
 
+def _own_memory(out: Tensor) -> Tensor:
+    """A copy of a part of a vector; whole tensors as they are."""
+    return out if out.untyped_storage().nbytes() == out.nbytes \
+        else out.clone()
+
+
+def _as_operator(function: Callable) -> Callable:
+    """A function of the kernels as torch wants it.
+
+    Outputs of an operator may not share memory, and torch's compiler takes
+    them to begin at multiples of 16 bytes.
+    """
+
+    def call(x: Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(x):
+            outs = function(x, *others)
+        return outs if isinstance(outs, Tensor) \
+            else tuple(map(_own_memory, outs))
+
+    return call
+
+
 def _register(triton_kernels: ModuleType) -> None:
-
-    def on_its_device(function: Callable) -> Callable:
-
-        def call(x: Tensor, *others: Any) -> Any:
-            with torch.cuda.device_of(x):
-                return function(x, *others)
-
-        return call
-
     TRITON.operands = partial(torch_kernels.join_operands,
                               filters=triton_kernels.filters)
     TRITON.deferred_sums = torch_kernels.deferred_sums
@@ -174,7 +205,7 @@ def _register(triton_kernels: ModuleType) -> None:
         torch.library.define(
             operator, torch.library.infer_schema(function, mutates_args=()),
             tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(operator, 'cuda', on_its_device(function))
+        torch.library.impl(operator, 'cuda', _as_operator(function))
         torch.library.register_fake(operator, fake)
         setattr(TRITON, name, getattr(torch.ops.mmconv2former, name).default)
 
@@ -257,13 +288,13 @@ def is_transformed() -> bool:
             or torch.autograd.forward_ad._current_level >= 0)
 
 
-def find_obstacle(x: Tensor, modified: nn.Module | None = None) -> str:
+def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
     """Why the plain path must run, or ''.
 
     Args:
         x (Tensor): The input.
-        modified (nn.Module, optional): As for :func:`available`. Defaults to
-            None.
+        find_modified (Callable, optional): As for :func:`available`. Defaults
+            to None.
 
     Returns:
         str: The reason.
@@ -274,31 +305,36 @@ def find_obstacle(x: Tensor, modified: nn.Module | None = None) -> str:
         return 'the model is being exported'
     if not torch.compiler.is_compiling() and is_transformed():
         return 'torch.func or forward-mode differentiation transforms it'
+    if not torch.compiler.is_compiling() and _has_any_global_hook():
+        return 'hooks are registered for all modules'
     if not x.numel():
         return 'the batch is empty'
     if x.device.type not in ('cpu', 'cuda'):
         return f'device {x.device.type} has no fused operators'
-    if modified is not None:
-        return (f'the {type(modified).__name__} of a block was replaced or '
-                'changed, or has hooks')
+    if find_modified is not None:
+        modified = find_modified(x.shape[1])
+        if modified is not None:
+            return (f'the {type(modified).__name__} of a block was replaced '
+                    'or changed, or has hooks')
     if torch.compiler.is_compiling() \
             and kernels_for(x) is torch_kernels:
         return 'the model is being compiled, which fuses them as well'
     return ''
 
 
-def available(x: Tensor, modified: nn.Module | None = None) -> bool:
+def available(x: Tensor, find_modified: FindModified | None = None) -> bool:
     """Whether the fused operators can take these layers; logged once.
 
     Args:
-        x (Tensor): Input of the block.
-        modified (nn.Module, optional): A module of the block that is not as
-            the block has made it, and would be passed by. Defaults to None.
+        x (Tensor): Input of the block, (N, C, H, W).
+        find_modified (Callable, optional): Gets C, and returns a module of the
+            block that is not as the block has made it, and would be passed by,
+            if there is one. Defaults to None.
 
     Returns:
         bool: Whether they can.
     """
-    obstacle = find_obstacle(x, modified)
+    obstacle = find_obstacle(x, find_modified)
     if not torch.compiler.is_compiling():
         if obstacle:
             log_once(f'plain operators, because {obstacle}')

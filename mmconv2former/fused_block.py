@@ -308,8 +308,8 @@ class BlockFunction(torch.autograd.Function):
 
 
 def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
-    """The residual branches of a block, with less work where gradients are
-    off.
+    """The residual branches of a block, with less work where nothing wants
+    gradients.
 
     Args:
         x (Tensor): (N, H, W, C).
@@ -321,10 +321,11 @@ def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
     branches = modulation, mlp
     layers = [[p for layer in branch.layers
                for p in (layer.weight, layer.bias)] for branch in branches]
-    if torch.is_grad_enabled():
-        own, others = (
-            (branch.norm.weight, branch.norm.bias, branch.scale, *parameters)
-            for branch, parameters in zip(branches, layers))
+    own, others = (
+        (branch.norm.weight, branch.norm.bias, branch.scale, *parameters)
+        for branch, parameters in zip(branches, layers))
+    if torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, *own, *others)):
         return BlockFunction.apply(
             x, modulation.keep, mlp.keep,
             (modulation.norm.eps, mlp.norm.eps), len(own), *own, *others)

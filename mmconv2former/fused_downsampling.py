@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from . import dispatch, torch_kernels
 from .dispatch import (
-    has_hooks,
+    autocast_dtype,
+    is_plain,
     log_once,
     product_dtype,
     refuse_second_derivatives,
@@ -25,7 +26,7 @@ class DownsamplingFunction(torch.autograd.Function):
     Args:
         x (Tensor): (N, H, W, C).
         norm_weight, norm_bias (Tensor, optional): (C, ); None only where x
-            wants no gradient.
+            and the convolution want no gradients.
         eps (float): Added to the variance.
         weight (Tensor): Of the convolution, (O, C, P, P), stride P.
         bias (Tensor): (O, ).
@@ -35,7 +36,7 @@ class DownsamplingFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, norm_weight: Tensor | None,
                 norm_bias: Tensor | None, eps: float, weight: Tensor,
                 bias: Tensor) -> Tensor:
-        dtype = product_dtype(x)
+        dtype, asked = product_dtype(x), autocast_dtype(x)
         ctx.eps, ctx.shape = eps, weight.shape
         with without_autocast(x):
             weight = to_nhwc(weight).to(
@@ -43,7 +44,8 @@ class DownsamplingFunction(torch.autograd.Function):
             ctx.save_for_backward(x, norm_weight, norm_bias, weight)
             y = dispatch.kernels_for(x).layer_norm(
                 x, norm_weight, norm_bias, eps, dtype, ctx.shape[3])
-            return linear(y, weight, bias.to(dtype))
+            # In fp32 where the CPU emulates the type that is asked for.
+            return linear(y, weight, bias.to(dtype)).to(asked)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,8 +82,8 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
     # and under autocast reads and writes fp32.
     if dispatch.kernels_for(x) is torch_kernels or dispatch.find_obstacle(x):
         return conv(norm(x))
-    if not _is_unmodified(norm, conv) \
-            or norm.weight is None and x.requires_grad:
+    if not _is_unmodified(x.shape[1], norm, conv) or norm.weight is None \
+            and any(t.requires_grad for t in (x, conv.weight, conv.bias)):
         if not torch.compiler.is_compiling():
             log_once('plain operators of a downsampling, because its layers '
                      'were replaced or have hooks')
@@ -91,9 +93,12 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
                                    norm.eps, conv.weight, conv.bias))
 
 
-def _is_unmodified(norm: nn.Module, conv: nn.Module) -> bool:
-    return (type(norm) is LayerNorm2d and type(conv) is nn.Conv2d
-            and not has_hooks(norm) and not has_hooks(conv)
+def _is_unmodified(channels: int, norm: nn.Module, conv: nn.Module) -> bool:
+    return (is_plain(norm, LayerNorm2d) and is_plain(conv, nn.Conv2d)
+            and norm.normalized_shape == (channels, )
+            and all(p is None or p.shape == (channels, )
+                    for p in (norm.weight, norm.bias))
             and conv.bias is not None and conv.groups == 1
+            and conv.weight.shape[1:] == (channels, *conv.stride)
             and conv.dilation == (1, 1) and conv.padding == (0, 0)
-            and conv.kernel_size == conv.stride == conv.stride[::-1])
+            and conv.stride == conv.stride[::-1])

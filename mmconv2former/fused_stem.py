@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from . import dispatch
 from .dispatch import (
-    has_hooks,
+    is_gelu,
+    is_intercepted,
+    is_plain,
     log_once,
     product_dtype,
     refuse_second_derivatives,
@@ -260,12 +262,11 @@ def _moments(z: Tensor, norm: nn.BatchNorm2d,
 def _is_unmodified_stem(layers: Sequence[nn.Module]) -> bool:
     """Whether these are layers of a stem as it was built, without hooks."""
     kinds = [nn.Conv2d, nn.GELU, nn.BatchNorm2d] * 2 + [nn.Conv2d]
-    if [type(layer) for layer in layers] != kinds \
-            or any(map(has_hooks, layers)):
+    if len(layers) != len(kinds) or not all(map(is_plain, layers, kinds)):
         return False
     convs, norms = layers[::3], layers[2::3]
     last = convs[-1]
-    return (all(gelu.approximate == 'none' for gelu in layers[1::3])
+    return (all(map(is_gelu, layers[1::3]))
             and all(map(_has_usual_moments, norms))
             and all(conv.bias is None and conv.groups == 1
                     and conv.dilation == (1, 1)
@@ -277,7 +278,8 @@ def _is_unmodified_stem(layers: Sequence[nn.Module]) -> bool:
 
 def _has_usual_moments(norm: nn.BatchNorm2d) -> bool:
     return (norm.weight is not None and norm.running_mean is not None
-            and norm.momentum is not None)
+            and norm.num_batches_tracked is not None
+            and norm.track_running_stats and norm.momentum is not None)
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -394,7 +396,7 @@ def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
 
 def _can_replace(x: Tensor, layer: nn.Module) -> bool:
     """Whether a layer on a CPU need not be called with x itself."""
-    return (x.device.type == 'cpu' and not has_hooks(layer)
+    return (x.device.type == 'cpu' and not is_intercepted(layer)
             and not torch.compiler.is_compiling()
             and not dispatch.find_obstacle(x))
 

@@ -76,8 +76,15 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     if not backbones:
         raise ValueError(f'the {type(model).__name__} has no Conv2Former; '
                          'give a Conv2Former or a model that contains one')
+    children = {block for backbone in backbones
+                for stage in backbone.stages for block in stage}
     for block in (m for m in modules if isinstance(m, Block)):
-        modified = block if dispatch.has_hooks(block) else block.modified()
+        if block not in children:
+            raise ValueError(
+                'a block is wrapped in another module, as by activation '
+                'checkpointing, and cannot be folded: unwrap it')
+        modified = block if dispatch.is_intercepted(block) \
+            else block.modified(len(block.layer_scale_1))
         if modified is not None:
             raise ValueError(
                 f'the {type(modified).__name__} of a block was replaced or '
@@ -133,18 +140,16 @@ def _refuse_unfolded(_: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 
 def _takes_affine(layer: nn.Module, padding: int = 0) -> bool:
     """Whether an affine map in front of a layer can become part of it."""
-    if dispatch.has_hooks(layer):
-        return False
-    return type(layer) is nn.Linear or (
-        type(layer) is nn.Conv2d and layer.groups == 1
+    return dispatch.is_plain(layer, nn.Linear) or (
+        dispatch.is_plain(layer, nn.Conv2d) and layer.groups == 1
         and layer.padding == (padding, padding)
         and layer.padding_mode == 'zeros')
 
 
 def _fold_norm(norm: nn.Module, layer: nn.Module) -> nn.Module:
     """Move the affine part of a norm into the layer behind it, if it can."""
-    if type(norm) is not LayerNorm2d or norm.weight is None \
-            or dispatch.has_hooks(norm) or not _takes_affine(layer):
+    if not dispatch.is_plain(norm, LayerNorm2d) or norm.weight is None \
+            or not _takes_affine(layer):
         return norm
     _set(layer, *_after_affine(layer, norm.weight, norm.bias))
     return LayerNorm2d(*norm.normalized_shape, norm.eps, affine=False)
@@ -159,9 +164,7 @@ def _fold_stem(stem: nn.Sequential) -> None:
         weights = _after_affine(stem[last_conv], *_affine(stem[last_norm]))
         _set(stem[last_conv], *weights)
         stem[last_norm] = nn.Identity()
-    if _is_affine(stem[norm]) and type(stem[gelu]) is nn.GELU \
-            and stem[gelu].approximate == 'none' \
-            and not dispatch.has_hooks(stem[gelu]) \
+    if _is_affine(stem[norm]) and dispatch.is_gelu(stem[gelu]) \
             and _takes_affine(stem[conv], padding=1):
         # This convolution pads with zeros behind the norm. In front of it
         # they are what the norm makes zeros of.
@@ -178,7 +181,8 @@ def _fold_stem(stem: nn.Sequential) -> None:
 def _is_affine(norm: nn.Module) -> bool:
     """Whether a layer is a batch norm with all that :func:`_affine` reads."""
     return (isinstance(norm, _BatchNorm) and norm.weight is not None
-            and norm.running_mean is not None and not dispatch.has_hooks(norm))
+            and norm.running_mean is not None
+            and not dispatch.is_intercepted(norm))
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

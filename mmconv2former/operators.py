@@ -129,7 +129,8 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), in channels-last memory."""
         x = to_nhwc(x)
-        if x.device.type == 'cpu' and torch.is_grad_enabled():
+        if x.device.type == 'cpu' and torch.is_grad_enabled() \
+                and not torch.jit.is_tracing():
             # On CPUs the gradients of the parameters are summed in the
             # precision of x: in bf16 they are wrong by a third over 50,000
             # positions.

@@ -1,6 +1,7 @@
 """Arguments, shapes, freezing, checkpointing and errors of the backbone."""
 import pytest
 import torch
+from mmcv.cnn import fuse_conv_bn
 from torch import nn
 
 from mmconv2former import Conv2Former, Conv2FormerNeck
@@ -171,15 +172,24 @@ def test_other_input_channels_and_half_precision_autocast_work():
     (dict(arch='huge'), r"unknown arch 'huge'.*tiny.*isotropic"),
     (dict(arch=dict(depths=[1], dims=[8])), 'needs depths, dims and kernel'),
     (dict(arch=dict(depths=[1, 1], dims=[8], kernel_size=3)),
-     r'one positive number per stage.*\(1, 1\)'),
+     r'one positive integer per stage.*\[1, 1\]'),
+    (dict(arch=dict(depths=[1.5], dims=[8], kernel_size=3)), r'\[1.5\]'),
     (dict(arch=dict(depths=[1], dims=[8], kernel_size=3, stem='x')),
      "unknown stem 'x'.*patch"),
     (dict(fusion='mean'), "unknown fusion 'mean'.*hadamard.*linear"),
     (dict(kernel_size=4), 'odd positive integer, got 4'),
+    (dict(kernel_size=True), 'odd positive integer, got True'),
+    (dict(mlp_ratio=0), 'mlp_ratio must be a number .* got 0'),
+    (dict(mlp_ratio='4'), "got '4'"),
     (dict(out_indices=(0, 4)), r'-4 \.\. 3 .*\(0, 4\)'),
     (dict(out_indices=()), 'out_indices must name stages'),
+    (dict(out_indices='3'), "out_indices must name stages .* got '3'"),
     (dict(frozen_stages=5), r'-1 \.\. 4 .*got 5'),
-    (dict(drop_path_rate=1.), r'drop_path_rate must lie in \[0, 1\)'),
+    (dict(frozen_stages=None), r'-1 \.\. 4 .*got None'),
+    (dict(drop_path_rate=1.), r'drop_path_rate must be .* in \[0, 1\)'),
+    (dict(drop_path_rate=None), r'in \[0, 1\), got None'),
+    (dict(compile='max-autotune'), "bool or a dict .* got 'max-autotune'"),
+    (dict(cuda_graphs='yes'), "cuda_graphs must be a bool .* got 'yes'"),
 ])
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -191,6 +201,37 @@ def test_bad_arguments_are_named(kwargs, message):
 def test_bad_inputs_are_named(shape):
     with pytest.raises(ValueError, match=r'\(N, 3, H, W\).*at least 32.*got'):
         Conv2Former(MINI)(torch.rand(shape))
+
+
+def test_batch_norms_that_mmcv_folded_across_gelu_are_refused():
+    model = fuse_conv_bn(Conv2Former(MINI).eval())
+    with pytest.raises(RuntimeError, match='use mmconv2former.fuse_for_inf'):
+        model(images())
+
+
+def test_tracing_with_gradients_on_gives_the_same():
+    model = Conv2Former(MINI).eval()
+    traced = torch.jit.trace(model, images())
+    x = images()
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_gradients_per_sample_are_those_of_single_images():
+    model = Conv2Former(MINI, layer_scale_init_value=.5).double().eval()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x):
+        out, = torch.func.functional_call(model, parameters, x[None])
+        return out.square().sum()
+
+    x = images().double()
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(
+        parameters, x)
+    for i in range(len(x)):
+        single = torch.autograd.grad(
+            model(x[i:i + 1])[0].square().sum(), list(parameters.values()))
+        for grads, grad in zip(per_sample.values(), single, strict=True):
+            torch.testing.assert_close(grads[i], grad)
 
 
 def test_neck_pools_the_last_map_after_norm():

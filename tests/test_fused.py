@@ -559,16 +559,124 @@ def test_plain_path_calls_every_layer():
     assert {id(m) for m in called} == {id(m) for m in modules}
 
 
+@pytest.mark.parametrize('register', [
+    lambda module, call: module.register_forward_hook(call),
+    # As mmengine's activation checkpointing does.
+    lambda module, call: setattr(module, 'forward', functools.partial(
+        lambda forward, x: (call(), forward(x))[1], module.forward))])
 @pytest.mark.parametrize('name', [
     'attn', 'attn.norm', 'attn.att', 'attn.att.1', 'attn.proj', 'mlp',
     'mlp.pos', 'drop_path'])
-def test_hooks_of_every_module_of_a_block_are_called(name):
+def test_hooks_of_every_module_of_a_block_are_called(name, register):
     model = Conv2Former(TINY)
     called = []
-    model.stages[0][0].get_submodule(name).register_forward_hook(
-        lambda *_: called.append(1))
+    register(model.stages[0][0].get_submodule(name),
+             lambda *_: called.append(1))
     model(torch.randn(1, 3, 32, 32))
     assert set(called) == {1}
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_replaced_forward_of_a_downsampling_is_called(index):
+    model = Conv2Former(dict(depths=[1, 1], dims=[8, 16], kernel_size=5))
+    called = []
+    layer = model.downsample_layers[1][index]
+    layer.forward = lambda x, own=layer.forward: (called.append(1), own(x))[1]
+    model(torch.randn(1, 3, 32, 32))
+    assert called == [1]
+
+
+def test_hooks_of_all_modules_are_called_for_each():
+    model = Conv2Former(TINY)
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: called.append(module))
+    try:
+        model(torch.randn(1, 3, 32, 32))
+    finally:
+        handle.remove()
+    assert {id(m) for m in called} == {
+        id(m) for m in model.modules() if not isinstance(m, nn.ModuleList)}
+
+
+@pytest.mark.parametrize('change', [
+    lambda block: setattr(block, 'layer_scale_1',
+                          nn.Parameter(torch.ones(1))),
+    lambda block: setattr(block.mlp, 'pos', nn.Conv2d(
+        32, 32, 23, padding=11, groups=32)),
+    lambda block: block.attn.att.__setitem__(2, operators.Pointwise(8, 8)),
+    lambda block: block.attn.att.__setitem__(1, operators.LayerNorm2d(8)),
+    lambda block: setattr(block.attn, 'v', nn.Conv2d(8, 8, 3, padding=1,
+                                                     groups=8)),
+    lambda block: setattr(block.mlp, 'fc1', nn.Conv2d(8, 32, 1)),
+    lambda block: setattr(block.attn, 'fusion', 'sum')])
+def test_blocks_changed_in_ways_that_work_compute_the_same(change,
+                                                           monkeypatch):
+    torch.manual_seed(0)
+    model = block(8, 5).float()
+    change(model)
+    x = torch.randn(2, 8, 6, 7)
+    out = model(x)
+    assert not came_from_fused_path(out)
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    assert torch.equal(out, model(x))
+
+
+@pytest.mark.parametrize('change, error', [
+    (lambda block: setattr(block.attn, 'norm', operators.LayerNorm2d(4)),
+     'normalized_shape'),
+    (lambda block: block.attn.att.__setitem__(2, nn.Conv2d(
+        8, 8, 4, padding=2, groups=8)), 'size of tensor'),
+    (lambda block: setattr(block.mlp.fc1, 'bias', nn.Parameter(
+        torch.ones(31))), 'expected bias')])
+def test_layers_that_do_not_fit_are_errors_of_torch(change, error):
+    model = block(8, 5).float()
+    change(model)
+    with pytest.raises(RuntimeError, match=error):
+        model(torch.randn(2, 8, 6, 7))
+
+
+def test_narrower_branches_are_fused(monkeypatch):
+    torch.manual_seed(0)
+    model = block(8, 5)
+    attn = model.attn
+    attn.att[0], attn.v = (operators.Pointwise(8, 6) for _ in range(2))
+    attn.att[2] = nn.Conv2d(6, 6, 5, padding=2, groups=6)
+    attn.proj = operators.Pointwise(6, 8)
+    model.double()
+    x = random(2, 8, 6, 7)
+    out = model(x)
+    assert came_from_fused_path(out)
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    torch.testing.assert_close(out, model(x))
+
+
+def test_frozen_blocks_store_nothing():
+    torch.manual_seed(0)
+    model = Conv2Former(TINY, frozen_stages=1).double()
+    own = model.stages[0][0]
+    x = random(2, 8, 6, 7)
+    out = own(x)
+    assert out.grad_fn is None
+    torch.testing.assert_close(
+        out, copy.deepcopy(own).requires_grad_(True)(x).detach())
+    assert own(x.requires_grad_()).grad_fn is not None
+
+
+@pytest.mark.parametrize('autocast', [True, False])
+@pytest.mark.parametrize('train', [True, False])
+def test_feature_maps_have_the_type_asked_for_where_cpus_emulate_it(
+        train, autocast, monkeypatch):
+    monkeypatch.setattr(dispatch, '_is_emulated', lambda _: True)
+    model = Conv2Former(dict(depths=[1, 1], dims=[8, 16], kernel_size=5),
+                        out_indices=(0, 1)).train(train)
+    x = torch.randn(2, 3, 32, 32)
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.set_grad_enabled(train), \
+            torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        outs = model(x)
+    assert {out.dtype for out in outs} == {torch.bfloat16}
 
 
 def test_branches_of_other_classes_are_called():
@@ -582,7 +690,7 @@ def test_branches_of_other_classes_are_called():
     block = model.stages[0][0]
     block.mlp = Other(8, 4.)
     assert not takes_fused(model)
-    assert block.modified() is block.mlp
+    assert block.modified(8) is block.mlp
 
 
 @pytest.mark.parametrize('train', [True, False])
@@ -879,14 +987,16 @@ def test_downsampling_is_a_product_over_patches(monkeypatch, size, patch):
     lambda layers: layers.__setitem__(0, torch.nn.BatchNorm2d(8)),
     lambda layers: layers.__setitem__(1, torch.nn.Conv2d(8, 12, 3, 2)),
     lambda layers: layers.__setitem__(
-        1, torch.nn.Conv2d(8, 12, 2, 2, bias=False))])
+        1, torch.nn.Conv2d(8, 12, 2, 2, bias=False)),
+    lambda layers: setattr(layers[1], 'forward', layers[1].forward)])
 def test_other_layers_of_a_downsampling_run_as_they_are(monkeypatch, change):
     kernels = SimpleNamespace(layer_norm=torch_kernels.layer_norm)
     monkeypatch.setattr(dispatch, 'kernels_for', lambda _: kernels)
     layers = [operators.LayerNorm2d(8), torch.nn.Conv2d(8, 12, 2, 2)]
-    assert fused_downsampling._is_unmodified(*layers)
+    assert fused_downsampling._is_unmodified(8, *layers)
+    assert not fused_downsampling._is_unmodified(12, *layers)
     change(layers)
-    assert not fused_downsampling._is_unmodified(*layers)
+    assert not fused_downsampling._is_unmodified(8, *layers)
     x = torch.randn(1, 8, 6, 6)
     norm, conv = layers
     torch.testing.assert_close(

@@ -171,12 +171,28 @@ def test_stem_has_no_second_derivatives():
     lambda stem: stem.__setitem__(
         3, nn.Conv2d(12, 12, 3, padding='same', bias=False)),
     lambda stem: stem.__setitem__(3, nn.Conv2d(12, 12, 3, padding=1)),
+    lambda stem: setattr(stem[1], 'forward', torch.relu),
+    lambda stem: setattr(stem[2], 'track_running_stats', False),
+    lambda stem: setattr(stem[2], 'num_batches_tracked', None),
     lambda stem: setattr(stem[2], 'momentum', None)])
 def test_stem_of_other_layers_is_recognised(change):
     stem = make_stem()
     assert fused_stem._is_unmodified_stem(list(stem))
     change(stem)
     assert not fused_stem._is_unmodified_stem(list(stem))
+
+
+@pytest.mark.parametrize('name, value', [('track_running_stats', False),
+                                         ('num_batches_tracked', None)])
+def test_settings_of_batch_norms_are_those_of_torch(name, value):
+    stem = make_stem()
+    for norm in stem[2], stem[5]:
+        setattr(norm, name, value)
+    x = torch.randn(2, 3, 32, 32).double()
+    own, other = (run(function, copy.deepcopy(stem), x, True)
+                  for function in (lambda x, stem: stem(x), by_layers))
+    for o, t in zip(own, other, strict=True):
+        torch.testing.assert_close(o, t)
 
 
 def test_cpus_run_the_layers():

@@ -5,6 +5,9 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+)
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import official
@@ -348,6 +351,14 @@ def test_blocks_with_hooks_are_refused(part):
     module = {'': block, '.mlp': block.mlp, '.att': block.attn.att}[part]
     module.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match='hooks'):
+        fuse_for_inference(model)
+
+
+def test_wrapped_blocks_are_refused():
+    model = classifier()
+    stage = model.backbone.stages[0]
+    stage[0] = checkpoint_wrapper(stage[0]).eval()
+    with pytest.raises(ValueError, match='a block is wrapped'):
         fuse_for_inference(model)
 
 

@@ -265,7 +265,9 @@ def _layer_norm_backward_kernel(
         for i in tl.static_range(CHUNKS):
             centred = tl.where(used, xs[i].to(tl.float32) - mean, 0.)
             sums += centred * centred
-        rstd = tl.rsqrt(tl.sum(sums, 1)[:, None] / C + eps)
+        # 0 outside, where it would be infinite if eps is 0.
+        rstd = tl.where(pixel < pixels,
+                        tl.rsqrt(tl.sum(sums, 1)[:, None] / C + eps), 0.)
 
         grad_sums, product_sums = zero, zero
         new_weight_sums = ()

@@ -127,13 +127,13 @@ def _launch(sets: list[tuple[_Set, Tensor, Tensor]]) -> None:
 def deferred_sums() -> Iterator[None]:
     """Sums are taken by fewer launches, the last of them at the end of this
     context; before that nothing may read them."""
-    _DEFERRED.sets = []
+    previous, _DEFERRED.sets = _DEFERRED.sets, []
     try:
         yield
         if _DEFERRED.sets:
             _launch(_DEFERRED.sets)
     finally:
-        _DEFERRED.sets = None
+        _DEFERRED.sets = previous
 
 
 @plan
