@@ -243,7 +243,7 @@ def _cpp_obstacle() -> str:
 
 
 @torch.compiler.assume_constant_result
-def _triton_obstacle(device: torch.device) -> str:
+def triton_obstacle(device: torch.device) -> str:
     """Why Triton's kernels cannot run on that GPU, or ''."""
     return _try_triton(device)
 
@@ -272,7 +272,7 @@ def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
                 or x.device.type != 'cpu' or _cpp_obstacle():
             return torch_kernels
         return cpp_kernels
-    if _triton_obstacle(x.device):
+    if triton_obstacle(x.device):
         return torch_kernels
     if torch.compiler.is_compiling() or not is_ordinary:
         return TRITON
@@ -342,7 +342,7 @@ def available(x: Tensor, find_modified: FindModified | None = None) -> bool:
             kind = 'Triton' if x.is_cuda else 'C++'
             log_once(f'fused operators with {kind} kernels')
         else:
-            missing = _triton_obstacle(x.device) if x.is_cuda \
+            missing = triton_obstacle(x.device) if x.is_cuda \
                 else _cpp_obstacle()
             reason = 'the model is in fp64' if x.dtype == torch.double \
                 else missing or f'they get a {type(x).__name__}'

@@ -1,11 +1,14 @@
 """tools/benchmark.py, its models, tables and plots."""
 import argparse
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,8 +116,9 @@ def test_what_is_rounding_is_no_difference(monkeypatch):
     ours = facts['conv2former-n']
     assert 0.005 < ours['difference'] <= ours['tolerance']
     monkeypatch.setattr(benchmark, 'rounding', lambda *_: {})
-    with pytest.raises(SystemExit, match='where 0.005 is allowed'):
-        benchmark.prepare(names, case, memory=False)
+    steps, facts = benchmark.prepare(names, case, memory=False)
+    assert list(steps) == [OFFICIAL]
+    assert 'where 0.005 is allowed' in facts['conv2former-n']['failed']
 
 
 def test_switch_is_set_for_a_path_and_put_back(monkeypatch):
@@ -191,7 +195,8 @@ def test_unknown_models_end_in_a_hint(name, hint, capsys):
 @pytest.mark.parametrize('option, value', [('--size', '16'),
                                            ('--size', 'x224'),
                                            ('--batch', '0'),
-                                           ('--repeats', 'many')])
+                                           ('--repeats', 'many'),
+                                           ('--seconds', '-1')])
 def test_wrong_numbers_are_refused(option, value, capsys):
     with pytest.raises(SystemExit):
         benchmark.parse_args([option, value])
@@ -210,15 +215,84 @@ def test_cuda_graphs_want_a_gpu(capsys):
     assert '--device cuda' in capsys.readouterr().err
 
 
-def test_paths_that_differ_are_not_timed(monkeypatch):
+def test_models_that_differ_or_fail_are_not_timed_and_others_are(
+        tmp_path, monkeypatch, capsys):
+    build = benchmark.build_model
+
+    def build_or_fail(name, *args):
+        if name.endswith('compiled'):
+            raise KeyError('no compiler')
+        return build(name, *args)
+
+    monkeypatch.setattr(benchmark, 'build_model', build_or_fail)
     monkeypatch.setattr(
         benchmark, 'official_forward',
         lambda model, x: 1.5 * benchmark_models.official_forward(model, x))
-    with pytest.raises(SystemExit, match='conv2former-n differs .* output 0'):
+    path = tmp_path / 'x.json'
+    with pytest.raises(SystemExit) as error:
         benchmark.main([
-            '--models', OFFICIAL, 'conv2former-n', '--mode', 'forward',
-            '--size', '32', '--no-memory'
-        ])
+            '--models', OFFICIAL, 'conv2former-n', 'conv2former-n@compiled',
+            'ConvNeXt:atto', '--mode', 'forward', '--size', '32',
+            '--no-memory', '--repeats', '1', '--json', str(path)])
+    assert 'conv2former-n (classifier, forward, fp32, ' in str(error.value)
+    assert f'differs from {OFFICIAL} by ' in str(error.value)
+    assert "KeyError: 'no compiler'" in str(error.value)
+    timed = {row['model']: row['samples'] is not None
+             for row in json.loads(path.read_text())['rows']}
+    assert timed == {OFFICIAL: True, 'conv2former-n': False,
+                     'conv2former-n@compiled': False, 'ConvNeXt:atto': True}
+    assert '| conv2former-n          | differs from' in capsys.readouterr().out
+
+
+def test_file_of_an_earlier_run_does_not_outlive_the_beginning(
+        tmp_path, monkeypatch, capsys):
+    path = tmp_path / 'x.json'
+    path.write_text(json.dumps(dict(machine={}, rows=[dict(
+        CASE._asdict(), model='old', samples=[1.])])))
+
+    def fail(*_):
+        raise RuntimeError('the first case')
+
+    monkeypatch.setattr(benchmark, 'run_case', fail)
+    with pytest.raises(RuntimeError):
+        benchmark.main(['--json', str(path)])
+    plot_benchmark.main([str(path)])
+    printed = capsys.readouterr().out
+    assert 'torch' in printed and 'old' not in printed
+    assert not list(tmp_path.glob('*.part'))
+
+
+def test_batches_may_keep_the_number_of_pixels(monkeypatch):
+    cases = []
+    monkeypatch.setattr(benchmark, 'run_case',
+                        lambda case, _: (cases.append(case), ([], {}))[1])
+    benchmark.main(['--batch', '128', '--size', '224', '448', '672', '896',
+                    '1120', '1344', '--mode', 'train', '--same-pixels'])
+    assert [case.batch for case in cases] == [128, 32, 14, 8, 5, 4]
+
+
+def test_no_collection_of_garbage_falls_into_a_sample():
+    enabled = []
+    benchmark.time_steps({'a': lambda: enabled.append(gc.isenabled())}, 'cpu',
+                         argparse.Namespace(burn_in=1, repeats=1, seconds=1))
+    assert set(enabled) == {False} and gc.isenabled()
+
+
+def test_memory_of_graphs_is_what_is_reserved(monkeypatch):
+    reserved = [500]
+    for name, function in dict(
+            empty_cache=lambda: None, memory_allocated=lambda: 100,
+            memory_reserved=lambda: reserved[0]).items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert benchmark.gpu_memory('fused') == 100
+    before = benchmark.gpu_memory('graphs')
+    candidate = SimpleNamespace(path='graphs', loaded_bytes=lambda: 30)
+    reserved[0] += 80
+    assert benchmark.measure_memory(candidate, before) == dict(
+        memory_total=80, memory_step=50)
+    own = Candidate('conv2former-n', CASE)
+    assert own.loaded_bytes() > sum(
+        p.nbytes for p in own.model.parameters()) + own.images.nbytes
 
 
 def test_a_budget_of_seconds_leaves_some_repeats():
@@ -319,14 +393,25 @@ def test_picture_that_cannot_be_written_is_told_first(name, expected,
         plot_benchmark.main(['unread.json', '--plot', str(tmp_path / name)])
 
 
-def test_gpu_checks_see_the_packages_of_an_environment(tmp_path):
-    """Of which an environment made by its python knows nothing."""
-    tools = tmp_path / 'tools'
-    tools.mkdir()
-    (tools / 'gpu_checks.sh').write_bytes(
+@pytest.fixture
+def checkout(tmp_path):
+    """What gpu_checks.sh needs of this one, and no more."""
+    for name in 'setup.py', 'README.md', 'mmconv2former', 'tools':
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / 'tools').unlink()
+    (tmp_path / 'tools').mkdir()
+    (tmp_path / 'tools/gpu_checks.sh').write_bytes(
         (ROOT / 'tools/gpu_checks.sh').read_bytes())
-    (tools / 'setup_env.sh').touch()
-    python = tmp_path / 'python'
+    (tmp_path / 'tools/setup_env.sh').touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize('step', ['growth', 'amp'])
+def test_gpu_checks_see_the_packages_of_an_environment(step, checkout):
+    """Of which an environment made by its python knows nothing."""
+    if step != 'amp' and not list(distributions(name='onedl-mmengine')):
+        pytest.skip('would download the maintained family')
+    python = checkout / 'python'
     python.write_text(f"""#!/bin/sh
 case "$1 $2" in
     '- ') exit 0 ;;  # has torch and a GPU
@@ -336,42 +421,59 @@ esac
 """)
     python.chmod(0o755)
     done = subprocess.run(
-        ['bash', tools / 'gpu_checks.sh', '--only', 'growth'],
+        ['bash', checkout / 'tools/gpu_checks.sh', '--only', step],
         env=dict(os.environ, PYTHON=str(python)), capture_output=True,
         text=True, timeout=120)
     assert re.search('environment +passed', done.stdout), done.stdout
     found = subprocess.run(
-        [tmp_path / '.venv-gpu/bin/python', '-c',
+        [checkout / '.venv-gpu/bin/python', '-c',
          'import importlib.util; print(importlib.util.find_spec("torch"))'],
         capture_output=True, text=True)
     assert 'torch' in found.stdout, found.stderr
 
 
-def test_gpu_checks_end_with_the_summary(tmp_path):
-    """A stand-in for python measures something and fails to plot it."""
-    tools, out = tmp_path / 'tools', tmp_path / 'benchmarks/gpu'
-    tools.mkdir()
-    (tools / 'gpu_checks.sh').write_bytes(
-        (ROOT / 'tools/gpu_checks.sh').read_bytes())
-    (tools / 'setup_env.sh').touch()
-    python = tmp_path / '.venv-gpu/bin/python'
+@pytest.fixture
+def stand_in(checkout):
+    """A python that measures something and fails to plot it."""
+    python = checkout / '.venv-gpu/bin/python'
     python.parent.mkdir(parents=True)
+    out = checkout / 'work_dirs/gpu_checks/results'
     python.write_text(f"""#!/bin/sh
 case "$1 $2" in
     *plot*) echo "plotting $2" && exit 1 ;;
-    *benchmark.main*) grep -q ^growth && touch {out}/growth.json ;;
-    -c*) echo {tmp_path}/site ;;
+    *benchmark.main*) grep -q ^growth || exit 0
+        [ -z "$HANGS" ] || sleep 60
+        touch {out}/growth.json ;;
+    -c*) echo {checkout}/site ;;
 esac
 """)
     python.chmod(0o755)
     out.mkdir(parents=True)
-    (out / 'kernels.json').touch()
-    done = subprocess.run(
-        ['bash', tools / 'gpu_checks.sh', '--only', 'growth'],
-        env=dict(os.environ, PYTHON=str(python)), capture_output=True,
-        text=True, timeout=60)
+    (out / 'tiny.json').touch()  # of an earlier run
+    os.utime(out / 'tiny.json', (0, 0))
+    return ['bash', str(checkout / 'tools/gpu_checks.sh'), '--only',
+            'growth'], dict(os.environ, PYTHON=str(python)), out
+
+
+def steps_in(lines):
+    return [' '.join(line.split()[:2]) for line in lines]
+
+
+def test_gpu_checks_end_with_the_summary(stand_in):
+    command, env, out = stand_in
+    done = subprocess.run(command, env=env, capture_output=True, text=True,
+                          timeout=60)
     assert done.returncode == 1, done.stderr
     printed = done.stdout[done.stdout.index('plotting'):].splitlines()
     assert printed[0] == f'plotting {out}/growth.json'
-    assert [line.split()[:2] for line in printed[1:]] == [
-        ['environment', 'passed'], ['growth', 'passed']]
+    assert steps_in(printed[1:]) == [
+        'environment passed', 'kernels_of_growth passed', 'growth passed']
+
+
+def test_gpu_checks_that_are_stopped_say_what_is_missing(stand_in):
+    command, env, _ = stand_in
+    done = subprocess.run(['timeout', '3', *command],
+                          env=dict(env, HANGS='1'), capture_output=True,
+                          text=True, timeout=60)
+    assert steps_in(done.stdout.splitlines()[-3:]) == [
+        'environment passed', 'kernels_of_growth passed', 'growth NOT']

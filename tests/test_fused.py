@@ -855,7 +855,7 @@ def triton_on_cpu(monkeypatch):
         return outs
 
     def kernels(x):
-        obstacle = dispatch._triton_obstacle(x.device)
+        obstacle = dispatch.triton_obstacle(x.device)
         return dispatch.TRITON if not obstacle else torch_kernels
 
     monkeypatch.setattr(dispatch, 'kernels_for', kernels)

@@ -845,7 +845,11 @@ def test_gpu_checks_want_a_gpu_and_a_known_step(tmp_path):
     done = checks()
     assert done.returncode == 1 and 'torch finds no GPU here' in done.stderr
     done = checks('--only', 'everything')
-    assert done.returncode == 2 and 'operators, digits' in done.stderr
+    assert done.returncode == 2 and 'operators digits' in done.stderr
+    for given in ('--only', ), ('--out', ), ('--wheels', '/nothere'):
+        done = checks(*given)
+        assert done.returncode == 2 and given[0][2:] in done.stderr \
+            or "step ''" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,8 @@ tools/plot_benchmark.py prints the tables of such files anew and plots them.
 
 Every combination of mode, dtype, batch and size is a case. Before a case is
 timed, the outputs of the paths of an arch, and in training all gradients, are
-compared with those of its first path, and the run ends where they differ. A
+compared with those of its first path. A path that differs is not timed, nor is
+a model that fails; the run goes on without it, and ends with an error. A
 sample is as many steps as take a tenth of a second; the models take turns.
 
 - forward: inference without gradients, in evaluation mode.
@@ -20,7 +21,8 @@ sample is as many steps as take a tenth of a second; the models take turns.
   decay and with those of mmpretrain's, one for each tensor.
 
 Memory is the peak of the second step: in total, and what was added to model
-and batch. On a GPU it is what torch allocated for this model. On the CPU it
+and batch. On a GPU it is what torch allocated for this model, and in CUDA
+graphs what it reserved, which is somewhat more. On the CPU it
 is the resident set that Linux counts for a fresh process with this model
 alone, where the total includes Python and torch.
 """
@@ -36,8 +38,10 @@ import platform
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +60,7 @@ from benchmark_models import (
     official_forward,
     switched,
 )
-from mmconv2former import fuse_for_inference
+from mmconv2former import dispatch, fuse_for_inference
 from mmconv2former.cuda_graphs import WARM_UP, CUDAGraphs
 from plot_benchmark import describe, report
 
@@ -68,6 +72,7 @@ DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 TOLERANCES = dict(fp32=1e-3, bf16=0.1, fp16=0.03)
 SAMPLE_SECONDS = 0.1
 MIN_REPEATS = 3  # whatever --seconds says
+OUT_OF_MEMORY = 'out of memory'
 # Matrix products (FLOP/s), other arithmetic (FLOP/s), memory (bytes/s).
 PEAKS = {
     'NVIDIA H200': (790e12, 67e12, 4.3e12),
@@ -174,6 +179,12 @@ class Candidate:
         self.model.train(self.train)
         return {name: t.float().cpu() for name, t in found.items()}
 
+    def loaded_bytes(self) -> int:
+        """Size of the model and the batch."""
+        return sum(t.nbytes for t in (
+            *self.model.parameters(), *self.model.buffers(), self.images,
+            self.labels))
+
     def to_fp32(self) -> 'Candidate':
         """The same weights and images, and arithmetic in fp32."""
         self.model.float()
@@ -258,18 +269,33 @@ def cpu_memory(name: str, case: Case, threads: int) -> dict[str, int]:
     return dict(memory_total=peak, memory_step=peak - loaded)
 
 
+def gpu_memory(path: str) -> int:
+    """Bytes that torch has allocated on the GPU.
+
+    Or, for 'graphs', reserved: what the kernels of a graph use stays theirs,
+    and does not count as allocated.
+    """
+    if path != 'graphs':
+        return torch.cuda.memory_allocated()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
 def measure_memory(candidate: Candidate, before: int) -> dict[str, int]:
     """Peak memory of a step in bytes, where it can be had.
 
     Args:
         candidate (Candidate): The model.
-        before (int): Bytes that were allocated on the GPU without it.
+        before (int): Bytes of :func:`gpu_memory` without it.
 
     Returns:
         dict[str, int]: ``memory_total`` and ``memory_step``, or nothing.
     """
     if candidate.path == 'graphs':
-        return {}  # torch does not count what their kernels use
+        total = gpu_memory('graphs') - before
+        return dict(memory_total=total,
+                    memory_step=total - candidate.loaded_bytes())
     if candidate.case.device == 'cuda':
         loaded = torch.cuda.memory_allocated()
         candidate.step()
@@ -354,11 +380,8 @@ def prepare(names: list[str], case: Case,
         memory (bool): Whether to measure memory.
 
     Returns:
-        tuple[Steps, dict]: The steps of the models that fit into the GPU, and
-        what was found for each model.
-
-    Raises:
-        SystemExit: If two paths differ.
+        tuple[Steps, dict]: The steps of the models that can be timed, and what
+        was found for each model: of others why not, as ``failed``.
     """
     steps, facts = {}, {name: {} for name in names}
     references, noises = {}, {}
@@ -369,16 +392,21 @@ def prepare(names: list[str], case: Case,
             Candidate(names[0], case).results()
     for name in names:
         if on_gpu:
-            before = torch.cuda.memory_allocated()
+            before = gpu_memory(name.partition('@')[2])
         try:
             candidate = Candidate(name, case)
             results = candidate.results()
             if memory:
                 facts[name].update(measure_memory(candidate, before))
         except torch.cuda.OutOfMemoryError:
-            facts[name]['failed'] = 'out of memory'
+            facts[name]['failed'] = OUT_OF_MEMORY
             continue
-        steps[name] = candidate.step
+        # Those of Triton and of CUDA have no common base. The other models,
+        # and what was measured before, shall not be lost.
+        except Exception as error:
+            traceback.print_exc()
+            facts[name]['failed'] = f'{type(error).__name__}: {error}'
+            continue
         if on_gpu:
             facts[name]['roofline'] = roofline_seconds(
                 name, case, torch.cuda.get_device_name())
@@ -393,12 +421,13 @@ def prepare(names: list[str], case: Case,
                            for key in found}
             ratio, limit, where = worst(found, allowed)
             if ratio > limit:
-                raise SystemExit(
-                    f'{name} differs from {first} by {ratio:.2g} in the '
-                    f'{where}, where {limit:.2g} is allowed '
-                    f'({describe(case._asdict())}). This case is not timed: '
-                    'one of the two computes something else')
+                facts[name]['failed'] = (
+                    f'differs from {first} by {ratio:.2g} in the {where}, '
+                    f'where {limit:.2g} is allowed: one of the two computes '
+                    'something else')
+                continue
             facts[name].update(difference=ratio, tolerance=limit)
+        steps[name] = candidate.step
     return steps, facts
 
 
@@ -425,17 +454,23 @@ def time_steps(steps: Steps, device: str,
         return (time.perf_counter() - start) / count
 
     began, counts = time.perf_counter(), {}
-    for name in steps:
-        sample(name, args.burn_in)
-        counts[name] = max(1, int(SAMPLE_SECONDS / sample(name, 1)))
     samples = {name: [] for name in steps}
-    for repeat in range(args.repeats):
-        spent = time.perf_counter() - began
-        if args.seconds and repeat >= MIN_REPEATS and spent > args.seconds:
-            break
-        # To and fro, so that each follows another one that heats the chip.
-        for name in list(steps)[::-1 if repeat % 2 else 1]:
-            samples[name].append(sample(name, counts[name]))
+    # Now and then it would take some tenths of a second of a single sample.
+    gc.collect()
+    gc.disable()
+    try:
+        for name in steps:
+            sample(name, args.burn_in)
+            counts[name] = max(1, int(SAMPLE_SECONDS / sample(name, 1)))
+        for repeat in range(args.repeats):
+            spent = time.perf_counter() - began
+            if args.seconds and repeat >= MIN_REPEATS and spent > args.seconds:
+                break
+            # To and fro, so that each follows another that heats the chip.
+            for name in list(steps)[::-1 if repeat % 2 else 1]:
+                samples[name].append(sample(name, counts[name]))
+    finally:
+        gc.enable()
     return samples
 
 
@@ -465,7 +500,8 @@ def print_profile(steps: Steps, case: Case, rows: int) -> None:
             max_name_column_width=60))
 
 
-def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
+def run_case(case: Case,
+             args: argparse.Namespace) -> tuple[list[dict], Steps]:
     """Measure one case.
 
     Args:
@@ -473,9 +509,10 @@ def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
         args (Namespace): The options.
 
     Returns:
-        list[dict]: For each model the case, ``model``, ``samples`` (seconds
-        per step) and what else is known: ``memory_total``, ``memory_step``,
-        ``difference``, ``tolerance``, ``roofline`` (seconds), ``failed``.
+        tuple[list[dict], Steps]: For each model the case, ``model``,
+        ``samples`` (seconds per step) and what else is known:
+        ``memory_total``, ``memory_step``, ``difference``, ``tolerance``,
+        ``roofline`` (seconds), ``failed``; and the steps that were timed.
     """
     print(f'measuring {describe(case._asdict())}', file=sys.stderr, flush=True)
     if any(name.endswith('@compiled') for name in args.models):
@@ -487,12 +524,25 @@ def run_case(case: Case, args: argparse.Namespace) -> list[dict]:
     else:
         steps, facts = prepare(args.models, case, args.memory)
     samples = time_steps(steps, case.device, args)
-    if args.profile:
-        print_profile(steps, case, args.profile)
-    return [
+    rows = [
         dict(case._asdict(), model=name, samples=samples.get(name), **found)
         for name, found in facts.items()
     ]
+    return rows, steps
+
+
+def write(results: dict, path: Path | None) -> None:
+    """Write a file as a whole, or leave it as it was."""
+    if path:
+        part = path.with_name(f'{path.name}.part')
+        part.write_text(json.dumps(results, indent=1) + '\n')
+        os.replace(part, path)
+
+
+def same_pixels(batch: int, sides: tuple[int, int],
+                first: tuple[int, int]) -> int:
+    """Images of a size with about as many pixels as a batch of the first."""
+    return max(round(batch * math.prod(first) / math.prod(sides)), 1)
 
 
 def describe_machine(device: str) -> dict[str, str | int]:
@@ -510,6 +560,11 @@ def describe_machine(device: str) -> dict[str, str | int]:
         machine['gpu'] = torch.cuda.get_device_name()
         machine['driver'] = collect_env.get_nvidia_driver_version(
             collect_env.run)
+        machine['cudnn'] = torch.backends.cudnn.version()
+        # Of the fused operators: Triton, or why torch's own run.
+        kernels = dispatch.triton_obstacle(torch.device('cuda', 0))
+        machine['kernels'] = \
+            kernels or f'Triton {import_module("triton").__version__}'
     return machine
 
 
@@ -525,6 +580,17 @@ def size(text: str) -> tuple[int, int]:
             'expected the side of a square or HEIGHTxWIDTH, in pixels and at '
             f"least 32, got '{text}'")
     return sides
+
+
+def seconds(text: str) -> float:
+    """A number above 0."""
+    try:
+        if float(text) > 0:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"expected a number of seconds above 0, got '{text}'")
 
 
 def positive(text: str) -> int:
@@ -572,7 +638,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--threads', type=positive, default=torch.get_num_threads())
     add('--burn-in', type=positive, default=2, metavar='STEPS')
     add('--repeats', type=positive, default=10, help='samples of each model')
-    add('--seconds', type=float,
+    add('--same-pixels', action='store_true',
+        help='the batch is that of the first size; of others take as many '
+        'images as have about as many pixels')
+    add('--seconds', type=seconds,
         help='begin no further samples of a case after so long')
     add('--no-memory', dest='memory', action='store_false')
     add('--profile', type=positive, metavar='ROWS',
@@ -604,19 +673,23 @@ def main(argv: list[str] | None = None) -> None:
         argv (list[str], optional): Arguments; those of the process if None.
     """
     args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    results = dict(machine=describe_machine(args.device), rows=[])
     if args.json:
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.touch()
+            # What is found there later comes from this run.
+            write(results, args.json)
         except OSError as error:
             raise SystemExit(f"cannot write '{args.json}': {error.strerror}. "
                              'Name another file with --json') from error
-    torch.set_num_threads(args.threads)
     # fp32 is fp32, for convolutions as for matrix products.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = args.cudnn_benchmark
     cases = [
-        Case(args.task, mode, dtype, batch, *sides, args.device,
+        Case(args.task, mode, dtype,
+             same_pixels(batch, sides, args.size[0])
+             if args.same_pixels else batch, *sides, args.device,
              args.weights_dtype, args.channels_last, args.drop_path)
         for mode in args.mode if mode != 'optimizer'
         for dtype in args.dtype for batch in args.batch for sides in args.size
@@ -624,12 +697,19 @@ def main(argv: list[str] | None = None) -> None:
     if 'optimizer' in args.mode:  # knows neither batch nor autocast
         cases.insert(
             0, Case(args.task, 'optimizer', 'fp32', 1, 224, 224, args.device))
-    results = dict(machine=describe_machine(args.device), rows=[])
     for case in cases:
-        results['rows'] += run_case(case, args)
-        if args.json:  # after each case: what a run has is not lost
-            args.json.write_text(json.dumps(results, indent=1) + '\n')
+        rows, steps = run_case(case, args)
+        results['rows'] += rows
+        write(results, args.json)  # what a run has is not lost
+        if args.profile:
+            print_profile(steps, case, args.profile)
+        del steps  # and the models
     print(report(results))
+    failed = [f"{row['model']} ({describe(row)}): {row['failed']}"
+              for row in results['rows']
+              if row.get('failed', OUT_OF_MEMORY) != OUT_OF_MEMORY]
+    if failed:
+        raise SystemExit('not timed:\n' + '\n'.join(failed))
 
 
 if __name__ == '__main__':

@@ -65,7 +65,7 @@ def cells(row: dict, first: dict) -> dict[str, str]:
     line = {'model': row['model']}
     times = row['samples']
     if times is None:
-        return {**line, 'ms': row['failed']}
+        return {**line, 'ms': row['failed'].partition('\n')[0][:60]}
     line['ms'] = f'{1e3 * median(times):.4g}'
     line['least - greatest'] = f'{1e3 * min(times):.4g} - ' \
                                f'{1e3 * max(times):.4g}'
