@@ -3,7 +3,7 @@ import argparse
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ WEIGHTS_VARIABLE = 'MMCONV2FORMER_WEIGHTS'
 
 # A tensor that every Conv2Former has; what precedes it is the prefix.
 _ANCHOR = 'stages.0.0.attn.proj.weight'
-_BACKBONE_KEY = re.compile(r'(downsample_layers\.|stages\.|norm\d+\.)')
+_BACKBONE_KEY = re.compile(r'((downsample_layers|stages)\.\d+\.|norm\d+\.)')
 _OUT_NORM_KEY = re.compile(r'norm\d+\.')
 # Layers of the official classification head -> ours.
 _HEAD_LAYERS = {
@@ -72,13 +72,34 @@ def safe_globals() -> list[tuple[Any, str]]:
     return allowed
 
 
-def find_checkpoint(checkpoint: str) -> str:
+def _where_from(checkpoint: str) -> str:
+    """Where a file of that name can be had."""
+    path = Path(checkpoint)
+    if 'work_dirs' in path.parts[:-1]:
+        return (f'a training of the config {path.parent.name}.py leaves it; '
+                'run that first')
+    name, in22k, _ = path.name.partition('_in22k.pth')
+    if in22k:
+        return ('weights trained on ImageNet-22K alone are not published; '
+                f'they are what the config {name}_in22k.py leaves. The '
+                f'nearest that are: {name.removesuffix("_k11")}_in22k_ft_'
+                f'in1k.pth, by the links at {OFFICIAL_PAGE}')
+    return (f'official weights are behind the links at {OFFICIAL_PAGE}; use a '
+            'file as it is, or convert it with: python '
+            'tools/convert_checkpoint.py SRC DST')
+
+
+def find_checkpoint(
+        checkpoint: str,
+        keys: Sequence[str] = ('model.backbone.init_cfg', )) -> str:
     """Find a checkpoint file.
 
     Args:
         checkpoint (str): A path, or a name relative to the working directory
             or to the directory in ``MMCONV2FORMER_WEIGHTS``. A URL is
             returned as it is.
+        keys (Sequence[str]): What of a config asks for it, for the message.
+            Defaults to ``('model.backbone.init_cfg', )``.
 
     Returns:
         str: The path of an existing file, or the URL.
@@ -99,13 +120,12 @@ def find_checkpoint(checkpoint: str) -> str:
         f"no checkpoint '{checkpoint}'; looked for "
         f'{", ".join(str(path) for path in tried)}'
         f'{"" if len(tried) > 1 else f" ({WEIGHTS_VARIABLE} is not set)"}.\n'
-        f'- Official weights: the download links are at {OFFICIAL_PAGE}; '
-        'use a file as it is, or convert it with: python '
-        'tools/convert_checkpoint.py SRC DST\n'
+        f'- To get it: {_where_from(checkpoint)}\n'
         f'- Put it into a directory and name that in {WEIGHTS_VARIABLE}, or '
         'give its path: --cfg-options '
-        'model.backbone.init_cfg.checkpoint=PATH\n'
-        '- Train from scratch: --cfg-options model.backbone.init_cfg=None')
+        f'{" ".join(f"{key}.checkpoint=PATH" for key in keys)}\n'
+        '- Train from scratch: --cfg-options '
+        f'{" ".join(f"{key}=None" for key in keys)}')
 
 
 def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:

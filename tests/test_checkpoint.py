@@ -16,6 +16,7 @@ import official
 from mmconv2former import Conv2Former, Conv2FormerNeck
 from mmconv2former.checkpoint import (
     CheckpointError,
+    find_checkpoint,
     load_backbone,
     model_weights,
     read_checkpoint,
@@ -391,6 +392,26 @@ def test_directory_is_no_file_to_convert_to(tmp_path):
     with pytest.raises(IsADirectoryError, match='folder is a directory; name'):
         convert_checkpoint.convert(src, dst)
     assert sorted(tmp_path.iterdir()) == [src, dst]
+
+
+def test_conversion_does_not_overwrite_its_source(tmp_path):
+    src = tmp_path / 'a.pth'
+    torch.save(GOOD, src)
+    before = src.read_bytes()
+    with pytest.raises(FileExistsError, match='is the file to convert'):
+        convert_checkpoint.convert(src, src.parent / '.' / src.name)
+    assert src.read_bytes() == before
+
+
+@pytest.mark.parametrize('name, hint', [
+    ('conv2former_t_in1k.pth', 'official weights are behind the links'),
+    ('a/conv2former_b_in22k.pth',
+     'not published.*conv2former_b_in22k.py leaves.*b_in22k_ft_in1k.pth'),
+    ('work_dirs/conv2former_mini_digits/epoch_12.pth',
+     'config conv2former_mini_digits.py leaves it; run that first')])
+def test_missing_file_says_where_it_comes_from(name, hint):
+    with pytest.raises(FileNotFoundError, match=f'To get it: .*{hint}'):
+        find_checkpoint(name)
 
 
 class Settings:

@@ -18,6 +18,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
+from mmconv2former import Conv2Former
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
 TINY = ('dict(_delete_=True, depths=[1, 1, 1, 1], dims=[8, 8, 16, 16], '
@@ -413,6 +415,39 @@ def test_missing_pretrained_file_is_refused_before_training(tool, tmp_path,
     assert 'MMCONV2FORMER_WEIGHTS' in message
 
 
+def test_missing_pretrained_file_is_refused_for_all_parts_that_want_it(
+        tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('MMCONV2FORMER_WEIGHTS', raising=False)
+    config = CONFIGS / 'classification/conv2former_b_in22k_ft_in1k.py'
+    message = refusal(tool('train').main, config)
+    assert ('model.backbone.init_cfg.checkpoint=PATH '
+            'model.neck.init_cfg.checkpoint=PATH') in message
+    without = ['model.backbone.init_cfg=None', 'model.neck.init_cfg=None']
+    assert ' '.join(without) in message
+    # What is proposed helps: next the data are looked for.
+    message = refusal(tool('train').main, config, '--cfg-options', *without)
+    assert 'no checkpoint' not in message and 'data/imagenet' in message
+
+
+@pytest.mark.parametrize('epochs, is_refused', [(5, True), (6, False)])
+def test_training_that_ends_in_the_warm_up_is_refused(epochs, is_refused,
+                                                      tool):
+    last = f'train_cfg.max_epochs={epochs}'
+    cfg = train_config(tool, '--cfg-options', last)
+    if not is_refused:
+        tool('train').check_schedule(cfg)
+        return
+    with pytest.raises(SystemExit, match=f'{last}: the schedule .* warm-up'):
+        tool('train').check_schedule(cfg)
+
+
+def test_schedules_of_few_iterations_may_end_in_the_warm_up(tool):
+    cfg = train_config(tool, '--cfg-options', 'train_cfg.max_iters=4',
+                       config='segmentation/upernet_conv2former_t_ade20k.py')
+    tool('train').check_schedule(cfg)
+
+
 def test_resume_needs_neither_backbone_nor_neck_to_be_pretrained(
         tool, tmp_path):
     train = tool('train')
@@ -503,13 +538,27 @@ def test_missing_checkpoint_is_refused(tool):
     assert "checkpoint 'gone.pth' does not exist" in message
 
 
-def train_config(tool, *options, device='cpu'):
+def train_config(tool, *options, device='cpu',
+                 config='classification/conv2former_t_in1k.py'):
     """The config as train.py makes it of the options."""
     train = tool('train')
     train.get_device = lambda: device
-    args = train.parse_args(
-        [str(CONFIGS / 'classification/conv2former_t_in1k.py'), *options])
+    args = train.parse_args([str(CONFIGS / config), *options])
     return train.merge_args(sys.modules['launch'].read_config(args), args)
+
+
+def test_weights_of_another_arch_are_described(tool, tmp_path):
+    tool('test')
+    path = str(tmp_path / 'a.pth')
+    small, large = (torch.nn.ModuleDict(dict(backbone=Conv2Former(
+        dict(depths=[1], dims=[dim], kernel_size=3)))) for dim in (8, 16))
+    torch.save(small.state_dict(), path)
+    check = sys.modules['launch'].check_weights
+    check(small, path)
+    with pytest.raises(SystemExit, match=(
+            r'config: 31 tensors, such as: size mismatch for .*\. The file '
+            r'holds arch of its own \(depths 1, dims 8, kernel 3\)\. Name')):
+        check(large, path)
 
 
 def test_missing_checkpoint_to_resume_is_refused(tool):

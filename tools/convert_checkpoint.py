@@ -66,12 +66,16 @@ def convert(src, dst, backbone_only=False, trust_pickle=False):
     Raises:
         FileNotFoundError: If ``src`` or the directory of ``dst`` is missing.
         IsADirectoryError: If ``dst`` is a directory.
+        FileExistsError: If it is ``src``.
         CheckpointError: If ``src`` cannot be read or is not one Conv2Former.
     """
     for path, what in ((src, 'file to convert'),
                        (dst.parent, 'directory to write into')):
         if not path.exists():
             raise FileNotFoundError(f'the {what} does not exist: {path}')
+    if dst.exists() and dst.samefile(src):
+        raise FileExistsError(f'{dst} is the file to convert, of which only '
+                              'the weights would be left; name another one')
     if dst.is_dir():
         raise IsADirectoryError(f'{dst} is a directory; name the file to '
                                 f'write, such as {dst / src.name}')

@@ -8,6 +8,7 @@ compares it with the data of training. The files that are read later
 classes?
 """
 import json
+import logging
 import os
 import os.path as osp
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 import coco_checks
@@ -346,6 +348,12 @@ def _check_sizes(data_set: Any, classes: Any, sizes: dict[str, int],
     count, found = len(classes), set(sizes.values())
     # A classifier may have more, as long as all of it has the same number.
     if not exact and len(found) == 1 and count <= min(found):
+        if count < min(found):
+            print_log(
+                f'{describe(data_set)} has {count} classes, and the model is '
+                f'made for {min(found)}; if that is not meant: --cfg-options '
+                + ' '.join(f'{key}={count}' for key in sizes),
+                logger='current', level=logging.WARNING)
         return
     wrong = {key: size for key, size in sizes.items() if size != count}
     if wrong:

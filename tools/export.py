@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -126,19 +125,11 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
         nn.Module: The model in evaluation mode.
 
     Raises:
-        SystemExit: If the checkpoint cannot be read or does not fit the
-            config completely.
+        SystemExit: If the checkpoint cannot be read or lacks weights.
     """
-    launch.read_file(checkpoint, 'the checkpoint')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(cfg.model)
-    try:
-        load_checkpoint(model, checkpoint, map_location='cpu', strict=True)
-    except RuntimeError as error:
-        raise SystemExit(
-            f"the checkpoint '{checkpoint}' does not fit the config; official "
-            'files are converted with tools/convert_checkpoint.py. '
-            f'{str(error)[:1000]}') from error
+    launch.check_weights(model, checkpoint)
     return model.eval()
 
 

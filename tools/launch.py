@@ -24,12 +24,14 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
 import coco_checks
 import data_checks
+from mmconv2former.archs import describe_arch
 from mmconv2former.checkpoint import (
     CheckpointError,
+    infer_arch,
     model_weights,
     read_checkpoint,
     safe_globals,
@@ -326,12 +328,23 @@ def check_weights(model: nn.Module, path: str) -> None:
         reason = missing and (f'{len(missing)} tensors are missing, such as '
                               f'{missing[0]}')
     except RuntimeError as error:
-        reason = str(error)[:1000]
+        # A line of what it is about, and one for each tensor.
+        what, *lines = str(error).splitlines()
+        reason = f'{len(lines)} tensors, such as: {lines[0].strip()}' \
+            if lines else what
     if reason:
         raise SystemExit(
-            f"the checkpoint '{path}' does not fit the config: {reason}. Name "
-            'the config that it was trained with; official classifiers are '
-            'converted with tools/convert_checkpoint.py')
+            f"the checkpoint '{path}' does not fit the config: "
+            f'{reason.rstrip(".")}. {_describe_weights(state)}Name the config '
+            'that it was trained with; official classifiers are converted '
+            'with tools/convert_checkpoint.py')
+
+
+def _describe_weights(weights: dict[str, Tensor]) -> str:
+    """Which Conv2Former these are of, as a sentence, if that can be told."""
+    arch = infer_arch({key.removeprefix('backbone.'): value
+                       for key, value in weights.items()})
+    return f'The file holds {describe_arch(arch)}. ' if arch['depths'] else ''
 
 
 def check_resumable(path: str) -> None:

@@ -128,8 +128,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.resume = True
         cfg.load_from = checkpoint
         # The checkpoint has all weights: those of init_cfg are not needed.
-        for part, _ in pretrained_parts(cfg):
-            part.init_cfg = None
+        for part in pretrained_parts(cfg):
+            cfg.model[part].init_cfg = None
     return cfg
 
 
@@ -181,22 +181,22 @@ def fit_lr(cfg: Config) -> tuple[int, str] | None:
         'set optim_wrapper.optimizer.lr.')
 
 
-def pretrained_parts(cfg: Config) -> list[tuple[ConfigDict, ConfigDict]]:
+def pretrained_parts(cfg: Config) -> dict[str, ConfigDict]:
     """Parts of a model that start from pre-trained weights of this package.
 
     Args:
         cfg (Config): The config.
 
     Returns:
-        list[tuple[ConfigDict, ConfigDict]]: Config of the backbone and of
-        the neck, where they are this package's, and their ``init_cfg``.
+        dict[str, ConfigDict]: 'backbone' and 'neck', where they are this
+        package's, and their ``init_cfg``.
     """
-    parts = [cfg.model.get(name) for name in ('backbone', 'neck')]
-    return [(part, part.init_cfg) for part in parts
+    parts = ((name, cfg.model.get(name)) for name in ('backbone', 'neck'))
+    return {name: part.init_cfg for name, part in parts
             if isinstance(part, dict)
             and 'Conv2Former' in str(part.get('type'))
             and isinstance(part.get('init_cfg'), dict)
-            and part.init_cfg.get('type') == 'Pretrained']
+            and part.init_cfg.get('type') == 'Pretrained'}
 
 
 def check_pretrained(cfg: Config) -> None:
@@ -208,11 +208,38 @@ def check_pretrained(cfg: Config) -> None:
     Raises:
         SystemExit: If they are not; the message says what can be done.
     """
-    for _, init_cfg in pretrained_parts(cfg):
+    parts = pretrained_parts(cfg)
+    for init_cfg in parts.values():
+        keys = [f'model.{name}.init_cfg' for name, other in parts.items()
+                if other.checkpoint == init_cfg.checkpoint]
         try:
-            find_checkpoint(init_cfg.checkpoint)
+            find_checkpoint(init_cfg.checkpoint, keys)
         except FileNotFoundError as error:
             raise SystemExit(str(error)) from error
+
+
+def check_schedule(cfg: Config) -> None:
+    """Check that training goes on for longer than its warm-up.
+
+    Args:
+        cfg (Config): The config.
+
+    Raises:
+        SystemExit: If a schedule begins when training has ended, of which
+            mmengine would say so in other words after all has been built.
+    """
+    schedules = cfg.get('param_scheduler') or []
+    if isinstance(schedules, dict):
+        schedules = [schedules]
+    for unit, by_epoch in ('epochs', True), ('iters', False):
+        last = (cfg.get('train_cfg') or {}).get(f'max_{unit}')
+        begins = [s.get('begin', 0) for s in schedules  # and go on to the end
+                  if s.get('by_epoch', True) == by_epoch and 'end' not in s]
+        if last is not None and begins and max(begins) >= last:
+            raise SystemExit(
+                f'train_cfg.max_{unit}={last}: the schedule of the learning '
+                f'rate begins after {max(begins)} {unit} of warm-up. Train '
+                'for longer, or set another param_scheduler')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -224,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = merge_args(launch.read_config(args), args)
     check_pretrained(cfg)
+    check_schedule(cfg)
     launch.check_data(cfg, ('train', 'val'))
     launch.check_writable(cfg.work_dir, '--work-dir')
     note = fit_lr(cfg)
@@ -231,6 +259,9 @@ def main(argv: list[str] | None = None) -> None:
         runner = launch.build_runner(cfg)
         if note is not None:
             runner.logger.log(*note)
+        if args.resume == 'auto' and not cfg.resume:
+            runner.logger.warning(f'--resume: no checkpoint in {cfg.work_dir};'
+                                  ' training begins anew')
         if cfg.optim_wrapper.get('dtype') == 'bfloat16' or \
                 cfg.optim_wrapper.get('type') == CPUAmpOptimWrapper.__name__:
             runner.register_hook(BoxesInFloat32())

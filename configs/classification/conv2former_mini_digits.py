@@ -16,7 +16,7 @@ model = dict(
     backbone=dict(
         type='Conv2Former',
         arch=dict(depths=[1, 1, 2, 1], dims=[32, 64, 128, 256], kernel_size=7),
-        # Two thousand iterations from nothing leave no time to grow layer
+        # 1,620 iterations from nothing leave no time to grow layer
         # scales from 1e-6 or weights from a std of 0.02, the values for
         # hundreds of epochs.
         layer_scale_init_value=0.3,
