@@ -56,9 +56,12 @@ def is_layer(layer: nn.Module, kind: type, *shape: int) -> bool:
     Returns:
         bool: Whether it is.
     """
-    if not is_plain(layer, kind) or layer.weight is None \
-            or layer.bias is None or layer.weight.shape != shape \
-            or layer.bias.shape != shape[:1]:
+    if not is_plain(layer, kind):
+        return False
+    # As attributes they take four times as long.
+    weight, bias = map(layer._parameters.get, ('weight', 'bias'))
+    if weight is None or bias is None or weight.shape != shape \
+            or bias.shape != shape[:1]:
         return False
     return kind is not nn.Conv2d or (
         layer.groups == shape[0] and layer.stride == layer.dilation == (1, 1)

@@ -318,11 +318,14 @@ def own_data(tmp_path, monkeypatch):
 
 
 def own_config(lines, folder):
-    """Config of lines in docs/data.md, as if beside its base."""
-    name = re.match(r"_base_ = \['\./(\w+\.py)'\]", lines).group(1)
-    base, = ROOT.glob(f'configs/*/{name}')
+    """Config of lines in docs/data.md, as if beside its bases."""
+    names = re.findall(r"'\./([\w/]+\.py)'", lines)
+    assert names and lines.startswith('_base_ = ')
+    for name in names:
+        base, = ROOT.glob(f'configs/*/{name}')
+        lines = lines.replace(f'./{name}', str(base))
     path = folder / 'mine.py'
-    path.write_text(lines.replace(f'./{name}', str(base)))
+    path.write_text(lines)
     return Config.fromfile(path)
 
 
