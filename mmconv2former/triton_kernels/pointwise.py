@@ -265,9 +265,8 @@ def _layer_norm_backward_kernel(
         for i in tl.static_range(CHUNKS):
             centred = tl.where(used, xs[i].to(tl.float32) - mean, 0.)
             sums += centred * centred
-        # 0 outside, where it would be infinite if eps is 0.
-        rstd = tl.where(pixel < pixels,
-                        tl.rsqrt(tl.sum(sums, 1)[:, None] / C + eps), 0.)
+        # Not infinite outside the tensor if eps is 0.
+        rstd = tl.rsqrt(tl.maximum(tl.sum(sums, 1)[:, None] / C + eps, 1e-30))
 
         grad_sums, product_sums = zero, zero
         new_weight_sums = ()
