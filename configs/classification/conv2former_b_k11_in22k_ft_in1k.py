@@ -6,8 +6,8 @@ Train: bash tools/dist_train.sh \
 Batch: 8 GPUs x 64 images = 512 at lr 5e-5; with another batch,
 lr = 5e-5 * (GPUs x images) / 512, which --auto-scale-lr sets.
 Weights: conv2former_b_k11_in22k.pth, backbone and neck (docs/model_zoo.md).
-Expected: 86.2 % top-1 with these or with 7x7 kernels (paper; see
-docs/model_zoo.md).
+Expected: the paper gives 86.2 % top-1 for these or for 7x7 kernels
+(docs/model_zoo.md).
 """
 _base_ = [
     './_base_/conv2former_ft.py', './_base_/imagenet_224_bs64.py',

@@ -8,8 +8,8 @@ lr = 5e-5 * (GPUs x images) / 512, which --auto-scale-lr sets.
 Memory: --cfg-options model.backbone.with_cp=True recomputes the blocks in the
 backward pass; or halve the batch and set optim_wrapper.accumulative_counts=2.
 Weights: conv2former_b_k11_in22k.pth, backbone and neck (docs/model_zoo.md).
-Expected: 87.0 % top-1 with these or with 7x7 kernels (paper; see
-docs/model_zoo.md).
+Expected: the paper gives 87.0 % top-1 for these or for 7x7 kernels
+(docs/model_zoo.md).
 """
 _base_ = [
     './_base_/conv2former_ft.py', './_base_/imagenet_384.py',
