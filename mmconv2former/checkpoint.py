@@ -76,8 +76,8 @@ def _where_from(checkpoint: str) -> str:
     """Where a file of that name can be had."""
     path = Path(checkpoint)
     if 'work_dirs' in path.parts[:-1]:
-        return (f'a training of the config {path.parent.name}.py leaves it; '
-                'run that first')
+        return ('training leaves it, where no other folder is named that of '
+                f'the config {path.parent.name}.py; run that first')
     name, in22k, _ = path.name.partition('_in22k.pth')
     if in22k:
         return ('weights trained on ImageNet-22K alone are not published; '
@@ -486,9 +486,9 @@ class PretrainedModule(BaseModule):
         self._is_init = False
         for cfg in pretrained:
             if 'checkpoint' not in cfg:
-                raise ValueError(
+                raise CheckpointError(
                     "init_cfg=dict(type='Pretrained') needs a checkpoint, got "
-                    f'{dict(cfg)}')
+                    f'{dict(cfg)}; name a file, or set init_cfg=None')
             self.load_pretrained(cfg['checkpoint'], cfg.get('prefix'))
         self._is_init = True
 

@@ -20,6 +20,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import cpp_kernels, fake_kernels, torch_kernels
 
+# From the channels of the input of a block to a module of the block that is
+# not as the block has made it, and would be passed by, if there is one.
 FindModified = Callable[[int], nn.Module | None]
 # The environment variable that turns the fused path off everywhere.
 FUSED_VARIABLE = 'MMCONV2FORMER_FUSED'
@@ -296,8 +298,8 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
 
     Args:
         x (Tensor): The input.
-        find_modified (Callable, optional): As for :func:`available`. Defaults
-            to None.
+        find_modified (FindModified, optional): As for :func:`available`.
+            Defaults to None.
 
     Returns:
         str: The reason.
@@ -330,9 +332,8 @@ def available(x: Tensor, find_modified: FindModified | None = None) -> bool:
 
     Args:
         x (Tensor): Input of the block, (N, C, H, W).
-        find_modified (Callable, optional): Gets C, and returns a module of the
-            block that is not as the block has made it, and would be passed by,
-            if there is one. Defaults to None.
+        find_modified (FindModified, optional): Of the block. Defaults to
+            None.
 
     Returns:
         bool: Whether they can.

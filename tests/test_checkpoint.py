@@ -311,7 +311,7 @@ def test_missing_file_says_where_weights_are_and_how_to_do_without(
 
 def test_pretrained_without_a_checkpoint_is_named():
     backbone = Conv2Former(MINI, init_cfg=dict(type='Pretrained'))
-    with pytest.raises(ValueError, match="needs a checkpoint, got {'type'"):
+    with pytest.raises(CheckpointError, match="a checkpoint, got {'type'"):
         backbone.init_weights()
 
 
@@ -408,7 +408,7 @@ def test_conversion_does_not_overwrite_its_source(tmp_path):
     ('a/conv2former_b_in22k.pth',
      'not published.*conv2former_b_in22k.py leaves.*b_in22k_ft_in1k.pth'),
     ('work_dirs/conv2former_mini_digits/epoch_12.pth',
-     'config conv2former_mini_digits.py leaves it; run that first')])
+     'config conv2former_mini_digits.py; run that first')])
 def test_missing_file_says_where_it_comes_from(name, hint):
     with pytest.raises(FileNotFoundError, match=f'To get it: .*{hint}'):
         find_checkpoint(name)

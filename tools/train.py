@@ -196,7 +196,8 @@ def pretrained_parts(cfg: Config) -> dict[str, ConfigDict]:
             if isinstance(part, dict)
             and 'Conv2Former' in str(part.get('type'))
             and isinstance(part.get('init_cfg'), dict)
-            and part.init_cfg.get('type') == 'Pretrained'}
+            and part.init_cfg.get('type') == 'Pretrained'
+            and 'checkpoint' in part.init_cfg}
 
 
 def check_pretrained(cfg: Config) -> None:
