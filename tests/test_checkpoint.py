@@ -409,7 +409,10 @@ def test_conversion_does_not_overwrite_its_source(tmp_path):
      'not published.*conv2former_b_in22k.py leaves.*b_in22k_ft_in1k.pth'),
     ('work_dirs/conv2former_mini_digits/epoch_12.pth',
      'config conv2former_mini_digits.py; run that first')])
-def test_missing_file_says_where_it_comes_from(name, hint):
+def test_missing_file_says_where_it_comes_from(name, hint, tmp_path,
+                                               monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the quickstart leaves one of them in here
+    monkeypatch.delenv('MMCONV2FORMER_WEIGHTS', raising=False)
     with pytest.raises(FileNotFoundError, match=f'To get it: .*{hint}'):
         find_checkpoint(name)
 
