@@ -303,9 +303,15 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
 
     Returns:
         str: The reason.
+
+    Raises:
+        ValueError: If the environment variable is neither 0 nor 1.
     """
-    if os.environ.get(FUSED_VARIABLE) == '0':
+    switch = os.environ.get(FUSED_VARIABLE, '1')
+    if switch == '0':
         return f'{FUSED_VARIABLE}=0'
+    if switch not in ('', '1'):
+        raise ValueError(f'{FUSED_VARIABLE} must be 0 or 1, got {switch!r}')
     if _is_exporting() or torch.jit.is_tracing():
         return 'the model is being exported'
     if not torch.compiler.is_compiling() and is_transformed():

@@ -800,6 +800,14 @@ def test_log_says_once_which_path_runs_and_why(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize('value', ['false', 'off', '2'])
+def test_unknown_value_of_the_switch_is_an_error(value, monkeypatch):
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', value)
+    with pytest.raises(ValueError,
+                       match=f"MMCONV2FORMER_FUSED must be 0 or 1.*'{value}'"):
+        Conv2Former(TINY)(torch.randn(1, 3, 32, 32))
+
+
 @pytest.mark.parametrize('switch', ['0', '1'])
 def test_compiled_backbone_trains_alike(switch, monkeypatch):
     monkeypatch.setenv('MMCONV2FORMER_FUSED', switch)
