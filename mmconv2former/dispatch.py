@@ -191,9 +191,10 @@ def _as_operator(function: Callable) -> Callable:
     them to begin at multiples of 16 bytes.
     """
 
-    def call(x: Tensor, *others: Any) -> Any:
+    def call(first: Tensor | list[Tensor], *others: Any) -> Any:
+        x = first if isinstance(first, Tensor) else first[0]
         with torch.cuda.device_of(x):
-            outs = function(x, *others)
+            outs = function(first, *others)
         return outs if isinstance(outs, Tensor) \
             else tuple(map(_own_memory, outs))
 

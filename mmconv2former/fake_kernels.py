@@ -4,6 +4,8 @@ For tracing. Functions stand in for those of the same names in
 :mod:`mmconv2former.triton_kernels`, which are registered with torch as
 operators; :mod:`mmconv2former.torch_kernels` describes them.
 """
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -85,11 +87,13 @@ def scale_residual_norm_backward(grad: Tensor, x: Tensor, weight: Tensor,
                                  sums_residual), own, scaled, total)
 
 
-def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,
-                           weight: Tensor, bias: Tensor,
-                           scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (_fp32(scale, *weight.shape), _fp32(scale, len(scale)),
-            _fp32(scale, len(scale)))
+def scaled_linear_backward(
+        grad_weights: Sequence[Tensor], grad_biases: Sequence[Tensor],
+        weights: Sequence[Tensor], biases: Sequence[Tensor],
+        scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(
+        _fp32(scale, *shape) for weight, scale in zip(weights, scales)
+        for shape in (weight.shape, scale.shape, scale.shape))
 
 
 # What is registered.

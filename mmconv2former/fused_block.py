@@ -67,7 +67,7 @@ class InferenceBranch(NamedTuple):
         norm_weight, norm_bias (Tensor, optional): (C, ); None for ones and
             zeros.
         eps (float): Of the layer norm.
-        weights (Sequence[Tensor]): From :func:`prepare`.
+        weights (Sequence[Tensor]): One of those from :func:`prepare`.
         scale (Tensor, optional): (C, ). Defaults to None, ones.
         keep (Tensor, optional): (N, 1, 1, 1). Defaults to None, ones.
     """
@@ -202,16 +202,14 @@ def _unless_empty(grad: Tensor, grad_y: Tensor, scaled: Tensor,
     return grad_y, scaled if scaled.numel() else grad_y, total
 
 
-def _parameter_grads(kernels: Any, branch: _Saved,
-                     shapes: Sequence[torch.Size],
-                     grads: Sequence[Tensor]) -> list[Tensor]:
-    """What :func:`_block_backward` has of a branch, and the gradient of the
-    layer scale, in the shapes and the order of the parameters."""
+def _parameter_grads(shapes: Sequence[torch.Size], grads: Sequence[Tensor],
+                     *last: Tensor) -> list[Tensor]:
+    """What :func:`_block_backward` has of a branch in the shapes and the order
+    of the parameters, with the gradients of the last layer and the layer scale
+    in place of its own."""
     (grad_norm_weight, grad_norm_bias, grad_in_weight, grad_in_bias,
-     grad_dw_weight, grad_dw_bias, *grad_last) = grads
-    grad_weight, grad_bias, grad_scale = kernels.scaled_linear_backward(
-        *grad_last, branch.out_weight.flatten(1), branch.out_bias,
-        branch.scale)
+     grad_dw_weight, grad_dw_bias, *_) = grads
+    grad_weight, grad_bias, grad_scale = last
     sizes = [shape[0] for shape in shapes[3:-4:2]]
     pairs = zip(
         at_least_fp32(grad_in_weight).split_with_sizes(sizes),
@@ -246,9 +244,9 @@ class BlockFunction(torch.autograd.Function):
         branches = parameters[:count], parameters[count:]
         (*norm, scale), (*mlp_norm, mlp_scale) = (p[:3] for p in branches)
         with without_autocast(x):
-            weights, mlp_weights = (
-                kernels.operands(layers, dtype, scale if folds else None)
-                for _, _, scale, *layers in branches)
+            weights, mlp_weights = kernels.operands(
+                [p[3:] for p in branches], dtype,
+                (scale, mlp_scale) if folds else (None, None))
             normed = kernels.layer_norm(x, *norm, eps[0], dtype)
             zv = linear(normed, *weights[:2])
             del normed
@@ -301,10 +299,12 @@ class BlockFunction(torch.autograd.Function):
                     totals = grads
                 else:
                     torch._foreach_add_(sum(totals, []), sum(grads, []))
-            grads = chain.from_iterable(
-                _parameter_grads(kernels, *of_branch)
-                for of_branch in zip(branches, ctx.shapes, totals))
-            return _whole(outs), None, None, None, None, *grads
+            last = kernels.scaled_linear_backward(*zip(*(
+                (*grads[-2:], branch.out_weight.flatten(1), branch.out_bias,
+                 branch.scale) for branch, grads in zip(branches, totals))))
+            grads = (_parameter_grads(*of_branch) for of_branch in zip(
+                ctx.shapes, totals, *zip(last[:3], last[3:])))
+            return _whole(outs), None, None, None, None, *chain(*grads)
 
 
 def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
@@ -329,47 +329,52 @@ def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
         return BlockFunction.apply(
             x, modulation.keep, mlp.keep,
             (modulation.norm.eps, mlp.norm.eps), len(own), *own, *others)
-    return infer(x, *(_for_inference(x, branch, parameters)
-                      for branch, parameters in zip(branches, layers)))
+    scales = [_remaining_scale(x, branch, parameters)
+              for branch, parameters in zip(branches, layers)]
+    return infer(x, *(
+        InferenceBranch(branch.norm.weight, branch.norm.bias, branch.norm.eps,
+                        weights, scale, branch.keep)
+        for branch, weights, scale in zip(branches, prepare(x, layers),
+                                          scales)))
 
 
-def _for_inference(x: Tensor, branch: Branch,
-                   parameters: list[Tensor]) -> InferenceBranch:
+def _remaining_scale(x: Tensor, branch: Branch,
+                     parameters: list[Tensor]) -> Tensor | None:
+    """The layer scale, if it does not go into the last of the parameters."""
     scale, (weight, bias) = branch.scale, parameters[-2:]
-    if branch.keep is None and x.device.type == 'cpu' \
-            and x.numel() > weight.numel() \
-            and product_dtype(x) == torch.bfloat16:
-        # The weight is copied for its type anyway, and the product adds x.
-        parameters[-2:] = weight.flatten(1) * scale[:, None], bias * scale
-        scale = None
-    return InferenceBranch(branch.norm.weight, branch.norm.bias,
-                           branch.norm.eps, prepare(x, parameters), scale,
-                           branch.keep)
+    if branch.keep is not None or x.device.type != 'cpu' \
+            or x.numel() <= weight.numel() \
+            or product_dtype(x) != torch.bfloat16:
+        return scale
+    # The weight is copied for its type anyway, and the product adds x.
+    parameters[-2:] = weight.flatten(1) * scale[:, None], bias * scale
+    return None
 
 
-def prepare(x: Tensor, parameters: Sequence[Tensor],
-            pack: bool = False) -> list[Tensor]:
-    """Weights of a branch as :func:`infer` takes them.
+def prepare(x: Tensor, branches: Sequence[Sequence[Tensor]],
+            pack: bool = False) -> list[list[Tensor]]:
+    """Weights of the branches of a block as :func:`infer` takes them.
 
     Args:
         x (Tensor): Of the type and on the device of the inputs.
-        parameters (Sequence[Tensor]): Weight and bias of each of the layers of
-            a :class:`Branch`, or with one layer in place of the first ones.
+        branches (Sequence[Sequence[Tensor]]): For both, weight and bias of
+            each of the layers of a :class:`Branch`, or with one layer in place
+            of the first ones.
         pack (bool): Whether to spend time and memory for the sake of many
             calls to come. Defaults to False.
 
     Returns:
-        list[Tensor]: In the precision of the products.
+        list[list[Tensor]]: In the precision of the products.
     """
     dtype = product_dtype(x)
     with without_autocast(x):
-        weights = dispatch.kernels_for(x).operands(parameters, dtype)
+        prepared = dispatch.kernels_for(x).operands(branches, dtype)
     if pack and onednn_takes(x.device, dtype):
-        in_weight, in_bias, *filters, weight, bias = weights
-        in_weight, weight = map(torch.ops.mkldnn._reorder_linear_weight,
-                                (in_weight, weight))
-        weights = [in_weight, in_bias, *filters, weight, bias]
-    return weights
+        for weights in prepared:
+            for i in 0, -2:  # of the linear layers
+                weights[i] = torch.ops.mkldnn._reorder_linear_weight(
+                    weights[i])
+    return prepared
 
 
 def infer(x: Tensor, modulation: InferenceBranch,

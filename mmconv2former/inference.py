@@ -318,7 +318,7 @@ class FoldedBlock(nn.Module):
                 state.append(torch.cuda.current_stream(x.device))
             if self._prepared and self._prepared[0] == state:
                 return self._prepared[1]
-        prepared = [prepare(x, branch, pack=keep) for branch in branches]
+        prepared = prepare(x, branches, pack=keep)
         if keep:
             # With the parameters and their memory, whose place no others can
             # get then.

@@ -103,41 +103,47 @@ def filters(weight: Tensor, bias: Tensor,
     return weight.to(dtype), bias.to(dtype)
 
 
-def operands(parameters: Sequence[Tensor], dtype: torch.dtype,
-             scale: Tensor | None = None) -> list[Tensor]:
-    """Weights and biases of a branch as the products and kernels take them.
+def operands(branches: Sequence[Sequence[Tensor]], dtype: torch.dtype,
+             scales: Sequence[Tensor | None] = (None, None)
+             ) -> list[list[Tensor]]:
+    """Weights and biases of the two branches of a block as the products and
+    kernels take them.
 
     Args:
-        parameters (Sequence[Tensor]): Weight and bias of each of the layers of
-            a :class:`mmconv2former.fused_block.Branch`.
+        branches (Sequence[Sequence[Tensor]]): Weight and bias of each of the
+            layers of each :class:`mmconv2former.fused_block.Branch`.
         dtype (torch.dtype): Of the products.
-        scale (Tensor, optional): Layer scale, (O, ). Defaults to None.
+        scales (Sequence[Tensor | None]): Layer scales, (O, ). Defaults to
+            (None, None).
 
     Returns:
-        list[Tensor]: Weight and bias of the first layers as one, (O, I) and
-        (O, ), those of the convolution, and those of the last layer; with a
-        scale also the last weight times the scale.
+        list[list[Tensor]]: For each branch weight and bias of the first layers
+        as one, (O, I) and (O, ), those of the convolution, and those of the
+        last layer; with a scale also the last weight times the scale.
     """
-    return join_operands(parameters, dtype, scale, filters=filters)
+    return join_operands(branches, dtype, scales, filters=filters)
 
 
-def join_operands(parameters: Sequence[Tensor], dtype: torch.dtype,
-                  scale: Tensor | None = None, *,
-                  filters: Callable) -> list[Tensor]:
+def join_operands(branches: Sequence[Sequence[Tensor]], dtype: torch.dtype,
+                  scales: Sequence[Tensor | None] = (None, None), *,
+                  filters: Callable) -> list[list[Tensor]]:
     """:func:`operands` with the given :func:`filters`."""
-    *_, dw_weight, dw_bias, last_weight, last_bias = parameters
-    last_weight = last_weight.flatten(1)
-    in_weight, in_bias, out_weight, out_bias = _join(
-        ([p.flatten(1) for p in parameters[:-4:2]], parameters[1:-4:2],
-         [last_weight], [last_bias]), dtype)
-    outs = [
-        in_weight, in_bias, *filters(dw_weight, dw_bias, dtype), out_weight,
-        out_bias
-    ]
-    if scale is not None:
-        scaled = at_least_fp32(last_weight) * at_least_fp32(scale)[:, None]
-        outs.append(scaled.to(dtype))
-    return outs
+    found = []
+    for parameters, scale in zip(branches, scales, strict=True):
+        *_, dw_weight, dw_bias, last_weight, last_bias = parameters
+        last_weight = last_weight.flatten(1)
+        in_weight, in_bias, out_weight, out_bias = _join(
+            ([p.flatten(1) for p in parameters[:-4:2]], parameters[1:-4:2],
+             [last_weight], [last_bias]), dtype)
+        outs = [
+            in_weight, in_bias, *filters(dw_weight, dw_bias, dtype),
+            out_weight, out_bias
+        ]
+        if scale is not None:
+            scaled = at_least_fp32(last_weight) * at_least_fp32(scale)[:, None]
+            outs.append(scaled.to(dtype))
+        found.append(outs)
+    return found
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
@@ -429,23 +435,31 @@ def scale_residual_norm_backward(
             *scale_residual_backward(grad_x, scale, keep, dtype))
 
 
-def scaled_linear_backward(grad_weight: Tensor, grad_bias: Tensor,
-                           weight: Tensor, bias: Tensor,
-                           scale: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a linear layer's parameters and the layer scale behind it.
+def scaled_linear_backward(
+        grad_weights: Sequence[Tensor], grad_biases: Sequence[Tensor],
+        weights: Sequence[Tensor], biases: Sequence[Tensor],
+        scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of the last linear layers of the two branches of a block, and
+    of the layer scales behind them.
 
     Args:
-        grad_weight (Tensor): Gradient of the weight as if the scale were 1,
-            (O, I), which is overwritten.
-        grad_bias (Tensor): That of the bias, (O, ), likewise.
-        weight, bias, scale (Tensor): The parameters, (O, I), (O, ) and (O, ).
+        grad_weights (Sequence[Tensor]): Gradients of the weights as if the
+            scales were 1, (O, I) each, which are overwritten.
+        grad_biases (Sequence[Tensor]): Those of the biases, (O, ), likewise.
+        weights, biases, scales (Sequence[Tensor]): The parameters, (O, I),
+            (O, ) and (O, ).
 
     Returns:
-        tuple[Tensor]: Gradients of the three, at least in fp32.
+        tuple[Tensor]: Gradients of weight, bias and scale of the first branch
+        and then of the second, at least in fp32.
     """
-    grad_weight, scale = at_least_fp32(grad_weight), at_least_fp32(scale)
-    grad_scale = (
-        torch.linalg.vecdot(at_least_fp32(weight), grad_weight) +
-        at_least_fp32(bias) * grad_bias)
-    return (grad_weight.mul_(scale[:, None]), grad_bias.mul_(scale),
-            grad_scale)
+    outs = []
+    for grad_weight, grad_bias, weight, bias, scale in zip(
+            grad_weights, grad_biases, weights, biases, scales, strict=True):
+        grad_weight, scale = at_least_fp32(grad_weight), at_least_fp32(scale)
+        grad_scale = (
+            torch.linalg.vecdot(at_least_fp32(weight), grad_weight) +
+            at_least_fp32(bias) * grad_bias)
+        outs += (grad_weight.mul_(scale[:, None]), grad_bias.mul_(scale),
+                 grad_scale)
+    return tuple(outs)

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.utils._pytree import tree_map_only
 
 from mmconv2former import (
     Conv2Former,
@@ -841,9 +842,9 @@ def triton_on_cpu(monkeypatch):
 
     def compute(name, *inputs):
         # Which plain functions overwrite.
-        inputs = [t.clone() if torch.is_tensor(t) else t for t in inputs]
+        inputs = tree_map_only(torch.Tensor, torch.clone, inputs)
         outs = getattr(torch_kernels, name)(*inputs)
-        if not isinstance(outs, tuple):
+        if not isinstance(outs, tuple) or name == 'scaled_linear_backward':
             return outs
         if name in ('gate_backward', 'position_backward'):
             return *outs[:-1], outs[0].sum((0, 1, 2))
@@ -859,7 +860,7 @@ def triton_on_cpu(monkeypatch):
             return *outs[:4], residual, *outs[5:7], total
         if name == 'layer_norm_backward':
             return *outs[:4], inputs[5].sum(
-                (0, 1, 2)) if inputs[7:] == [True] else none
+                (0, 1, 2)) if inputs[7:] == (True, ) else none
         return outs
 
     def kernels(x):
@@ -1053,7 +1054,7 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
     depthwise = torch.randn(c, 1, 5, 5).half(), torch.randn(c).half()
     small = torch.randn(c, 1, 3, 3).half(), torch.randn(c).half()
     weight, bias = torch.rand(c).half(), torch.rand(c).half()
-    keep = torch.rand(2, 1, 1, 1).half()
+    keep, vectors = torch.rand(2, 1, 1, 1).half(), [torch.rand(c)] * 2
     calls = dict(
         gate=(zv, *depthwise), gate_forward=(zv, *depthwise),
         gate_backward=(x, zv, x, *depthwise),
@@ -1066,9 +1067,9 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
                              torch.half),
         scale_residual_norm_backward=(x, x, weight, bias, 1e-6, x, weight,
                                       keep, torch.half, False),
-        scaled_linear_backward=(torch.rand(c, 5).half(), torch.rand(c),
-                                torch.rand(c, 5), torch.rand(c),
-                                torch.rand(c)))
+        scaled_linear_backward=(
+            [torch.rand(c, 5).half(), torch.rand(c, 7).half()], vectors,
+            [torch.rand(c, 5), torch.rand(c, 7)], vectors, vectors))
     assert set(calls) == set(fake_kernels.KERNELS) == \
         set(vars(kernels)) - {'operands', 'functions', 'deferred_sums'}
     # At the end, where the functions of torch have None.
@@ -1077,9 +1078,9 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
                 scale_residual_norm_backward=c)
     with FakeTensorMode() as mode:
         for name, inputs in calls.items():
-            out = getattr(kernels, name)(
-                *(mode.from_tensor(t).to('cuda')
-                  if isinstance(t, torch.Tensor) else t for t in inputs))
+            out = getattr(kernels, name)(*tree_map_only(
+                torch.Tensor, lambda t: mode.from_tensor(t).to('cuda'),
+                inputs))
             with unset_fake_temporarily():
                 reference = getattr(torch_kernels, name)(*inputs)
             if isinstance(out, torch.Tensor):

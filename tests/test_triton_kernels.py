@@ -445,30 +445,36 @@ def test_moments_of_large_numbers_are_exact(stem_kernels):
 @device_test
 @pytest.mark.parametrize('o, i, dtype', [(20, 8, torch.float32),
                                          (72, 1100, torch.float16)])
-def test_gradient_of_the_layer_scale_is_as_exact(kernels, o, i, dtype):
-    grad_weight, grad_bias, weight, bias, scale = draw(
-        dtype, (o, i), (o, ), (o, i), (o, ), (o, ))
-    outs = compare(kernels.scaled_linear_backward,
-                   torch_kernels.scaled_linear_backward, grad_weight,
-                   grad_bias, weight, bias, scale)
-    assert {t.dtype for t in outs} == {torch.float32}
+def test_gradients_of_the_layer_scales_are_as_exact(kernels, o, i, dtype):
+    inputs = [t for size in (i, 4 * i) for t in draw(
+        dtype, (o, size), (o, ), (o, size), (o, ), (o, ))]
+    outs = compare(
+        *(lambda *tensors, f=module.scaled_linear_backward: f(
+            *zip(tensors[:5], tensors[5:]))
+          for module in (kernels, torch_kernels)), *inputs)
+    assert len(outs) == 6 and {t.dtype for t in outs} == {torch.float32}
 
 
 @device_test
-@pytest.mark.parametrize('outs, k', [((8, 8), 5), ((20, ), 3), ((1300, ), 3)])
+@pytest.mark.parametrize('outs, mlp_outs, ks', [
+    ((8, 8), (20, ), (5, 3)), ((20, ), (1300, ), (3, 3)),
+    ((1300, ), (8, 8), (3, 7))])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-@pytest.mark.parametrize('scaled', [False, True])
-def test_weights_are_joined_and_cast(kernels, outs, k, dtype, scaled):
-    c = outs[0]
-    shapes = [shape for o in outs for shape in ((o, 8, 1, 1), (o, ))]
-    parameters = draw(torch.float32, *shapes, (c, 1, k, k), (c, ),
-                      (8, c, 1, 1), (8, ))
-    scale, = draw(torch.float32, (8, )) if scaled else (None, )
-    own = kernels.operands(parameters, dtype, scale)
-    true = torch_kernels.join_operands(parameters, dtype, scale,
+@pytest.mark.parametrize('scaled', [(0, 0), (1, 1), (0, 1)])
+def test_weights_are_joined_and_cast(kernels, outs, mlp_outs, ks, dtype,
+                                     scaled):
+    branches = []
+    for (c, *others), k in zip((outs, mlp_outs), ks):
+        shapes = [shape for o in (c, *others)
+                  for shape in ((o, 8, 1, 1), (o, ))]
+        branches.append(draw(torch.float32, *shapes, (c, 1, k, k), (c, ),
+                             (8, c, 1, 1), (8, )))
+    scales = [draw(torch.float32, (8, ))[0] if s else None for s in scaled]
+    own = kernels.operands(branches, dtype, scales)
+    true = torch_kernels.join_operands(branches, dtype, scales,
                                        filters=kernels.filters)
-    assert len(own) == 6 + scaled
-    for o, t in zip(own, true, strict=True):
+    assert [len(branch) for branch in own] == [6 + s for s in scaled]
+    for o, t in zip(sum(own, []), sum(true, []), strict=True):
         assert o.shape == t.shape and o.dtype == t.dtype
         assert o.stride() == t.stride() and torch.equal(o, t)
 
@@ -667,7 +673,10 @@ def test_outputs_of_operators_share_no_memory(kernels):
         position_backward=(grad, x, weight, bias),
         layer_norm_backward=(grad, x, bias, bias, EPS, x, 1, True),
         scale_residual_norm_backward=(grad, x, bias, bias, EPS, x, bias, keep,
-                                      x.dtype, True))
+                                      x.dtype, True),
+        scaled_linear_backward=([x[0, 0]] * 2, [x[0, 0, :, 0]] * 2,
+                                [x[0, 0]] * 2, [x[0, 0, :, 0]] * 2,
+                                [x[0, 0, :, 0]] * 2))
     for name, inputs in calls.items():
         function = getattr(kernels, name)
         outs = dispatch._as_operator(function)(*inputs)
@@ -769,15 +778,15 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
     kernels.position_backward(y, x, weight, vector)
     kernels.layer_norm(x, vector, vector, EPS, x.dtype)
     kernels.layer_norm_backward(y, x, vector, vector, EPS, y)
-    kernels.scaled_linear_backward(x[0, 0], vector, x[0, 0], vector,
-                                   vector)
+    kernels.scaled_linear_backward(
+        *([t, t] for t in (x[0, 0], vector, x[0, 0], vector, vector)))
     kernels.scale_residual_norm(x, y, vector, keep, vector, vector, EPS,
                                 x.dtype)
     kernels.scale_residual_backward(x, vector, keep, x.dtype)
     kernels.scale_residual_norm_backward(y, x, vector, vector, EPS, y, vector,
                                          keep, x.dtype, True)
-    kernels.operands([x[0, 0], vector, weight, vector, x[0, 0], vector],
-                     x.dtype)
+    kernels.operands(
+        2 * [[x[0, 0], vector, weight, vector, x[0, 0], vector]], x.dtype)
     stem_kernels.pixels_first(x, 8, x.dtype)
     stem_kernels.gelu_moments(x, vector, vector, EPS, 0.1)
     stem_kernels.gelu_norm(x, vector, vector, vector, vector, 2, 16)

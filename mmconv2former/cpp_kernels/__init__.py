@@ -55,11 +55,12 @@ def filters(weight: Tensor, bias: Tensor,
     return torch_kernels.filters(weight, bias, dtype)
 
 
-def operands(parameters: Sequence[Tensor], dtype: torch.dtype,
-             scale: Tensor | None = None) -> list[Tensor]:
+def operands(branches: Sequence[Sequence[Tensor]], dtype: torch.dtype,
+             scales: Sequence[Tensor | None] = (None, None)
+             ) -> list[list[Tensor]]:
     """See :func:`mmconv2former.torch_kernels.operands`."""
     return torch_kernels.join_operands(
-        parameters, dtype, scale, filters=filters)
+        branches, dtype, scales, filters=filters)
 
 
 def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
