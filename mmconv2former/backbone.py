@@ -1,4 +1,5 @@
 """Conv2Former, hierarchical and isotropic, as an OpenMMLab backbone."""
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -242,13 +243,14 @@ class Block(nn.Module):
     def _is_fusible(self) -> bool:
         return self.fused and getattr(self.attn, 'fusion', '') == 'hadamard'
 
-    def modified(self, dim: int) -> nn.Module | None:
+    def modified(self, dim: int, device: torch.device) -> nn.Module | None:
         """A module that is not as this class makes it, or has hooks, if any.
 
         The fused path passes all of them by, and reads their parameters.
 
         Args:
             dim (int): Channels of the input.
+            device (torch.device): Of the input.
 
         Returns:
             nn.Module: The first one, which may be the block itself.
@@ -278,10 +280,11 @@ class Block(nn.Module):
                 (mlp.fc1, Pointwise, hidden, dim, 1, 1),
                 (mlp.pos, nn.Conv2d, hidden, 1, 3, 3),
                 (mlp.fc2, Pointwise, dim, hidden, 1, 1)):
-            if not dispatch.is_layer(layer, kind, *shape):
+            if not dispatch.is_layer(layer, kind, device, *shape):
                 return layer
         scales = self.layer_scale_1, self.layer_scale_2
-        return None if all(s.shape == (dim, ) for s in scales) else self
+        return None if all(dispatch.is_readable(s, device, (dim, ))
+                           for s in scales) else self
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
@@ -394,8 +397,8 @@ class Conv2Former(PretrainedModule):
         if kernel_size is not None:
             self.arch['kernel_size'] = kernel_size
         depths, dims = self.arch['depths'], self.arch['dims']
-        self._check_arguments(mlp_ratio, fusion, drop_path_rate,
-                              frozen_stages)
+        self._check_arguments(in_channels, mlp_ratio, fusion, drop_path_rate,
+                              layer_scale_init_value, frozen_stages)
         self.in_channels = in_channels
         self.out_indices = self._resolve_out_indices(out_indices)
         self.out_norm = out_norm
@@ -446,8 +449,12 @@ class Conv2Former(PretrainedModule):
         if compile:
             self.compile(**(compile if isinstance(compile, dict) else {}))
 
-    def _check_arguments(self, mlp_ratio: float, fusion: str,
-                         drop_path_rate: float, frozen_stages: int) -> None:
+    def _check_arguments(self, in_channels: int, mlp_ratio: float, fusion: str,
+                         drop_path_rate: float, layer_scale_init_value: float,
+                         frozen_stages: int) -> None:
+        if type(in_channels) is not int or in_channels < 1:
+            raise ValueError('in_channels must be a positive integer, got '
+                             f'{in_channels!r}')
         kernel_size = self.arch['kernel_size']
         if type(kernel_size) is not int or kernel_size < 1 \
                 or kernel_size % 2 == 0:
@@ -467,6 +474,10 @@ class Conv2Former(PretrainedModule):
                 or not 0 <= drop_path_rate < 1:
             raise ValueError('drop_path_rate must be a number in [0, 1), got '
                              f'{drop_path_rate!r}')
+        if not isinstance(layer_scale_init_value, (int, float)) \
+                or not math.isfinite(layer_scale_init_value):
+            raise ValueError('layer_scale_init_value must be a finite number, '
+                             f'got {layer_scale_init_value!r}')
         num_stages = len(self.arch['depths'])
         if type(frozen_stages) is not int \
                 or not -1 <= frozen_stages <= num_stages:
@@ -498,7 +509,8 @@ class Conv2Former(PretrainedModule):
         """Compute the feature maps.
 
         Args:
-            x (Tensor): Images, (N, in_channels, H, W), H and W at least 32.
+            x (Tensor): Images, (N, in_channels, H, W), H and W at least the
+                stride of the last stage, 32 of a whole hierarchical model.
 
         Returns:
             tuple[Tensor]: One (N, C_i, H_i, W_i) for each returned stage, C_i
@@ -510,10 +522,11 @@ class Conv2Former(PretrainedModule):
             ValueError: If the input is smaller or has other channels.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels \
-                or min(x.shape[2:]) < 32:
+                or min(x.shape[2:]) < self.out_strides[-1]:
             raise ValueError(
                 f'expected images of shape (N, {self.in_channels}, H, W) '
-                f'with H and W at least 32, got {tuple(x.shape)}')
+                f'with H and W at least {self.out_strides[-1]}, got '
+                f'{tuple(x.shape)}')
         if self.cuda_graphs is not None:
             recording = self.cuda_graphs.recording(self, x)
             if recording is not None:

@@ -20,9 +20,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import cpp_kernels, fake_kernels, torch_kernels
 
-# From the channels of the input of a block to a module of the block that is
-# not as the block has made it, and would be passed by, if there is one.
-FindModified = Callable[[int], nn.Module | None]
+# From the channels and the device of the input of a block to a module of the
+# block that is not as the block has made it, and would be passed by, if there
+# is one.
+FindModified = Callable[[int, torch.device], nn.Module | None]
 # The environment variable that turns the fused path off everywhere.
 FUSED_VARIABLE = 'MMCONV2FORMER_FUSED'
 
@@ -44,15 +45,26 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     return type(module) is kind and not is_intercepted(module)
 
 
-def is_layer(layer: nn.Module, kind: type, *shape: int) -> bool:
-    """Whether a layer is one that the fused path can stand in for.
+def is_readable(parameter: Tensor | None, device: torch.device,
+                shape: tuple[int, ...]) -> bool:
+    """Whether kernels can read a parameter from memory.
 
-    The kernels read its parameters, and do not look how long these are.
+    They do not look how long it is. Tensors of other classes, such as
+    quantized ones, have their numbers elsewhere.
+    """
+    return (type(parameter) in (nn.Parameter, Tensor)
+            and parameter.device == device and parameter.shape == shape)
+
+
+def is_layer(layer: nn.Module, kind: type, device: torch.device,
+             *shape: int) -> bool:
+    """Whether a layer is one that the fused path can stand in for.
 
     Args:
         layer (nn.Module): The layer.
         kind (type): What it must be; a ``nn.Conv2d`` is a depthwise one that
             keeps the size.
+        device (torch.device): Of its parameters.
         shape (int): Of the weight; there is to be a bias, too.
 
     Returns:
@@ -62,8 +74,8 @@ def is_layer(layer: nn.Module, kind: type, *shape: int) -> bool:
         return False
     # As attributes they take four times as long.
     weight, bias = map(layer._parameters.get, ('weight', 'bias'))
-    if weight is None or bias is None or weight.shape != shape \
-            or bias.shape != shape[:1]:
+    if not is_readable(weight, device, shape) \
+            or not is_readable(bias, device, shape[:1]):
         return False
     return kind is not nn.Conv2d or (
         layer.groups == shape[0] and layer.stride == layer.dilation == (1, 1)
@@ -324,7 +336,7 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
     if x.device.type not in ('cpu', 'cuda'):
         return f'device {x.device.type} has no fused operators'
     if find_modified is not None:
-        modified = find_modified(x.shape[1])
+        modified = find_modified(x.shape[1], x.device)
         if modified is not None:
             return (f'the {type(modified).__name__} of a block was replaced '
                     'or changed, or has hooks')

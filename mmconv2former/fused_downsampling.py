@@ -8,6 +8,7 @@ from . import dispatch, torch_kernels
 from .dispatch import (
     autocast_dtype,
     is_plain,
+    is_readable,
     log_once,
     product_dtype,
     refuse_second_derivatives,
@@ -82,7 +83,7 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
     # and under autocast reads and writes fp32.
     if dispatch.kernels_for(x) is torch_kernels or dispatch.find_obstacle(x):
         return conv(norm(x))
-    if not _is_unmodified(x.shape[1], norm, conv) or norm.weight is None \
+    if not _is_unmodified(x, norm, conv) or norm.weight is None \
             and any(t.requires_grad for t in (x, conv.weight, conv.bias)):
         if not torch.compiler.is_compiling():
             log_once('plain operators of a downsampling, because its layers '
@@ -93,12 +94,14 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
                                    norm.eps, conv.weight, conv.bias))
 
 
-def _is_unmodified(channels: int, norm: nn.Module, conv: nn.Module) -> bool:
+def _is_unmodified(x: Tensor, norm: nn.Module, conv: nn.Module) -> bool:
+    c, device = x.shape[1], x.device
     return (is_plain(norm, LayerNorm2d) and is_plain(conv, nn.Conv2d)
-            and norm.normalized_shape == (channels, )
-            and all(p is None or p.shape == (channels, )
+            and norm.normalized_shape == (c, )
+            and all(p is None or is_readable(p, device, (c, ))
                     for p in (norm.weight, norm.bias))
-            and conv.bias is not None and conv.groups == 1
-            and conv.weight.shape[1:] == (channels, *conv.stride)
-            and conv.dilation == (1, 1) and conv.padding == (0, 0)
-            and conv.stride == conv.stride[::-1])
+            and is_readable(conv.weight, device,
+                            (conv.out_channels, c, *conv.stride))
+            and is_readable(conv.bias, device, (conv.out_channels, ))
+            and conv.groups == 1 and conv.dilation == (1, 1)
+            and conv.padding == (0, 0) and conv.stride == conv.stride[::-1])

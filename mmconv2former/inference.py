@@ -1,5 +1,6 @@
 """Fewer operations at inference, with the same result."""
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
                 'a block is wrapped in another module, as by activation '
                 'checkpointing, and cannot be folded: unwrap it')
         modified = block if dispatch.is_intercepted(block) \
-            else block.modified(len(block.layer_scale_1))
+            else block.modified(len(block.layer_scale_1),
+                                block.layer_scale_1.device)
         if modified is not None:
             raise ValueError(
                 f'the {type(modified).__name__} of a block was replaced or '
@@ -276,18 +278,37 @@ class FoldedBlock(nn.Module):
         self.fc2 = _scaled(mlp.fc2, block.layer_scale_2)
         self._prepared = None
 
+    def _layers(self) -> tuple[tuple[nn.Module, ...], ...]:
+        """Those of both branches."""
+        return ((self.zv, self.depthwise, self.proj),
+                (self.fc1, self.pos, self.fc2))
+
+    def _modified(self, _: int, device: torch.device) -> nn.Module | None:
+        """A layer whose parameters the kernels cannot read, if any."""
+        for layer in chain(*self._layers()):
+            if not all(dispatch.is_readable(p, device, p.shape)
+                       for p in (layer.weight, layer.bias)):
+                return layer
+        return None
+
     def _branches(self) -> list[list[Tensor]]:
         """Weights and biases of both branches."""
         return [[p for m in layers for p in (m.weight, m.bias)]
-                for layers in ((self.zv, self.depthwise, self.proj),
-                               (self.fc1, self.pos, self.fc2))]
+                for layers in self._layers()]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
+        for layer in chain(*self._layers()):
+            if not dispatch.is_plain(layer, nn.Linear) \
+                    and not dispatch.is_plain(layer, nn.Conv2d):
+                raise RuntimeError(
+                    f'the {type(layer).__name__} of a block was replaced or '
+                    'got hooks after fuse_for_inference, which reads no more '
+                    'than weights: change the model before that')
         device = x.device.type
         # The fast operators have no gradients.
         if self.fusion == 'hadamard' and not x.requires_grad \
-                and dispatch.available(x):
+                and dispatch.available(x, self._modified):
             return self._fused(x)
         if device == 'meta' or not torch.is_autocast_enabled(device):
             return self._forward(x, x.dtype)

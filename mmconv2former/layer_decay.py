@@ -162,13 +162,15 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             - what mmengine's ``DefaultOptimWrapperConstructor`` knows:
               ``custom_keys``, ``norm_decay_mult``, ``bias_decay_mult``,
               ``flat_decay_mult``, ``dwconv_decay_mult``, ``bias_lr_mult``,
-              ``dcn_offset_lr_mult``, ``bypass_duplicate``. Learning-rate
-              multipliers act on top of the decay.
+              ``dcn_offset_lr_mult``, ``bypass_duplicate`` (True here: what
+              layers share is learned once). Learning-rate multipliers act on
+              top of the decay.
 
     Raises:
         ValueError: If ``paramwise_cfg`` has other keys or values.
-            Also if the backbone finds no parameter to be in a layer of it.
-        TypeError: If the backbone has no ``get_layer_depth``.
+            Also if the backbone finds no parameter to be in a layer of it,
+            and if shared parameters are not to be bypassed.
+        TypeError: If there is no backbone, or it has no ``get_layer_depth``.
 
     Examples:
         >>> optim_wrapper = dict(
@@ -219,12 +221,21 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         singles: list[dict] = []
         with _silenced(MMLogger.get_current_instance()):
             # DefaultOptimWrapperConstructor recurses through self.add_params.
+            # Of parameters that layers share, each one once: in a group of
+            # several parameters torch would step them several times.
             DefaultOptimWrapperConstructor(
                 dict(optimizer=self.optimizer_cfg), {
-                    key: value
-                    for key, value in self.paramwise_cfg.items()
-                    if key in _MMENGINE_KEYS
+                    'bypass_duplicate': True,
+                    **{
+                        key: value
+                        for key, value in self.paramwise_cfg.items()
+                        if key in _MMENGINE_KEYS
+                    }
                 }).add_params(singles, module)
+        if len({id(p) for single in singles
+                for p in single['params']}) < len(singles):
+            raise ValueError('some parameters are shared by several layers: '
+                             'leave out bypass_duplicate=False')
         groups: dict[tuple, dict] = {}
         for single in singles:
             param, = single.pop('params')
@@ -250,6 +261,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                    self.paramwise_cfg.get('decay_type', 'layer_wise'))
         if hasattr(model, 'backbone'):
             return _ask(model.backbone, 'backbone.', *options)
+        inner = [name for name, m in model.named_modules()
+                 if hasattr(m, 'get_layer_depth')]
+        if inner and '' not in inner:
+            raise TypeError(
+                'layer-wise decay looks for the backbone at model.backbone, '
+                f'which {type(model).__name__} does not have; its '
+                f'{" and ".join(inner)} would do. Build the optimizer for the '
+                'model around it, or leave the constructor out')
         return _ask(model, '', *options)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:

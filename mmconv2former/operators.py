@@ -4,6 +4,7 @@ They are the reference of the fused path, :mod:`mmconv2former.fused_block`,
 and what is exported.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ FUSIONS = {
 }
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1x1 convolution: (N, H, W, C), (O, C), (O, ) -> (N, H, W, O)."""
     if x.device.type == 'cpu' and x.dtype == torch.float32:
         # oneDNN's; torch asks MKL for fp32 products, which on AMD is half as
@@ -149,10 +150,23 @@ class Pointwise(nn.Conv2d):
     Args:
         in_channels (int): Channels of the input.
         out_channels (int): Channels of the output.
+        kernel_size (int | tuple[int]): 1. Defaults to 1.
+        kwargs: As for ``nn.Conv2d``. Libraries such as peft make layers of the
+            class of one that they find by its arguments.
+
+    Raises:
+        ValueError: If it would be another convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
+    def __init__(self, in_channels: int, out_channels: int,
+                 kernel_size: int | tuple[int, int] = 1, *args: Any,
+                 **kwargs: Any) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, *args,
+                         **kwargs)
+        if self.kernel_size != (1, 1) or self.stride != (1, 1) \
+                or self.padding != (0, 0) or self.groups != 1:
+            raise ValueError('Pointwise is a 1x1 convolution without stride, '
+                             f'padding or groups, got {self}')
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H, W), in channels-last memory."""

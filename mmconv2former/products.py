@@ -79,8 +79,11 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None,
     Returns:
         Tensor: (..., O).
     """
-    # There are no public names for these, which torch's compiler uses.
+    # There are no public names for these, which torch's compiler uses. They
+    # read a bias as if it had no strides.
     product = torch.ops.mkldnn._linear_pointwise
+    if bias is not None:
+        bias = bias.contiguous()
     if residual is None:
         return product(x, weight, bias, 'none', [], 'none')
     return product.binary(x, residual, weight, bias, 'add')

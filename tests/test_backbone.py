@@ -6,6 +6,7 @@ from torch import nn
 
 from mmconv2former import Conv2Former, Conv2FormerNeck
 from mmconv2former.archs import ARCH_ALIASES, ARCHS, resolve_arch
+from mmconv2former.operators import Pointwise
 
 MINI = dict(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], kernel_size=5)
 
@@ -188,6 +189,9 @@ def test_other_input_channels_and_half_precision_autocast_work():
     (dict(frozen_stages=None), r'-1 \.\. 4 .*got None'),
     (dict(drop_path_rate=1.), r'drop_path_rate must be .* in \[0, 1\)'),
     (dict(drop_path_rate=None), r'in \[0, 1\), got None'),
+    (dict(in_channels='3'), "in_channels must be a positive .* got '3'"),
+    (dict(layer_scale_init_value=None), 'layer_scale_init_value .* got None'),
+    (dict(layer_scale_init_value=float('nan')), 'finite number, got nan'),
     (dict(compile='max-autotune'), "bool or a dict .* got 'max-autotune'"),
     (dict(cuda_graphs='yes'), "cuda_graphs must be a bool .* got 'yes'"),
 ])
@@ -201,6 +205,25 @@ def test_bad_arguments_are_named(kwargs, message):
 def test_bad_inputs_are_named(shape):
     with pytest.raises(ValueError, match=r'\(N, 3, H, W\).*at least 32.*got'):
         Conv2Former(MINI)(torch.rand(shape))
+
+
+def test_images_may_be_as_small_as_the_last_stage_allows():
+    model = Conv2Former(MINI, out_indices=(0, 1))
+    assert [out.shape[2:] for out in model(torch.rand(2, 3, 8, 28))] == [
+        (2, 7), (1, 3)]
+    with pytest.raises(ValueError, match='H and W at least 8, got'):
+        model(torch.rand(2, 3, 7, 28))
+
+
+def test_pointwise_convolutions_are_made_by_the_arguments_of_others():
+    layer = Pointwise(6, 8)
+    other = type(layer)(layer.in_channels, 4, layer.kernel_size, layer.stride,
+                        layer.padding, bias=False)
+    x = torch.randn(2, 6, 3, 5)
+    torch.testing.assert_close(
+        other(x), torch.nn.functional.conv2d(x, other.weight))
+    with pytest.raises(ValueError, match='Pointwise is a 1x1 convolution'):
+        Pointwise(6, 8, 3, padding=1)
 
 
 def test_batch_norms_that_mmcv_folded_across_gelu_are_refused():

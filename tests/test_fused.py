@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map_only
 
 from mmconv2former import (
@@ -637,6 +638,47 @@ def test_layers_that_do_not_fit_are_errors_of_torch(change, error):
         model(torch.randn(2, 8, 6, 7))
 
 
+def test_parameters_on_another_device_are_not_read():
+    model, x = block(8, 5).float(), torch.randn(2, 8, 6, 7)
+    for name, p in list(model.named_parameters()):
+        module, _, key = name.rpartition('.')
+        module = model.get_submodule(module)
+        setattr(module, key, nn.Parameter(p.to('meta')))
+        assert model.modified(8, x.device) is module, name
+        setattr(module, key, p)
+    assert came_from_fused_path(model(x))
+    model.mlp.norm.to('meta')
+    with pytest.raises(RuntimeError, match='device'):
+        model(x)
+
+
+def test_weights_that_are_tensors_of_other_classes_take_the_plain_path():
+    model = block(8, 5).float()
+    expected = model(torch.ones(2, 8, 6, 7))
+    for layer in model.mlp.pos, model.attn.norm:
+        layer.weight = nn.Parameter(TwoTensor(*[layer.weight.detach()] * 2))
+    out = model(torch.ones(2, 8, 6, 7))
+    assert not came_from_fused_path(out)
+    torch.testing.assert_close(out.a, expected)
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_parameters_may_have_strides(train, monkeypatch):
+    torch.manual_seed(0)
+    model = Conv2Former(dict(depths=[1, 1], dims=[8, 16], kernel_size=5),
+                        layer_scale_init_value=1.)
+    model.load_state_dict({
+        k: (torch.randn(*v.shape, 2) * .1)[..., 0]
+        for k, v in model.named_parameters()}, assign=True, strict=False)
+    assert not model.stages[0][0].mlp.fc1.bias.is_contiguous()
+    model.eval().requires_grad_(train)
+    x = torch.randn(2, 3, 32, 32)
+    out, = model(x)
+    assert came_from_fused_path(out) == train
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    torch.testing.assert_close(out, model(x)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_narrower_branches_are_fused(monkeypatch):
     torch.manual_seed(0)
     model = block(8, 5)
@@ -691,7 +733,7 @@ def test_branches_of_other_classes_are_called():
     block = model.stages[0][0]
     block.mlp = Other(8, 4.)
     assert not takes_fused(model)
-    assert block.modified(8) is block.mlp
+    assert block.modified(8, torch.device('cpu')) is block.mlp
 
 
 @pytest.mark.parametrize('train', [True, False])
@@ -1004,11 +1046,11 @@ def test_other_layers_of_a_downsampling_run_as_they_are(monkeypatch, change):
     kernels = SimpleNamespace(layer_norm=torch_kernels.layer_norm)
     monkeypatch.setattr(dispatch, 'kernels_for', lambda _: kernels)
     layers = [operators.LayerNorm2d(8), torch.nn.Conv2d(8, 12, 2, 2)]
-    assert fused_downsampling._is_unmodified(8, *layers)
-    assert not fused_downsampling._is_unmodified(12, *layers)
-    change(layers)
-    assert not fused_downsampling._is_unmodified(8, *layers)
     x = torch.randn(1, 8, 6, 6)
+    assert fused_downsampling._is_unmodified(x, *layers)
+    assert not fused_downsampling._is_unmodified(x[:, :4], *layers)
+    change(layers)
+    assert not fused_downsampling._is_unmodified(x, *layers)
     norm, conv = layers
     torch.testing.assert_close(
         fused_downsampling.downsampling(x, norm, conv), conv(norm(x)))

@@ -9,6 +9,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.testing._internal.two_tensor import TwoTensor
 
 import official
 from mmconv2former import (
@@ -393,6 +394,25 @@ def test_layers_with_hooks_are_refused():
     model.backbone.stages[1][1].mlp.fc1.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match='or has hooks'):
         fuse_for_inference(model)
+
+
+@pytest.mark.parametrize('change', [
+    lambda block: block.fc1.register_forward_hook(lambda *_: None),
+    lambda block: setattr(block, 'pos', nn.Sequential(block.pos))])
+def test_layers_changed_after_fusing_are_refused(change):
+    model = fused(classifier())
+    change(model.backbone.stages[1][1])
+    with pytest.raises(RuntimeError, match='after fuse_for_inference'):
+        model(official.image(32, 32))
+
+
+def test_weights_of_other_classes_are_not_read_by_the_kernels():
+    model, image = fused(classifier()), official.image(32, 32)
+    with torch.no_grad():
+        expected = model(image)
+        layer = model.backbone.stages[0][0].fc1
+        layer.weight = nn.Parameter(TwoTensor(*[layer.weight.detach()] * 2))
+        assert difference(model(image).a, expected) < 1e-5
 
 
 def test_each_norm_keeps_its_own_eps():

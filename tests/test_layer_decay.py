@@ -250,6 +250,27 @@ def test_backbone_without_depths_is_told_what_to_implement():
             build(model, decay_rate=.9)
 
 
+def test_model_around_the_backbone_is_asked_for():
+    teacher = nn.ModuleDict(dict(student=Model()))
+    with pytest.raises(TypeError, match=r'its student\.backbone would do'):
+        build(teacher, decay_rate=.9)
+
+
+def test_layers_that_share_weights_learn_once():
+    model = Model()
+    model.other = nn.Linear(32, 10)
+    model.other.weight = model.head.weight
+    before = model.head.weight.detach().clone()
+    optim_wrapper = build(model, decay_rate=.5)
+    model.head.weight.grad = torch.ones_like(before)
+    optim_wrapper.optimizer.step()
+    # AdamW's first step is as long as the rate.
+    torch.testing.assert_close(model.head.weight,
+                               before * (1 - LR * WD) - LR)
+    with pytest.raises(ValueError, match='leave out bypass_duplicate=False'):
+        build(model, decay_rate=.5, bypass_duplicate=False)
+
+
 def train_a_step(model, optim_wrapper):
     out = model.backbone(torch.rand(2, 3, 32, 32))[-1].mean((2, 3))
     optim_wrapper.update_params(model.head(out).square().mean())

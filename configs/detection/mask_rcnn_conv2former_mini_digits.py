@@ -131,7 +131,7 @@ param_scheduler = [
     dict(
         type='CosineAnnealingLR',
         end=max_epochs,
-        eta_min=1e-6,
+        eta_min_ratio=1e-6 / 1e-3,
         convert_to_iter_based=True),
 ]
 default_hooks = dict(

@@ -141,7 +141,7 @@ param_scheduler = [
         begin=30,
         end=max_iters,
         by_epoch=False,
-        eta_min=1e-6),
+        eta_min_ratio=1e-6 / 3e-3),
 ]
 
 default_hooks = dict(
