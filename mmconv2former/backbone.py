@@ -155,9 +155,9 @@ class ConvModulation(nn.Module):
 
     def branch(self, scale: Tensor, keep: Tensor | None) -> Branch:
         """As :func:`mmconv2former.fused_block.fused_block` takes it."""
-        z, _, depthwise = self.att
-        return Branch(self.norm, (z, self.v, depthwise, self.proj), scale,
-                      keep)
+        norm, att, v, proj = dispatch.parts(self, 'norm', 'att', 'v', 'proj')
+        z, _, depthwise = att._modules.values()
+        return Branch(norm, (z, v, depthwise, proj), scale, keep)
 
 
 class MLP(nn.Module):
@@ -182,7 +182,8 @@ class MLP(nn.Module):
 
     def branch(self, scale: Tensor, keep: Tensor | None) -> Branch:
         """As :func:`mmconv2former.fused_block.fused_block` takes it."""
-        return Branch(self.norm, (self.fc1, self.pos, self.fc2), scale, keep)
+        norm, *layers = dispatch.parts(self, 'norm', 'fc1', 'pos', 'fc2')
+        return Branch(norm, layers, scale, keep)
 
 
 class Block(nn.Module):
@@ -255,31 +256,36 @@ class Block(nn.Module):
         Returns:
             nn.Module: The first one, which may be the block itself.
         """
-        attn, mlp = self.attn, self.mlp
+        attn, mlp, drop_path = dispatch.parts(self, 'attn', 'mlp',
+                                              'drop_path')
         for part, kind in ((attn, ConvModulation), (mlp, MLP),
-                           (self.drop_path, DropPath)):
+                           (drop_path, DropPath)):
             if not dispatch.is_plain(part, kind):
                 return part
-        if not dispatch.is_plain(attn.att, nn.Sequential) \
-                or len(attn.att) != 3:
-            return attn.att
-        z, gelu, depthwise = attn.att
+        attn_norm, att, v, proj = dispatch.parts(attn, 'norm', 'att', 'v',
+                                                 'proj')
+        mlp_norm, fc1, pos, fc2 = dispatch.parts(mlp, 'norm', 'fc1', 'pos',
+                                                 'fc2')
+        if not dispatch.is_plain(att, nn.Sequential) \
+                or len(att._modules) != 3:
+            return att
+        z, gelu, depthwise = att._modules.values()
         if not dispatch.is_gelu(gelu):
             return gelu
         # Narrower layers within a branch are fine, if these fit each other.
-        inner, hidden = getattr(z, 'out_channels', 0), getattr(
-            mlp.fc1, 'out_channels', 0)
+        inner, hidden = (getattr(layer, 'out_channels', 0)
+                         for layer in (z, fc1))
         k = getattr(depthwise, 'kernel_size', (0, ))[0] | 1  # odd
         for layer, kind, *shape in (
-                (attn.norm, LayerNorm2d, dim),
+                (attn_norm, LayerNorm2d, dim),
                 (z, Pointwise, inner, dim, 1, 1),
                 (depthwise, nn.Conv2d, inner, 1, k, k),
-                (attn.v, Pointwise, inner, dim, 1, 1),
-                (attn.proj, Pointwise, dim, inner, 1, 1),
-                (mlp.norm, LayerNorm2d, dim),
-                (mlp.fc1, Pointwise, hidden, dim, 1, 1),
-                (mlp.pos, nn.Conv2d, hidden, 1, 3, 3),
-                (mlp.fc2, Pointwise, dim, hidden, 1, 1)):
+                (v, Pointwise, inner, dim, 1, 1),
+                (proj, Pointwise, dim, inner, 1, 1),
+                (mlp_norm, LayerNorm2d, dim),
+                (fc1, Pointwise, hidden, dim, 1, 1),
+                (pos, nn.Conv2d, hidden, 1, 3, 3),
+                (fc2, Pointwise, dim, hidden, 1, 1)):
             if not dispatch.is_layer(layer, kind, device, *shape):
                 return layer
         scales = self.layer_scale_1, self.layer_scale_2

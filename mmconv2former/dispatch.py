@@ -45,6 +45,12 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     return type(module) is kind and not is_intercepted(module)
 
 
+def parts(module: nn.Module, *names: str) -> list[nn.Module]:
+    """Children of a module; as attributes they take ten times as long."""
+    modules = module._modules
+    return [modules[name] for name in names]
+
+
 def is_readable(parameter: Tensor | None, device: torch.device,
                 shape: tuple[int, ...]) -> bool:
     """Whether kernels can read a parameter from memory.
@@ -72,7 +78,6 @@ def is_layer(layer: nn.Module, kind: type, device: torch.device,
     """
     if not is_plain(layer, kind):
         return False
-    # As attributes they take four times as long.
     weight, bias = map(layer._parameters.get, ('weight', 'bias'))
     if not is_readable(weight, device, shape) \
             or not is_readable(bias, device, shape[:1]):
