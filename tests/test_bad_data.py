@@ -15,6 +15,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
+from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 import checked_load
@@ -291,6 +292,49 @@ def test_incomplete_entry_of_a_coco_file_is_named(entries, key, coco, copy):
         check(COCO, data)
 
 
+@pytest.mark.parametrize('entries, key, value, reason', [
+    ('annotations', 'bbox', None, 'bbox=None; expected four numbers'),
+    ('annotations', 'bbox', [1, 2, 3], r'bbox=\[1, 2, 3\]; expected four'),
+    ('annotations', 'bbox', ['1', '2', '3', '4'], 'expected four numbers'),
+    ('annotations', 'area', '12', "area='12'; expected a number"),
+    ('images', 'height', '128', "height='128'; expected a number"),
+    ('images', 'file_name', 7, 'file_name=7; expected a text')])
+def test_entry_of_a_coco_file_with_another_type_is_named(
+        entries, key, value, reason, coco, copy):
+    data = copy(coco)
+    path = data / 'annotations/instances_train2017.json'
+    edit(path, lambda content: content[entries][0].update({key: value}))
+    with pytest.raises(DataError,
+                       match=f"'{path}' .* entry 0 of '{entries}' .*{reason}"):
+        check(COCO, data)
+
+
+@pytest.mark.parametrize('entries, reason', [
+    ('annotations', 'entry 0 .*is None'),
+    ('categories', 'entry 0 .*is None')])
+def test_entry_of_a_coco_file_that_is_none_is_named(entries, reason, coco,
+                                                    copy):
+    data = copy(coco)
+    path = data / 'annotations/instances_train2017.json'
+    edit(path, lambda content: content[entries].__setitem__(0, None))
+    with pytest.raises(DataError, match=f"'{path}' .*{reason}"):
+        check(COCO, data)
+
+
+def test_measuring_on_more_images_than_are_tested_is_told(coco, copy,
+                                                          monkeypatch):
+    lines = []
+    monkeypatch.setattr(coco_checks, 'print_log',
+                        lambda text, **_: lines.append(text))
+    data = copy(coco)
+    for options in {}, dict(indices=1):
+        loader = check(COCO, data, 'val', **options)
+        metric = dict(ann_file=loader.dataset.ann_file)
+        coco_checks.check_metric(metric, loader, 'val_evaluator')
+    line, = lines
+    assert 'indices= takes 1 of them: the others count as missed' in line
+
+
 @pytest.mark.parametrize('part', ['train', 'val'])
 @pytest.mark.parametrize('content, reason', [
     ('{}', 'has no list of categories'), ('[]', 'holds a list; expected')])
@@ -441,7 +485,10 @@ def mask_of(segmentation):
 
 @pytest.mark.parametrize('segmentation', [
     [10, 10, 20, 20, 30, 10], [['10', '10', '20', '20', '30', '10']],
-    {'size': [64, 64]}, '10 10 20 20'])
+    {'size': [64, 64]}, {'size': [64, 64], 'counts': [5, 5]},
+    {'size': [64], 'counts': [64]}, {'size': [64, 64], 'counts': '%%%'},
+    {'size': [64, 64], 'counts': None}, '10 10 20 20',
+    [[10, 10, 20, 20, float('nan'), 10]]])
 def test_mask_that_is_none_is_named_when_it_is_read(
         segmentation, coco, copy, monkeypatch):
     monkeypatch.setattr(data_checks, 'SAMPLE', 0)
@@ -451,6 +498,17 @@ def test_mask_that_is_none_is_named_when_it_is_read(
     with pytest.raises(DataError, match='a mask is a list of polygons'):
         for i in range(len(data_set)):
             data_set[i]
+
+
+def test_run_lengths_are_masks(coco, copy):
+    data = copy(coco)
+    path = data / 'annotations/instances_train2017.json'
+    height, width = (json.loads(path.read_text())['images'][0][key]
+                     for key in ('height', 'width'))
+    lengths = dict(size=[height, width], counts=[5, 3, height * width - 8])
+    packed = coco_mask.frPyObjects(lengths, height, width)
+    for counts in lengths['counts'], packed['counts'].decode():
+        assert coco_checks._is_mask({**lengths, 'counts': counts})
 
 
 def test_polygons_of_arrays_are_loaded():
@@ -475,6 +533,15 @@ def test_mask_that_cannot_be_measured_is_named_before_training(
     with pytest.raises(DataError, match=r'\(1\).*val_evaluator.metric=bbox'):
         coco_checks.check_metric(metric, loader, 'val_evaluator')
     coco_checks.check_metric({**metric, 'metric': 'bbox'}, loader, '')
+
+
+def test_objects_that_cannot_be_measured_are_named_before_training(
+        coco, copy):
+    path = copy(coco) / 'annotations/instances_val2017.json'
+    loader = check(COCO, path.parents[1], 'val', pipeline=[])
+    edit(path, lambda content: content['annotations'][2].pop('iscrowd'))
+    with pytest.raises(DataError, match="has no 'iscrowd'"):
+        coco_checks.check_metric(dict(ann_file=str(path)), loader, 'val_eva')
 
 
 def test_mask_of_a_category_that_is_no_class_is_not_measured(coco, copy):
@@ -706,6 +773,18 @@ def compare(data, sizes=None):
         for part in ('train', 'val')
     ]
     data_checks.check_agreement(*loaders)
+
+
+@pytest.mark.parametrize('label', [2, -1])
+def test_label_of_a_list_that_is_no_class_is_named(label, pictures):
+    first = sorted((pictures / 'train/a').iterdir())[0]
+    (pictures / 'list.txt').write_text(f'a/{first.name} {label}\n')
+    with pytest.raises(DataError, match=(
+            f"'.*{first.name}' the label {label}, which is no class: they are "
+            '0 to 1')):
+        check(IN1K, pictures, data_prefix='train', split='',
+              ann_file=str(pictures / 'list.txt'),
+              metainfo=dict(classes=['a', 'b']))
 
 
 def test_class_folder_that_only_one_part_of_the_data_has_is_named(pictures):
@@ -1000,6 +1079,15 @@ def test_damaged_file_is_named_when_it_is_read(
     assert f"cannot read the {kind} '{path}': it is damaged" in str(
         raised.value)
     assert 'Put a good copy there' in str(raised.value)
+
+
+def test_file_that_may_not_be_read_is_not_called_damaged():
+
+    def load(_):
+        raise PermissionError(13, 'Permission denied')
+
+    with pytest.raises(DataError, match="'a.jpg': you may not read it"):
+        checked_load.CheckedLoad(load, 'img_path')(dict(img_path='a.jpg'))
 
 
 def test_training_ends_with_the_name_of_a_damaged_image(pictures, refusal):

@@ -147,11 +147,17 @@ def test_second_run_does_nothing(few_sources, tmp_path):
     assert (dest / 'scenes/val/0000.png').read_bytes() == b'untouched'
 
 
-def test_folder_that_lost_a_picture_is_remade(few_sources, tmp_path):
+@pytest.mark.parametrize('name', [
+    'scenes/val/0003.png', 'scenes/train.json', 'scenes/labels/val/0003.png'])
+@pytest.mark.parametrize('is_empty', [True, False])
+def test_folder_that_lost_a_file_is_remade(name, is_empty, few_sources,
+                                           tmp_path):
     dest = tmp_path / 'digits'
     make.make_digits(dest, **SETTINGS, report=silent)
     whole = contents(dest)
-    (dest / 'scenes/val/0003.png').unlink()
+    (dest / name).unlink()
+    if is_empty:
+        (dest / name).touch()
     assert make.make_digits(dest, **SETTINGS, report=silent)
     assert contents(dest) == whole and [*tmp_path.iterdir()] == [dest]
 

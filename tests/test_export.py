@@ -185,13 +185,14 @@ def test_operator_set_out_of_range_is_refused(tool, opset):
         tool.main(['config.py', 'checkpoint.pth', '--opset', opset])
 
 
-def test_folder_in_the_place_of_the_file_is_told_first(tool, classifier,
-                                                       tmp_path, monkeypatch):
+@pytest.mark.parametrize('out', ['model.pt2', 'model', '.'])
+def test_folder_in_the_place_of_the_file_is_told_first(
+        out, tool, classifier, tmp_path, monkeypatch):
     (tmp_path / 'model.pt2').mkdir()
     monkeypatch.delattr(tool, 'export')
-    with pytest.raises(SystemExit, match='model.pt2. is a folder'):
+    with pytest.raises(SystemExit, match='is a folder'):
         tool.main([*classifier[:2], '--format', 'torch', '--out',
-                   str(tmp_path / 'model.pt2')])
+                   f'{tmp_path}/{out}'])
 
 
 def test_operator_set_that_torch_does_not_write_is_refused(

@@ -395,6 +395,16 @@ def test_data_sets_that_name_no_path_are_left_to_their_class(tool):
     launch.check_data(cfg, ('train', ))
 
 
+def test_folder_of_classes_named_by_data_root_alone_is_looked_for(tool):
+    cfg = Config(
+        dict(
+            train_dataloader=dict(
+                dataset=dict(type='CustomDataset', data_root='gone'))))
+    launch = tool('launch')
+    with pytest.raises(SystemExit, match=r'\[MISSING\] gone  \(data_root'):
+        launch.check_data(cfg, ('train', ))
+
+
 def test_work_dir_that_cannot_be_made_is_refused(tool, digits, monkeypatch):
     monkeypatch.chdir(digits)
     monkeypatch.syspath_prepend(str(digits))
@@ -518,6 +528,23 @@ def test_weights_alone_are_not_resumed(tool, in_digits, tmp_path):
     assert f'load_from={path}' in message
 
 
+def test_training_of_another_model_is_not_resumed(tool, in_digits, tmp_path):
+    path = untrained('digits.py', tmp_path / 'weights.pth')
+    checkpoint = torch.load(path)
+    torch.save({**checkpoint, 'meta': {}, 'optimizer': {}}, path)
+    message = refusal(
+        tool('train').main, 'digits.py', '--work-dir', tmp_path / 'work',
+        '--resume', path, '--cfg-options', 'model.head.num_classes=12')
+    assert 'does not fit the config' in message and 'head.fc' in message
+
+
+def test_missing_weights_to_start_from_are_told(tool, in_digits, tmp_path):
+    message = refusal(
+        tool('train').main, 'digits.py', '--work-dir', tmp_path,
+        '--cfg-options', 'load_from=gone.pth')
+    assert "load_from 'gone.pth' does not exist" in message
+
+
 def test_option_without_a_value_is_told(tool, capsys):
     with pytest.raises(SystemExit):
         tool('test').main(['c.py', 'c.pth', '--cfg-options', 'a=1', 'b'])
@@ -560,6 +587,60 @@ def test_weights_of_another_arch_are_described(tool, tmp_path):
             r'config: 31 tensors, such as: size mismatch for .*\. The file '
             r'holds arch of its own \(depths 1, dims 8, kernel 3\)\. Name')):
         check(large, path)
+
+
+def test_weights_of_a_deeper_backbone_are_refused(tool, tmp_path):
+    tool('test')
+    path = str(tmp_path / 'a.pth')
+    small, large = (torch.nn.ModuleDict(dict(backbone=Conv2Former(dict(
+        depths=[depth], dims=[8], kernel_size=3)))) for depth in (1, 2))
+    torch.save(large.state_dict(), path)
+    check = sys.modules['launch'].check_weights
+    check(large, path)
+    with pytest.raises(SystemExit, match=(
+            r'has \d+ tensors more, such as backbone\.stages\.0\.1')):
+        check(small, path)
+
+
+@pytest.mark.parametrize('value, expected', [
+    ('/a b/c', '/a b/c'), ('"/a b/c"', '/a b/c'), ('[1, 2]', [1, 2]),
+    ('(1, 2)', (1, 2)), ('1, 2', [1, 2]), ('True', True)])
+def test_settings_keep_the_spaces_of_paths(tool, value, expected):
+    args = tool('train').parse_args(['a.py', '--cfg-options', f'key={value}'])
+    assert args.cfg_options == dict(key=expected)
+
+
+def test_setting_with_half_a_list_is_told(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool('test').main(['c.py', 'c.pth', '--cfg-options', 'a=[1,2'])
+    assert '--cfg-options: Imbalanced brackets' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name, part', [
+    ('train', 'train_dataloader'), ('train', 'optim_wrapper'),
+    ('test', 'test_evaluator')])
+def test_config_that_lacks_a_part_is_told(tool, name, part):
+    config = CONFIGS / 'classification/conv2former_t_in1k.py'
+    message = refusal(tool(name).main, config, *['a.pth'] * (name == 'test'),
+                      '--cfg-options', f'{part}=None')
+    assert message.endswith(f'has no {part}')
+
+
+def test_last_checkpoint_is_found_where_the_work_dir_was_moved(tool, tmp_path):
+    train = tool('train')
+    note = tmp_path / 'last_checkpoint'
+    assert train.latest_checkpoint(str(tmp_path)) is None
+    note.write_text('/gone/epoch_2.pth')
+    (tmp_path / 'epoch_1.pth').touch()
+    with pytest.raises(SystemExit, match=r'--resume PATH, of epoch_1\.pth'):
+        train.latest_checkpoint(str(tmp_path))
+    note.write_text('')  # of a process that was killed
+    with pytest.raises(SystemExit, match="names the checkpoint ''"):
+        train.latest_checkpoint(str(tmp_path))
+    (tmp_path / 'epoch_2.pth').touch()
+    note.write_text('/gone/epoch_2.pth')
+    assert train.latest_checkpoint(str(tmp_path)) == str(
+        tmp_path / 'epoch_2.pth')
 
 
 def test_missing_checkpoint_to_resume_is_refused(tool):
@@ -857,6 +938,13 @@ def test_predictions_of_boxes_go_to_a_pickle_only(tool):
     with pytest.raises(SystemExit, match='.pkl'):
         options_of_test(tool, 'detection/mask_rcnn_conv2former_t_coco.py',
                         '--out', 'predictions.json')
+
+
+def test_predictions_do_not_go_to_a_folder(tool, tmp_path):
+    (tmp_path / 'a.pkl').mkdir()
+    with pytest.raises(SystemExit, match=r'a.pkl. is a folder; name a file'):
+        options_of_test(tool, 'classification/conv2former_t_in1k.py',
+                        '--out', str(tmp_path / 'a.pkl'))
 
 
 def test_batch_norm_is_not_synchronised_without_a_gpu(tool):

@@ -54,8 +54,11 @@ class CheckedLoad(BaseTransform):
         except _UNREADABLE as error:
             if path is None:  # no file of its own, but the annotations
                 raise
-            reason = 'it does not exist' if isinstance(
-                error, FileNotFoundError) else f'it is damaged ({error})'
+            reason = f'it is damaged ({error})'
+            if isinstance(error, FileNotFoundError):
+                reason = 'it does not exist'
+            elif isinstance(error, PermissionError):
+                reason = 'you may not read it'
             kind = 'image' if self.key == 'img_path' else 'label map'
             raise DataError(
                 f"cannot read the {kind} '{path}': {reason}. Put a good copy "

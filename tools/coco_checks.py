@@ -4,12 +4,16 @@ pycocotools and mmdet take such a file as it is: they leave out what does not
 fit without a word, or end in a KeyError.
 """
 import json
+import logging
+import math
 import mmap
 import os.path as osp
 import re
 from collections.abc import Iterable, Iterator
 from numbers import Real
 from typing import Any
+
+from mmengine.logging import print_log
 
 from data_error import DataError, some_of
 
@@ -72,10 +76,11 @@ def read_categories(path: str) -> dict[int, str]:
             f"the categories of '{path}' are no JSON ({error})") from error
     names = {}
     for category in categories:
-        key, name = category.get('id'), category.get('name')
+        key, name = (category.get(key) if isinstance(category, dict) else None
+                     for key in ('id', 'name'))
         if not isinstance(key, (int, float)) or not isinstance(name, str):
             raise DataError(
-                f"'{path}' has the category {category}. Its id must be a "
+                f"'{path}' has the category {category!r}. Its id must be a "
                 'number, the category_id of its annotations, and its name a '
                 'text')
         if key in names:
@@ -264,20 +269,80 @@ def check_objects(data_set: Any, alone: bool) -> None:
     raise DataError(f"'{path}' {reason}")
 
 
+def explain_entries(data_sets: Iterable[Any]) -> None:
+    """Find what has another type than pycocotools and mmdet take for granted.
+
+    Args:
+        data_sets (Iterable[object]): The data sets, not loaded.
+
+    Raises:
+        DataError: If an entry of a file is that.
+    """
+    for data_set in _with_files(data_sets):
+        content = _read_json(data_set.ann_file)
+        for name in _KEYS:
+            entries = content.get(name, [])
+            if not isinstance(entries, list):
+                raise DataError(f"'{data_set.ann_file}' has '{name}' that are "
+                                'no list')
+            for i, entry in enumerate(entries):
+                wrong = _wrong_value(entry)
+                if wrong:
+                    raise DataError(f"'{data_set.ann_file}' cannot be read: "
+                                    f"entry {i} of '{name}' {wrong}")
+
+
+def _wrong_value(entry: Any) -> str:
+    """What is wrong with an entry of a COCO file, or ''."""
+    if not isinstance(entry, dict):
+        return f'is {entry!r}, and not a dictionary'
+    kinds = dict(file_name=str, name=str, height=Real, width=Real, area=Real)
+    for key, kind in kinds.items():
+        if key in entry and not isinstance(entry[key], kind):
+            return (f'(id {entry.get("id")}) has {key}={entry[key]!r}; '
+                    f'expected a {"text" if kind is str else "number"}')
+    box = entry.get('bbox', [0] * 4)
+    if not isinstance(box, list) or len(box) != 4 or not all(
+            isinstance(number, Real) for number in box):
+        return (f'(id {entry.get("id")}) has bbox={box!r}; expected four '
+                'numbers, x, y, width and height')
+    return ''
+
+
 def _is_mask(mask: Any) -> bool:
     """Whether it is a list of polygons, which may be arrays, or run lengths.
     """
     if isinstance(mask, dict):
-        return 'counts' in mask and 'size' in mask
+        return _is_run_lengths(**mask)
     return isinstance(mask, list) and all(
         isinstance(polygon, Iterable) and all(
-            isinstance(number, Real) for number in polygon)
+            isinstance(number, Real) and math.isfinite(number)
+            for number in polygon)
         for polygon in mask)
+
+
+def _is_run_lengths(counts: Any = None, size: Any = None,
+                    **_: Any) -> bool:
+    """Whether these fill a mask; of others pycocotools takes what lies in
+    memory, or ends in an error without a name."""
+    if not isinstance(size, list) or len(size) != 2 or not all(
+            isinstance(number, int) for number in size):
+        return False
+    if isinstance(counts, list):
+        return all(isinstance(number, int) and number >= 0
+                   for number in counts) and sum(counts) == size[0] * size[1]
+    from pycocotools import mask  # comes with mmdet
+
+    try:
+        mask.decode(dict(counts=counts, size=size))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 _MASK_FORMAT = ('a mask is a list of polygons, [[x1, y1, x2, y2, x3, y3, '
                 "...], ...], or run lengths, {'size': [height, width], "
-                "'counts': ...}")
+                "'counts': ...}, which fill that size")
 
 
 def check_masks(info: dict) -> None:
@@ -310,14 +375,29 @@ def check_masks(info: dict) -> None:
                 'in the annotation file')
 
 
-def _check_measured_masks(path: str, where: str, categories: list) -> None:
+def _check_measured(path: str, where: str, entries: list) -> None:
+    """Look for objects that pycocotools fails to measure after an epoch.
+
+    Raises:
+        DataError: If there are any.
+    """
+    for entry in entries:
+        if 'iscrowd' not in entry:
+            raise DataError(
+                f"{where} measures with '{path}', and its annotation with the "
+                f"id {entry.get('id')} has no 'iscrowd', which pycocotools "
+                "wants. Add 'iscrowd': 0 to the annotations of single objects")
+
+
+def _check_measured_masks(path: str, where: str, categories: list,
+                          entries: list) -> None:
     """Look for masks that pycocotools fails to read after an epoch.
 
     Raises:
         DataError: If there are any.
     """
     wrong = []
-    for entry in _read_json(path).get('annotations', ()):
+    for entry in entries:
         mask = entry.get('segmentation')
         # Four numbers and less it does not take for a polygon.
         if entry.get('category_id') in categories and not (
@@ -357,8 +437,15 @@ def check_metric(metric: dict, loader: Any, where: str) -> None:
     own = data_set.ann_file
     if osp.isfile(own) and osp.realpath(path) != osp.realpath(own):
         _compare_files(path, data_set, where)
+    elif getattr(data_set, '_indices', None) is not None:
+        print_log(
+            f"{where} measures on all images of '{path}', and indices= takes "
+            f'{len(data_set)} of them: the others count as missed',
+            logger='current', level=logging.WARNING)
+    entries = _read_json(path).get('annotations', [])
+    _check_measured(path, where, entries)
     if 'segm' in (metric.get('metric') or ()):
-        _check_measured_masks(path, where, data_set.cat_ids)
+        _check_measured_masks(path, where, data_set.cat_ids, entries)
 
 
 def _compare_files(path: str, data_set: Any, where: str) -> None:

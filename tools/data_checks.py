@@ -117,7 +117,8 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
     """
     try:
         return build(cfg, *args, **kwargs)
-    except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+    except (AssertionError, KeyError, RuntimeError, TypeError,
+            ValueError) as error:
         no_images = ('no images. Compare data_root, data_prefix, ann_file, '
                      'the suffixes and filter_cfg with the files')
         if isinstance(error, KeyError):
@@ -141,6 +142,8 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
                       'the suffixes of its files (docs/data.md, Images and '
                       'label maps)')
         else:
+            if isinstance(error, (TypeError, ValueError)):
+                coco_checks.explain_entries(_unread(cfg['dataset']))
             raise
         settings = {
             key: value
@@ -246,8 +249,8 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
     Raises:
         DataError: If something does not fit.
     """
-    leaves = list(_leaves(loader.dataset))
-    for data_set in leaves:
+    found = list(leaves(loader.dataset))
+    for data_set in found:
         meta = getattr(data_set, 'metainfo', {})
         classes = meta.get('classes')
         name = describe(data_set)
@@ -259,7 +262,7 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
                     data_set.ann_file, set(data_set.cat_img_map),
                     coco_checks.compare_categories(data_set))
                 if not data_set.test_mode:
-                    coco_checks.check_objects(data_set, len(leaves) == 1)
+                    coco_checks.check_objects(data_set, len(found) == 1)
         # Only mmseg computes its loss from label maps as they are.
         limit = None
         if hasattr(data_set, 'reduce_zero_label'):
@@ -281,8 +284,8 @@ def check_agreement(first: Any, second: Any) -> None:
     Raises:
         DataError: If they have other classes, or another reduce_zero_label.
     """
-    one = next(_leaves(first.dataset))
-    for other in _leaves(second.dataset):
+    one = next(leaves(first.dataset))
+    for other in leaves(second.dataset):
         pair = one, other
         names = ' and '.join(describe(data_set) for data_set in pair)
         classes = [
@@ -323,13 +326,13 @@ def _difference(first: list[str], second: list[str]) -> str:
     return ', and '.join(only) or 'they have them in another order'
 
 
-def _leaves(data_set: Any) -> Iterator[Any]:
+def leaves(data_set: Any) -> Iterator[Any]:
     """Data sets inside the wrappers of mmengine, the libraries and torch."""
     if hasattr(data_set, 'datasets'):
         for inner in data_set.datasets:
-            yield from _leaves(inner)
+            yield from leaves(inner)
     elif hasattr(data_set, 'dataset'):
-        yield from _leaves(data_set.dataset)
+        yield from leaves(data_set.dataset)
     else:
         yield data_set
 
@@ -380,6 +383,14 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad']) -> None:
         path = info.get('img_path')
         if any(getattr(load.load, 'with_mask', False) for load in loads):
             coco_checks.check_masks(info)
+        label = info.get('gt_label')
+        classes = getattr(data_set, 'metainfo', {}).get('classes')
+        if classes and isinstance(label, int) \
+                and not 0 <= label < len(classes):
+            raise DataError(
+                f"{describe(data_set)} gives '{path}' the label {label}, "
+                f'which is no class: they are 0 to {len(classes) - 1}, '
+                'counted from 0. Correct the list')
         local = path and is_local(path, data_set)
         if local and not osp.isfile(path):
             raise DataError(f"{describe(data_set)} names the image '{path}', "

@@ -375,6 +375,8 @@ def main(argv: list[str] | None = None) -> None:
     if out is None:
         name = 'classifier' if outputs == ['logits'] else 'backbone'
         out = Path(cfg.work_dir, f'{Path(args.config).stem}_{name}.onnx')
+    if out.is_dir():
+        raise SystemExit(f"--out '{out}' is a folder; name a file")
     launch.check_writable(str(out.parent), '--out')
     paths = [out.with_suffix(SUFFIXES[kind]) for kind in args.format]
     for path in paths:

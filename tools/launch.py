@@ -45,8 +45,15 @@ torch.serialization.add_safe_globals(safe_globals())
 
 
 class _SettingsAction(DictAction):
-    """mmengine's reading of KEY=VALUE, which ends in a traceback without '='.
-    """
+    """mmengine's reading of KEY=VALUE, which ends in a traceback without '='
+    or with half a list, and takes the spaces out of paths."""
+
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        text = val.strip('\'"')
+        if ' ' in text and ',' not in text and text[0] not in '([':
+            return text
+        return DictAction._parse_iterable(val)
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any,
                  values: list[str], option_string: str | None = None) -> None:
@@ -54,7 +61,10 @@ class _SettingsAction(DictAction):
             if '=' not in value:
                 parser.error(f"{option_string}: expected KEY=VALUE, got "
                              f"'{value}'")
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except AssertionError as error:
+            parser.error(f'{option_string}: {error}')
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -169,18 +179,20 @@ def check_writable(folder: str, option: str) -> None:
             f'that you may write in with {option}') from error
 
 
-def check_model(cfg: Config, path: str) -> None:
-    """Check that a config has a model.
+def check_model(cfg: Config, path: str, *parts: str) -> None:
+    """Check that a config has a model, and what else is needed.
 
     Args:
         cfg (Config): The config.
         path (str): Where it comes from.
+        parts (str): Other settings that are needed.
 
     Raises:
         SystemExit: If it has none.
     """
-    if 'model' not in cfg:
-        raise SystemExit(f"config '{path}' has no model")
+    for part in ('model', *parts):
+        if cfg.get(part) is None:  # which may be empty
+            raise SystemExit(f"config '{path}' has no {part}")
 
 
 def data_paths(data_set: ConfigDict) -> dict[str, str]:
@@ -210,6 +222,9 @@ def data_paths(data_set: ConfigDict) -> dict[str, str]:
         }
     names['ann_file'] = ann_file
     root = data_set.get('data_root') or ''
+    if not any(names.values()) and kind.endswith('CustomDataset') \
+            and root and '://' not in root:
+        return {'data_root, one folder per class': root}
     return {
         key: osp.join(root, name)
         for key, name in names.items()
@@ -303,15 +318,15 @@ def read_file(path: str, what: str) -> dict:
 def check_weights(model: nn.Module, path: str) -> None:
     """Check that a checkpoint has all weights of a model.
 
-    mmengine would go on with random ones in place of others. What else is in
-    the file does no harm.
+    mmengine would go on with random ones in place of others, and without
+    blocks of a deeper backbone. What else is in the file does no harm.
 
     Args:
         model (nn.Module): The model, which gets the weights.
         path (str): File or URL.
 
     Raises:
-        SystemExit: If it has not.
+        SystemExit: If it has not, or more blocks.
     """
     checkpoint = read_file(path, 'the checkpoint')
     weights = checkpoint.get('state_dict', checkpoint)
@@ -322,11 +337,18 @@ def check_weights(model: nn.Module, path: str) -> None:
     while hasattr(model, 'module'):  # DDP, test-time augmentation
         model = model.module
     try:
-        missing = [key for key in model.load_state_dict(
-            state, strict=False).missing_keys
+        found = model.load_state_dict(state, strict=False)
+        missing = [key for key in found.missing_keys
                    if not key.endswith('num_batches_tracked')]
-        reason = missing and (f'{len(missing)} tensors are missing, such as '
-                              f'{missing[0]}')
+        layers = [key for key in found.unexpected_keys if key.startswith(
+            ('backbone.stages.', 'backbone.downsample_layers.'))]
+        reason = ''
+        if missing:
+            reason = (f'{len(missing)} tensors are missing, such as '
+                      f'{missing[0]}')
+        elif layers:
+            reason = (f'its backbone has {len(layers)} tensors more, such as '
+                      f'{layers[0]}')
     except RuntimeError as error:
         # A line of what it is about, and one for each tensor.
         what, *lines = str(error).splitlines()

@@ -294,6 +294,21 @@ def read_manifest(dest):
     return manifest if is_ours else None
 
 
+def files_of(manifest):
+    """Names of all files of the data with that manifest.
+
+    Args:
+        manifest (dict): Of :func:`read_manifest`.
+
+    Returns:
+        set[str]: Relative to its folder.
+    """
+    scenes = {name for name in manifest['files'] if name.startswith('scenes/')}
+    return {'manifest.json', *manifest['files'],
+            *(f'scenes/{split}.json' for split in SPLITS),
+            *(name.replace('scenes/', 'scenes/labels/', 1) for name in scenes)}
+
+
 def check_replaceable(dest, manifest):
     """Check that replacing ``dest`` destroys nothing but Digits data.
 
@@ -309,12 +324,7 @@ def check_replaceable(dest, manifest):
     if not dest.is_dir():
         raise FileExistsError(
             f"'{dest}' is a file; give a new or empty folder")
-    made = set()
-    if manifest:
-        made = {'manifest.json', *manifest['files']}
-        made |= {f'scenes/{split}.json' for split in SPLITS}
-        made |= {name.replace('scenes/', 'scenes/labels/', 1)
-                 for name in manifest['files']}
+    made = files_of(manifest) if manifest else set()
     foreign = sorted(
         name for name in (path.relative_to(dest).as_posix()
                           for path in dest.rglob('*')
@@ -325,6 +335,11 @@ def check_replaceable(dest, manifest):
             f"'{dest}' holds {', '.join(foreign[:3])}, which no manifest.json "
             'of this tool names; give a new or empty folder, or remove this '
             'one first')
+
+
+def is_filled(path):
+    """Whether there is such a file, and something in it."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def make_digits(dest,
@@ -361,7 +376,7 @@ def make_digits(dest,
         seed=seed)
     manifest = read_manifest(dest)
     if manifest and manifest['settings'] == settings and all(
-            (dest / name).is_file() for name in manifest['files']):
+            is_filled(dest / name) for name in files_of(manifest)):
         report(f'{dest} is complete, nothing to do')
         return False
     if dest.exists():

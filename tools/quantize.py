@@ -27,9 +27,11 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor
 
+import checked_load
 import data_checks
 import export
 import launch
+from data_error import one_message
 
 CALIBRATION_IMAGES = 256
 BATCH = 32
@@ -90,7 +92,10 @@ def batches(cfg: Config, part: str,
         sampler=dict(type='DefaultSampler', shuffle=True))
     preprocessor = MODELS.build(
         dict(type='ClsDataPreprocessor', **export.preprocessing(cfg)))
-    for batch in Runner.build_dataloader(loader, seed=0):
+    loader = Runner.build_dataloader(loader, seed=0)
+    for built in data_checks.leaves(loader.dataset):
+        list(checked_load.wrap_loads(built.pipeline, None))
+    for batch in loader:
         batch = preprocessor(batch)
         labels = [sample.gt_label.item() for sample in batch['data_samples']]
         yield batch['inputs'][:images], torch.tensor(labels[:images])
@@ -213,7 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     launch.check_data(cfg, ('train', 'test'))
     launch.check_writable(str(out.parent), '--out')
     init_default_scope(cfg.default_scope)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+    with one_message(), tempfile.TemporaryDirectory(
+            dir=out.parent) as folder:
         written = osp.join(folder, 'int8.onnx')
         training = batches(cfg, 'train', CALIBRATION_IMAGES)
         quantize(args.model, written, (images for images, _ in training))

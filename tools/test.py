@@ -57,7 +57,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     Raises:
         SystemExit: If an option cannot be followed.
     """
-    launch.check_model(cfg, args.config)
+    launch.check_model(cfg, args.config, 'test_dataloader', 'test_cfg',
+                       'test_evaluator')
     launch.check_file(args.checkpoint, 'the checkpoint')
     # A fused model takes no weights: main() loads them before.
     cfg.load_from = None if args.fuse else args.checkpoint
@@ -125,6 +126,8 @@ def _dump(cfg: Config, out: str) -> None:
         return
     if not out.endswith(('.pkl', '.pickle')):
         raise SystemExit(f"--out must end with .pkl or .pickle, got '{out}'")
+    if osp.isdir(out):
+        raise SystemExit(f"--out '{out}' is a folder; name a file")
     launch.check_writable(osp.dirname(osp.abspath(out)), '--out')
     cfg.test_evaluator = [
         *metrics,

@@ -2,6 +2,7 @@
 import argparse
 import logging
 import os
+from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -96,7 +97,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     Raises:
         SystemExit: If an option cannot be followed.
     """
-    launch.check_model(cfg, args.config)
+    launch.check_model(cfg, args.config, 'train_dataloader', 'train_cfg',
+                       'optim_wrapper')
     if args.amp:
         settings = cfg.optim_wrapper
         settings.type = 'AmpOptimWrapper'
@@ -122,7 +124,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.auto_scale_lr = {**auto, 'enable': True}
     checkpoint = args.resume
     if checkpoint == 'auto':
-        checkpoint = find_latest_checkpoint(cfg.work_dir)
+        checkpoint = latest_checkpoint(cfg.work_dir)
     if checkpoint is not None:
         launch.check_resumable(checkpoint)
         cfg.resume = True
@@ -131,6 +133,32 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         for part in pretrained_parts(cfg):
             cfg.model[part].init_cfg = None
     return cfg
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint that training goes on from.
+
+    Args:
+        work_dir (str): Folder of the run, which may have been moved.
+
+    Returns:
+        str | None: Path of the file, or None if there is none.
+
+    Raises:
+        SystemExit: If there are checkpoints, and mmengine's note of the last
+            one does not name one of them.
+    """
+    path = find_latest_checkpoint(work_dir)
+    if path is None or os.path.isfile(path):
+        return path
+    beside = os.path.join(work_dir, os.path.basename(path))
+    if os.path.isfile(beside):
+        return beside
+    found = sorted(file.name for file in Path(work_dir).glob('*.pth'))
+    raise SystemExit(
+        f"the file last_checkpoint in '{work_dir}' names the checkpoint "
+        f"'{path}', which does not exist: give one with --resume PATH" +
+        (f', of {", ".join(found)} there' if found else ''))
 
 
 def fit_lr(cfg: Config) -> tuple[int, str] | None:
@@ -253,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = merge_args(launch.read_config(args), args)
     check_pretrained(cfg)
     check_schedule(cfg)
+    if cfg.get('load_from') and not cfg.resume:
+        launch.read_file(cfg.load_from, 'load_from')
     launch.check_data(cfg, ('train', 'val'))
     launch.check_writable(cfg.work_dir, '--work-dir')
     note = fit_lr(cfg)
@@ -266,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.optim_wrapper.get('dtype') == 'bfloat16' or \
                 cfg.optim_wrapper.get('type') == CPUAmpOptimWrapper.__name__:
             runner.register_hook(BoxesInFloat32())
+        if cfg.resume and not args.fsdp:
+            launch.check_weights(runner.model, cfg.load_from)
         try:
             runner.train()
         except CheckpointError as error:  # of an init_cfg
