@@ -194,14 +194,25 @@ def test_other_input_channels_and_half_precision_autocast_work():
     (dict(layer_scale_init_value=float('nan')), 'finite number, got nan'),
     (dict(compile='max-autotune'), "bool or a dict .* got 'max-autotune'"),
     (dict(cuda_graphs='yes'), "cuda_graphs must be a bool .* got 'yes'"),
+    (dict(arch=5), 'arch must be a name or a dict, got 5'),
+    (dict(arch={**MINI, 'width': 2}), 'got the keys .*width'),
+    (dict(arch=dict(depths=[], dims=[], kernel_size=3)), 'per stage each'),
+    (dict(arch=dict(depths=[True], dims=[8], kernel_size=3)), r'\[True\]'),
+    (dict(arch=dict(depths=[1], dims=8, kernel_size=3)), 'dims 8'),
+    (dict(mlp_ratio=.1), 'leaves each MLP a channel, got 0.1'),
+    (dict(frozen_stages=-2), r'-1 \.\. 4 .*got -2'),
+    (dict(in_channels=0), 'positive integer, got 0'),
+    (dict(kernel_size=-3), 'odd positive integer, got -3'),
+    (dict(drop_path_rate=-.1), r'in \[0, 1\), got -0.1'),
+    (dict(layer_scale_init_value=float('inf')), 'finite number, got inf'),
 ])
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Conv2Former(**{'arch': MINI, **kwargs})
 
 
-@pytest.mark.parametrize('shape', [(2, 3, 31, 64), (2, 1, 64, 64),
-                                   (3, 64, 64)])
+@pytest.mark.parametrize('shape', [(2, 3, 31, 64), (2, 3, 64, 31),
+                                   (2, 1, 64, 64), (3, 64, 64)])
 def test_bad_inputs_are_named(shape):
     with pytest.raises(ValueError, match=r'\(N, 3, H, W\).*at least 32.*got'):
         Conv2Former(MINI)(torch.rand(shape))
@@ -265,3 +276,33 @@ def test_neck_pools_the_last_map_after_norm():
     h = (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, correction=0)
                                          + 1e-6).sqrt()
     torch.testing.assert_close(out, h.mean((2, 3)))
+
+
+def test_names_of_archs_may_be_in_capitals():
+    assert resolve_arch('Tiny') == resolve_arch('tiny')
+
+
+@pytest.mark.parametrize('build', [
+    lambda: Conv2Former(MINI), lambda: Conv2FormerNeck(32)])
+def test_convolutions_start_as_in_the_official_code(build):
+    torch.manual_seed(0)
+    convs = [m for m in build().modules() if isinstance(m, nn.Conv2d)]
+    weights = torch.cat([m.weight.flatten() for m in convs])
+    assert weights.std().item() == pytest.approx(.02, rel=.05)
+    assert not any(m.bias.any() for m in convs if m.bias is not None)
+
+
+def test_options_of_the_compiler_are_passed_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Conv2Former, 'compile',
+                        lambda self, **kwargs: seen.append(kwargs))
+    Conv2Former(MINI, compile=dict(mode='reduce-overhead'))
+    assert seen == [dict(mode='reduce-overhead')]
+
+
+def test_stem_has_second_derivatives_without_fused_operators():
+    stem = Conv2Former(MINI, fused=False).downsample_layers[0].double()
+    x = torch.rand(2, 3, 8, 8, dtype=torch.double, requires_grad=True)
+    grad, = torch.autograd.grad(stem(x).pow(2).sum(), x, create_graph=True)
+    grad.pow(2).sum().backward()
+    assert x.grad.isfinite().all()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.model import PretrainedInit
 from torch import nn
 
 import convert_checkpoint
@@ -429,3 +430,75 @@ def test_trusted_pickles_are_converted_to_tensors_only(tmp_path):
         convert(src, dst)
     convert(src, dst, trust_pickle=True)
     assert set(torch.load(dst, weights_only=True)) == {'meta', 'state_dict'}
+
+
+def test_wrong_prefix_is_refused_also_for_a_single_backbone(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(prefixed(GOOD, 'teacher.backbone.'), path)
+    with pytest.raises(CheckpointError, match="instead of prefix='student"):
+        load_backbone(Conv2Former(MINI), path, prefix='student')
+
+
+def test_prefix_in_init_cfg_names_the_backbone_and_its_head(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save({**prefixed(OTHER, 'teacher.'), **prefixed(GOOD, 'student.')},
+               path)
+    init_cfg = dict(type='Pretrained', checkpoint=path, prefix='student.')
+    backbone = Conv2Former(MINI, init_cfg=init_cfg)
+    neck = Conv2FormerNeck(*GOOD['head.0.weight'].shape[1::-1],
+                           init_cfg=init_cfg)
+    for module in (backbone, neck):
+        module.init_weights()
+    assert torch.equal(backbone.stages[0][0].attn.v.bias,
+                       GOOD['stages.0.0.attn.v.bias'])
+    assert torch.equal(neck.conv.weight, GOOD['head.0.weight'])
+
+
+@pytest.mark.parametrize('content', [
+    dict(model=GOOD), dict(model=GOOD, model_ema=None)])
+def test_weights_under_model_load(content, tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(content, path)
+    backbone = Conv2Former(MINI)
+    load_backbone(backbone, path)
+    assert torch.equal(backbone.stages[0][0].attn.v.bias,
+                       GOOD['stages.0.0.attn.v.bias'])
+
+
+def test_weights_are_loaded_once(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(GOOD, path)
+    backbone = Conv2Former(
+        MINI, init_cfg=dict(type='Pretrained', checkpoint=path))
+    backbone.init_weights()
+    nn.init.ones_(backbone.stages[0][0].attn.v.bias)
+    backbone.init_weights()
+    assert (backbone.stages[0][0].attn.v.bias == 1).all()
+
+
+@pytest.mark.parametrize('kind', ['Pretrained', PretrainedInit])
+def test_pretrained_may_be_named_by_its_class(kind, tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(without('stages.2.1.mlp.pos.weight'), path)
+    backbone = Conv2Former(MINI, init_cfg=dict(type=kind, checkpoint=path))
+    with pytest.raises(CheckpointError, match='1 missing'):
+        backbone.init_weights()
+
+
+def test_urls_and_paths_from_home_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 't.pth').touch()
+    assert find_checkpoint('~/t.pth') == str(tmp_path / 't.pth')
+    assert find_checkpoint('https://a.b/t.pth') == 'https://a.b/t.pth'
+
+
+def test_directory_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no checkpoint'):
+        find_checkpoint(str(tmp_path))
+
+
+def test_model_of_another_mlp_ratio_is_told_what_to_compare(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(GOOD, path)
+    with pytest.raises(CheckpointError, match='compare in_channels, mlp_rat'):
+        load_backbone(Conv2Former(MINI, mlp_ratio=2), path)

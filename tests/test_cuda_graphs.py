@@ -453,3 +453,79 @@ def test_without_a_gpu_nothing_is_recorded(monkeypatch):
         model(torch.randn(1, 3, 32, 32))
     assert recorded(model) == 0
     assert set(lines) == {'no CUDA graphs on the cpu'}
+
+
+def test_precisions_have_graphs_of_their_own(models, device):
+    eager, graphed = models()
+    x = images(device)
+    for autocast in (False, True, False):
+        for _ in range(4):
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                assert_same(step(graphed, x), step(eager, x))
+    assert recorded(graphed) == 2
+
+
+def test_hooks_of_all_modules_are_called_without_graphs(models, device):
+    _, graphed = models()
+    called = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda *_: called.append(1))
+    try:
+        counts = []
+        for _ in range(4):
+            called.clear()
+            graphed(images(device))
+            counts.append(len(called))
+    finally:
+        handle.remove()
+    assert recorded(graphed) == 0 and len(set(counts)) == 1
+
+
+@pytest.mark.parametrize('device', ['cpu'], indirect=True)
+def test_switch_and_deterministic_algorithms_have_graphs_of_their_own(
+        models, device, monkeypatch):
+    _, graphed = models()
+    x = images(device)
+
+    def check(records):
+        for _ in range(4):
+            graphed(x)
+        assert recorded(graphed) == records
+
+    check(1)
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    check(2)
+    for name in ('deterministic', 'enabled'):
+        value = getattr(torch.backends.cudnn, name)
+        monkeypatch.setattr(torch.backends.cudnn, name, not value)
+        check(3 if name == 'deterministic' else 4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_eps_that_changes_is_seen(models, device):
+    eager, graphed = models()
+    x = images(device)
+    for eps in (1e-6, .1):
+        for model in (eager, graphed):
+            model.norm0.eps = eps
+        for _ in range(4):
+            assert_same(step(graphed, x), step(eager, x))
+
+
+@pytest.mark.parametrize('device', ['cpu'], indirect=True)
+def test_recording_draws_no_random_numbers(models, device):
+    eager, graphed = models(drop_path_rate=.9)
+    x = images(device)
+    for _ in range(cuda_graphs.WARM_UP):
+        graphed(x)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    graphed.cuda_graphs.recording(graphed, x)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    eager(x)  # to record on the tape is to run it once
+    assert torch.equal(after, torch.get_rng_state())

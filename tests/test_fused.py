@@ -1160,3 +1160,57 @@ def test_gpus_without_what_triton_needs_get_the_kernels_of_torch(
                         SimpleNamespace(scale_residual=scale_residual))
     found = dispatch._try_triton.__wrapped__(torch.device('cuda:0'))
     assert found == '' if reason is None else reason in found
+
+
+@pytest.mark.parametrize('change', [
+    lambda layers: setattr(layers[1], 'dilation', (2, 2)),
+    lambda layers: layers.__setitem__(
+        1, torch.nn.Conv2d(8, 12, 2, 2, padding=1)),
+    lambda layers: layers.__setitem__(
+        1, torch.nn.Conv2d(8, 12, (2, 3), (2, 3))),
+    lambda layers: layers.__setitem__(0, operators.LayerNorm2d(4)),
+    lambda layers: setattr(layers[0], 'weight', nn.Parameter(
+        layers[0].weight.detach().to('meta')))])
+def test_other_layers_of_a_downsampling_are_recognised(change):
+    layers = [operators.LayerNorm2d(8), torch.nn.Conv2d(8, 12, 2, 2)]
+    change(layers)
+    assert not fused_downsampling._is_unmodified(
+        torch.randn(1, 8, 6, 6), *layers)
+
+
+@pytest.mark.parametrize('register', [
+    lambda module, call: module.register_forward_pre_hook(call),
+    lambda module, call: module.register_full_backward_hook(call),
+    lambda module, call: module.register_full_backward_pre_hook(call)])
+@pytest.mark.parametrize('name', ['attn', 'attn.norm', 'mlp.fc1'])
+def test_all_kinds_of_hooks_are_called(name, register):
+    model, called = Conv2Former(TINY), []
+    register(model.stages[0][0].get_submodule(name),
+             lambda *_: called.append(1) and None)
+    model(torch.randn(1, 3, 32, 32))[0].sum().backward()
+    assert called == [1]
+
+
+def test_empty_switch_is_no_switch(monkeypatch):
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '')
+    assert dispatch.find_obstacle(torch.ones(1, 8, 4, 4)) == ''
+
+
+def test_other_devices_run_plain_operators():
+    assert 'device meta has no fused operators' == dispatch.find_obstacle(
+        torch.ones(1, 8, 4, 4, device='meta'))
+
+
+def test_drop_path_without_gradients_drops_in_bf16_too(monkeypatch):
+    model = block(8, 5, .5).float().train()
+    x = torch.randn(16, 8, 6, 7)
+    outs = []
+    for switch in '10':
+        monkeypatch.setenv('MMCONV2FORMER_FUSED', switch)
+        torch.manual_seed(0)
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+            outs.append(model(x.bfloat16()).float())
+    torch.testing.assert_close(*outs, rtol=.05, atol=.05)
+    # Samples whose branches were both dropped are as they were.
+    dropped = [torch.equal(*pair) for pair in zip(outs[0], x.bfloat16().float())]
+    assert 0 < sum(dropped) < 16

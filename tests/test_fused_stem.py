@@ -174,7 +174,15 @@ def test_stem_has_no_second_derivatives():
     lambda stem: setattr(stem[1], 'forward', torch.relu),
     lambda stem: setattr(stem[2], 'track_running_stats', False),
     lambda stem: setattr(stem[2], 'num_batches_tracked', None),
-    lambda stem: setattr(stem[2], 'momentum', None)])
+    lambda stem: setattr(stem[2], 'momentum', None),
+    lambda stem: setattr(stem[3], 'padding_mode', 'reflect'),
+    lambda stem: setattr(stem[3], 'dilation', (2, 2)),
+    lambda stem: stem.__setitem__(
+        3, nn.Conv2d(12, 12, 3, padding=1, groups=2, bias=False)),
+    lambda stem: setattr(stem[6], 'padding', (1, 1)),
+    lambda stem: stem.__setitem__(
+        6, nn.Conv2d(12, 24, (2, 4), stride=(2, 4), bias=False)),
+    lambda stem: stem.__setitem__(2, nn.BatchNorm2d(12, affine=False))])
 def test_stem_of_other_layers_is_recognised(change):
     stem = make_stem()
     assert fused_stem._is_unmodified_stem(list(stem))

@@ -444,3 +444,40 @@ def test_own_weights_can_be_loaded():
     image = official.image(65, 50)
     with torch.no_grad():
         assert torch.equal(other(image), folded(image))
+
+
+def test_fused_backbones_want_no_gradients():
+    folded = fuse_for_inference(Conv2Former(SMALL, out_norm=True).eval())
+    assert not any(p.requires_grad for p in folded.parameters())
+
+
+def test_necks_that_are_shared_or_have_other_readers_keep_their_norm():
+    model, other = classifier(), classifier()
+    other.neck = model.neck
+    both = nn.ModuleList([model, other]).eval()
+    image = official.image(65, 50)
+    with torch.no_grad():
+        expected = [m(image) for m in both]
+        for out, true in zip([m(image) for m in fuse_for_inference(both)],
+                             expected):
+            assert difference(out, true) < 1e-5
+
+
+def test_heads_with_further_layers_keep_the_norm_of_the_neck():
+    model = classifier()
+    model.head.other = nn.Linear(model.head.fc.in_features, 3).eval()
+    assert list(fuse_for_inference(model).neck.norm.parameters())
+
+
+def test_fused_models_run_on_the_meta_device():
+    folded = fuse_for_inference(classifier()).to('meta')
+    assert folded(torch.rand(1, 3, 32, 32, device='meta')).shape == (1, 10)
+
+
+def test_prepared_weights_follow_autocast():
+    folded, image = fused(classifier()), official.image(65, 50)
+    with torch.no_grad():
+        expected = folded(image)
+        with torch.autocast('cpu', torch.bfloat16):
+            folded(image)
+        assert torch.equal(folded(image), expected)

@@ -319,3 +319,49 @@ def test_resuming_with_another_model_names_the_parameters():
     with pytest.raises(ValueError, match=r'Only in this model: backbone.stag'
                        r'es.2.2'):
         build(deeper, decay_rate=.5, num_layers=6).load_state_dict(saved)
+
+
+def test_decay_rate_of_one_leaves_the_base_rate_everywhere():
+    groups = build(Model(), decay_rate=1).optimizer.param_groups
+    assert {group['lr'] for group in groups} == {LR}
+
+
+def test_optimizers_without_weight_decay_work():
+    groups = build(Model(), dict(type='SGD', lr=LR),
+                   decay_rate=.5).optimizer.param_groups
+    assert {group['weight_decay'] for group in groups} == {0.}
+
+
+def test_optimizer_without_a_rate_is_named():
+    with pytest.raises(ValueError, match='decay needs lr in the optimizer'):
+        build(Model(), dict(type='AdamW'), decay_rate=.5)
+
+
+def test_resuming_with_another_weight_decay_is_refused():
+    saved = build(Model(), decay_rate=.5).state_dict()
+    other = build(Model(), dict(type='AdamW', lr=LR, weight_decay=2 * WD),
+                  decay_rate=.5)
+    with pytest.raises(ValueError, match='cannot be resumed'):
+        other.load_state_dict(saved)
+
+
+def test_resuming_from_training_without_decay_is_refused():
+    model = Model()
+    saved = torch.optim.AdamW(model.parameters(), lr=LR).state_dict()
+    with pytest.raises(ValueError, match=r'(?s)cannot be resumed.*\? +nan'):
+        build(model, decay_rate=.5).optimizer.load_state_dict(saved)
+
+
+def test_table_has_the_multipliers_of_custom_keys_in_it():
+    groups = build(Model(), decay_rate=.5, custom_keys={
+        'head': dict(lr_mult=10.)}).optimizer.param_groups
+    assert groups[-1]['lr_scale'] == pytest.approx(10.)
+
+
+def test_other_options_of_custom_keys_have_groups_of_their_own():
+    groups = build(Model(), decay_rate=.5, custom_keys={
+        'head.weight': dict(betas=(.5, .9))}).optimizer.param_groups
+    assert [group['betas'] for group in groups if 'head.weight' in
+            group['names']] == [(.5, .9)]
+    assert [group['betas'] for group in groups if 'head.bias' in
+            group['names']] == [(.9, .999)]
