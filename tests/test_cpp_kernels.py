@@ -343,6 +343,10 @@ def test_kernels_are_compiled_once(tmp_path):
 @pytest.mark.parametrize('environment, reason', [
     (dict(CXX='no-compiler'), 'there is no no-compiler'),
     (dict(CXX='env false'), 'cannot be compiled'),
+    (dict(CXX="g++ '"), 'No closing quotation'),
+    # What it says need not be UTF-8.
+    (dict(CXX="sh -c 'printf \"\\374\" >&2; exit 1'", LANG='C.UTF-8'),
+     'cannot be compiled'),
     (dict(XDG_CACHE_HOME='/dev/null'), 'cannot be written or loaded'),
     (dict(ATEN_CPU_CAPABILITY='default'), 'torch finds DEFAULT'),
 ])

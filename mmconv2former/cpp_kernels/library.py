@@ -55,7 +55,13 @@ def _compiler() -> list[str]:
     """The command of the environment variable CXX, or g++, or clang++."""
     commands = [os.environ['CXX']] if os.environ.get('CXX', '').strip() else [
         'g++', 'clang++']
-    for name, *options in map(shlex.split, commands):
+    try:
+        split = [*map(shlex.split, commands)]
+    except ValueError as error:
+        raise CompilerError('cannot be compiled, because the environment '
+                            f'variable CXX is {commands[0]!r}: {error}'
+                            ) from error
+    for name, *options in split:
         if program := shutil.which(name):
             return [program, *options]
     raise CompilerError(
@@ -72,7 +78,8 @@ def _compile(target: Path, command: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
         done = subprocess.run([*command, '-o', str(built)],
-                              capture_output=True, text=True)
+                              capture_output=True, text=True,
+                              errors='replace')
         if done.returncode:
             raise CompilerError(f'cannot be compiled: {" ".join(command)} '
                                 f'says {done.stderr.strip()[:1000]}')
