@@ -128,6 +128,12 @@ class Downsampling(nn.Sequential):
         return downsampling(x, *self) if self.fused else super().forward(x)
 
 
+def _children(module: nn.Module, *names: str) -> list[nn.Module]:
+    """Parts of a module; as attributes they take ten times as long."""
+    modules = module._modules
+    return [modules[name] for name in names]
+
+
 class ConvModulation(nn.Module):
     """``W_proj(fuse(DW_k(GELU(W_a LN(x))), W_v LN(x)))`` (paper, eq. 3-5).
 
@@ -155,7 +161,7 @@ class ConvModulation(nn.Module):
 
     def branch(self, scale: Tensor, keep: Tensor | None) -> Branch:
         """As :func:`mmconv2former.fused_block.fused_block` takes it."""
-        norm, att, v, proj = dispatch.parts(self, 'norm', 'att', 'v', 'proj')
+        norm, att, v, proj = _children(self, 'norm', 'att', 'v', 'proj')
         z, _, depthwise = att._modules.values()
         return Branch(norm, (z, v, depthwise, proj), scale, keep)
 
@@ -182,7 +188,7 @@ class MLP(nn.Module):
 
     def branch(self, scale: Tensor, keep: Tensor | None) -> Branch:
         """As :func:`mmconv2former.fused_block.fused_block` takes it."""
-        norm, *layers = dispatch.parts(self, 'norm', 'fc1', 'pos', 'fc2')
+        norm, *layers = _children(self, 'norm', 'fc1', 'pos', 'fc2')
         return Branch(norm, layers, scale, keep)
 
 
@@ -256,16 +262,13 @@ class Block(nn.Module):
         Returns:
             nn.Module: The first one, which may be the block itself.
         """
-        attn, mlp, drop_path = dispatch.parts(self, 'attn', 'mlp',
-                                              'drop_path')
+        attn, mlp, drop_path = _children(self, 'attn', 'mlp', 'drop_path')
         for part, kind in ((attn, ConvModulation), (mlp, MLP),
                            (drop_path, DropPath)):
             if not dispatch.is_plain(part, kind):
                 return part
-        attn_norm, att, v, proj = dispatch.parts(attn, 'norm', 'att', 'v',
-                                                 'proj')
-        mlp_norm, fc1, pos, fc2 = dispatch.parts(mlp, 'norm', 'fc1', 'pos',
-                                                 'fc2')
+        attn_norm, att, v, proj = _children(attn, 'norm', 'att', 'v', 'proj')
+        mlp_norm, fc1, pos, fc2 = _children(mlp, 'norm', 'fc1', 'pos', 'fc2')
         if not dispatch.is_plain(att, nn.Sequential) \
                 or len(att._modules) != 3:
             return att
@@ -289,8 +292,9 @@ class Block(nn.Module):
             if not dispatch.is_layer(layer, kind, device, *shape):
                 return layer
         scales = self.layer_scale_1, self.layer_scale_2
-        return None if all(dispatch.is_readable(s, device, (dim, ))
-                           for s in scales) else self
+        return None if all(
+            dispatch.is_readable(scale, device) and scale.shape == (dim, )
+            for scale in scales) else self
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""

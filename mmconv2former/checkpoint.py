@@ -3,6 +3,7 @@ import argparse
 import os
 import pickle
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,8 +153,9 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
                 torch.serialization.safe_globals(new):
             return torch.load(
                 local, map_location='cpu', weights_only=not trust_pickle)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, AttributeError,
-            KeyError, IndexError) as error:
+    except (pickle.UnpicklingError, struct.error, EOFError, RuntimeError,
+            AttributeError, LookupError, ValueError, AssertionError,
+            TypeError) as error:
         blocked = re.search(r'GLOBAL (\S+) was not an allowed', str(error))
         if blocked:
             raise CheckpointError(

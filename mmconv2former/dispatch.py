@@ -45,26 +45,21 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     return type(module) is kind and not is_intercepted(module)
 
 
-def parts(module: nn.Module, *names: str) -> list[nn.Module]:
-    """Children of a module; as attributes they take ten times as long."""
-    modules = module._modules
-    return [modules[name] for name in names]
+def is_readable(parameter: Tensor | None, device: torch.device) -> bool:
+    """Whether kernels for a device can read a parameter from memory.
 
-
-def is_readable(parameter: Tensor | None, device: torch.device,
-                shape: tuple[int, ...]) -> bool:
-    """Whether kernels can read a parameter from memory.
-
-    They do not look how long it is. Tensors of other classes, such as
-    quantized ones, have their numbers elsewhere.
+    Tensors of other classes, such as quantized ones, have their numbers
+    elsewhere.
     """
     return (type(parameter) in (nn.Parameter, Tensor)
-            and parameter.device == device and parameter.shape == shape)
+            and parameter.device == device)
 
 
 def is_layer(layer: nn.Module, kind: type, device: torch.device,
              *shape: int) -> bool:
     """Whether a layer is one that the fused path can stand in for.
+
+    The kernels read its parameters, and do not look how long these are.
 
     Args:
         layer (nn.Module): The layer.
@@ -79,8 +74,8 @@ def is_layer(layer: nn.Module, kind: type, device: torch.device,
     if not is_plain(layer, kind):
         return False
     weight, bias = map(layer._parameters.get, ('weight', 'bias'))
-    if not is_readable(weight, device, shape) \
-            or not is_readable(bias, device, shape[:1]):
+    if not is_readable(weight, device) or not is_readable(bias, device) \
+            or weight.shape != shape or bias.shape != shape[:1]:
         return False
     return kind is not nn.Conv2d or (
         layer.groups == shape[0] and layer.stride == layer.dilation == (1, 1)

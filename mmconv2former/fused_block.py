@@ -203,7 +203,7 @@ def _unless_empty(grad: Tensor, grad_y: Tensor, scaled: Tensor,
 
 
 def _parameter_grads(shapes: Sequence[torch.Size], grads: Sequence[Tensor],
-                     *last: Tensor) -> list[Tensor]:
+                     last: Sequence[Tensor]) -> list[Tensor]:
     """What :func:`_block_backward` has of a branch in the shapes and the order
     of the parameters, with the gradients of the last layer and the layer scale
     in place of its own."""
@@ -299,16 +299,18 @@ class BlockFunction(torch.autograd.Function):
                     totals = grads
                 else:
                     torch._foreach_add_(sum(totals, []), sum(grads, []))
-            last = kernels.scaled_linear_backward(*zip(*(
-                (*grads[-2:], branch.out_weight.flatten(1), branch.out_bias,
-                 branch.scale) for branch, grads in zip(branches, totals))))
-            grads = (_parameter_grads(*of_branch) for of_branch in zip(
-                ctx.shapes, totals, *zip(last[:3], last[3:])))
+            last = kernels.scaled_linear_backward(
+                *([grads[i] for grads in totals] for i in (-2, -1)),
+                [branch.out_weight.flatten(1) for branch in branches],
+                [branch.out_bias for branch in branches],
+                [branch.scale for branch in branches])
+            grads = map(_parameter_grads, ctx.shapes, totals,
+                        (last[:3], last[3:]))
             return _whole(outs), None, None, None, None, *chain(*grads)
 
 
-def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight and bias; as attributes they take ten times as long."""
+def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Parameters of a layer; as attributes they take ten times as long."""
     parameters = layer._parameters
     return parameters['weight'], parameters['bias']
 
@@ -325,28 +327,29 @@ def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
         Tensor: (N, H, W, C).
     """
     branches = modulation, mlp
-    layers = [[p for layer in branch.layers for p in _parameters(layer)]
-              for branch in branches]
+    layers = [[p for layer in branch.layers
+               for p in _weight_and_bias(layer)] for branch in branches]
     own, others = (
-        (*_parameters(branch.norm), branch.scale, *parameters)
+        (*_weight_and_bias(branch.norm), branch.scale, *parameters)
         for branch, parameters in zip(branches, layers))
     if torch.is_grad_enabled() and any(
             t.requires_grad for t in (x, *own, *others)):
         return BlockFunction.apply(
             x, modulation.keep, mlp.keep,
             (modulation.norm.eps, mlp.norm.eps), len(own), *own, *others)
-    scales = [_remaining_scale(x, branch, parameters)
+    scales = [_absorb_scale(x, branch, parameters)
               for branch, parameters in zip(branches, layers)]
     return infer(x, *(
-        InferenceBranch(*_parameters(branch.norm), branch.norm.eps, weights,
-                        scale, branch.keep)
+        InferenceBranch(*_weight_and_bias(branch.norm), branch.norm.eps,
+                        weights, scale, branch.keep)
         for branch, weights, scale in zip(branches, prepare(x, layers),
                                           scales)))
 
 
-def _remaining_scale(x: Tensor, branch: Branch,
-                     parameters: list[Tensor]) -> Tensor | None:
-    """The layer scale, if it does not go into the last of the parameters."""
+def _absorb_scale(x: Tensor, branch: Branch,
+                  parameters: list[Tensor]) -> Tensor | None:
+    """Multiply the last parameters of a branch by the layer scale, in the
+    list, where that costs nothing; returns the scale where not."""
     scale, (weight, bias) = branch.scale, parameters[-2:]
     if branch.keep is not None or x.device.type != 'cpu' \
             or x.numel() <= weight.numel() \

@@ -98,10 +98,10 @@ def _is_unmodified(x: Tensor, norm: nn.Module, conv: nn.Module) -> bool:
     c, device = x.shape[1], x.device
     return (is_plain(norm, LayerNorm2d) and is_plain(conv, nn.Conv2d)
             and norm.normalized_shape == (c, )
-            and all(p is None or is_readable(p, device, (c, ))
+            and all(p is None or is_readable(p, device) and p.shape == (c, )
                     for p in (norm.weight, norm.bias))
-            and is_readable(conv.weight, device,
-                            (conv.out_channels, c, *conv.stride))
-            and is_readable(conv.bias, device, (conv.out_channels, ))
-            and conv.groups == 1 and conv.dilation == (1, 1)
-            and conv.padding == (0, 0) and conv.stride == conv.stride[::-1])
+            and is_readable(conv.weight, device)
+            and is_readable(conv.bias, device) and conv.groups == 1
+            and conv.weight.shape == (len(conv.bias), c, *conv.stride)
+            and conv.dilation == (1, 1) and conv.padding == (0, 0)
+            and conv.stride == conv.stride[::-1])

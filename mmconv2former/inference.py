@@ -279,14 +279,14 @@ class FoldedBlock(nn.Module):
         self._prepared = None
 
     def _layers(self) -> tuple[tuple[nn.Module, ...], ...]:
-        """Those of both branches."""
+        """The layers of both branches."""
         return ((self.zv, self.depthwise, self.proj),
                 (self.fc1, self.pos, self.fc2))
 
     def _modified(self, _: int, device: torch.device) -> nn.Module | None:
         """A layer whose parameters the kernels cannot read, if any."""
         for layer in chain(*self._layers()):
-            if not all(dispatch.is_readable(p, device, p.shape)
+            if not all(dispatch.is_readable(p, device)
                        for p in (layer.weight, layer.bias)):
                 return layer
         return None

@@ -540,8 +540,11 @@ def test_objects_that_cannot_be_measured_are_named_before_training(
     path = copy(coco) / 'annotations/instances_val2017.json'
     loader = check(COCO, path.parents[1], 'val', pipeline=[])
     edit(path, lambda content: content['annotations'][2].pop('iscrowd'))
+    metric = dict(type='CocoMetric', ann_file=str(path))
     with pytest.raises(DataError, match="has no 'iscrowd'"):
-        coco_checks.check_metric(dict(ann_file=str(path)), loader, 'val_eva')
+        coco_checks.check_metric(metric, loader, 'val_evaluator')
+    metric['type'] = 'LVISMetric'
+    coco_checks.check_metric(metric, loader, 'val_evaluator')
 
 
 def test_mask_of_a_category_that_is_no_class_is_not_measured(coco, copy):
@@ -638,7 +641,7 @@ def test_metric_with_other_images_is_refused(change, coco, copy, tmp_path):
         coco_checks.check_metric(metric, loader, 'val_evaluator')
 
 
-def test_link_to_the_file_of_the_data_is_not_read(
+def test_link_to_the_file_of_the_data_is_not_compared(
         coco, copy, tmp_path, monkeypatch):
     loader = check(COCO, copy(coco), 'val')
     path = tmp_path / 'link.json'
@@ -1086,7 +1089,7 @@ def test_file_that_may_not_be_read_is_not_called_damaged():
     def load(_):
         raise PermissionError(13, 'Permission denied')
 
-    with pytest.raises(DataError, match="'a.jpg': you may not read it"):
+    with pytest.raises(DataError, match="'a.jpg': you may not read it. Chan"):
         checked_load.CheckedLoad(load, 'img_path')(dict(img_path='a.jpg'))
 
 

@@ -256,6 +256,26 @@ def test_kernel_of_the_file_is_named(tmp_path):
         load_backbone(backbone, path)
 
 
+def test_files_of_old_torch_cut_off_anywhere_are_refused(tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(dict(weight=torch.ones(2)), path,
+               _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    assert read_checkpoint(str(path))['weight'].tolist() == [1, 1]
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=f'^{path} '):
+            read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize('text', ['Gone', 'Quota exceeded', 'http://a/b.pth'])
+def test_texts_in_place_of_weights_are_called_damaged(text, tmp_path):
+    path = tmp_path / 'weights.pth'
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match='is damaged or no checkpoint'):
+        read_checkpoint(str(path))
+
+
 @pytest.mark.parametrize('damage', ['truncated', 'empty', 'text'])
 def test_damaged_files_are_called_so(damage, tmp_path):
     path = tmp_path / 'weights.pth'

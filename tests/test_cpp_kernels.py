@@ -3,6 +3,7 @@
 In the instructions that torch makes use of, AVX-512 or AVX2; a test starts
 this file anew for the latter.
 """
+import ctypes.util
 import inspect
 import os
 import subprocess
@@ -366,6 +367,36 @@ model(torch.rand(1, 3, 64, 64))[0].sum().backward()
     assert log.count('fused operators of torch alone, because the C++') == 1
     assert reason in log
     assert not list(tmp_path.rglob('*.so'))
+
+
+def test_compiler_that_knows_no_bf16_compiles_without(tmp_path, monkeypatch):
+    commands = []
+
+    def compile_(target, command):
+        commands.append(command)
+        if '-mavx512bf16' in command:
+            raise library.CompilerError('unrecognized option')
+
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(library, '_compile', compile_)
+    monkeypatch.setattr(library, '_instructions',
+                        lambda: ['-mavx512f', '-mavx512bf16'])
+    library._library()
+    first, second = commands
+    assert [option for option in first if option != '-mavx512bf16'] == second
+
+
+@pytest.mark.parametrize('content', [b'', b'no library', None])
+def test_damaged_library_is_told(content, tmp_path, monkeypatch):
+    path = tmp_path / 'a.so'
+    if content is None:  # one without our functions
+        path = ctypes.util.find_library('m')
+    else:
+        path.write_bytes(content)
+    monkeypatch.setattr(library, '_library', lambda: path)
+    library.load.cache_clear()
+    with pytest.raises(library.CompilerError, match='delete that file, or'):
+        library.load()
 
 
 def test_files_in_the_cache_are_no_others(tmp_path, monkeypatch):

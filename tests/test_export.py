@@ -343,6 +343,17 @@ def test_accuracy_is_counted_on_images_as_testing_sees_them(
             assert file.parent.name == f'class{label}'
 
 
+def test_damaged_image_of_the_calibration_is_named(quantize, photographs):
+    path = photographs / 'train/class0/0.png'
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20])
+    try:
+        with pytest.raises(SystemExit, match=f"'{path}': it is damaged"):
+            quantize[0]()
+    finally:
+        path.write_bytes(whole)
+
+
 def test_only_classifiers_are_quantised(quantizer, detector, tmp_path):
     model = tmp_path / 'model.onnx'
     model.touch()

@@ -538,6 +538,27 @@ def test_training_of_another_model_is_not_resumed(tool, in_digits, tmp_path):
     assert 'does not fit the config' in message and 'head.fc' in message
 
 
+def test_configs_need_not_say_that_nothing_is_resumed(tool, in_digits,
+                                                      tmp_path, monkeypatch):
+    train, steps = tool('train'), []
+    monkeypatch.setattr(
+        train.launch, 'build_runner', lambda cfg: SimpleNamespace(
+            logger=logging.getLogger(),
+            train=lambda: steps.append('resume' in cfg)))
+    config = tmp_path / 'config.py'
+    config.write_text(f"_base_ = ['{Path('digits.py').resolve()}']\n")
+    read = train.launch.read_config
+
+    def without_resume(args):
+        cfg = read(args)
+        cfg.pop('resume')
+        return cfg
+
+    monkeypatch.setattr(train.launch, 'read_config', without_resume)
+    train.main([str(config), '--work-dir', str(tmp_path)])
+    assert steps == [False]
+
+
 def test_missing_weights_to_start_from_are_told(tool, in_digits, tmp_path):
     message = refusal(
         tool('train').main, 'digits.py', '--work-dir', tmp_path,

@@ -54,15 +54,14 @@ class CheckedLoad(BaseTransform):
         except _UNREADABLE as error:
             if path is None:  # no file of its own, but the annotations
                 raise
-            reason = f'it is damaged ({error})'
+            reason = f'it is damaged ({error}). Put a good copy there'
             if isinstance(error, FileNotFoundError):
-                reason = 'it does not exist'
+                reason = 'it does not exist. Put a good copy there'
             elif isinstance(error, PermissionError):
-                reason = 'you may not read it'
+                reason = 'you may not read it. Change its permissions'
             kind = 'image' if self.key == 'img_path' else 'label map'
-            raise DataError(
-                f"cannot read the {kind} '{path}': {reason}. Put a good copy "
-                'there, or take it out of the data set') from error
+            raise DataError(f"cannot read the {kind} '{path}': {reason}, or "
+                            'take it out of the data set') from error
         if results is not None and self.num_classes is not None:
             self._check_labels(path, results)
         return results

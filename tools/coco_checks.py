@@ -375,8 +375,8 @@ def check_masks(info: dict) -> None:
                 'in the annotation file')
 
 
-def _check_measured(path: str, where: str, entries: list) -> None:
-    """Look for objects that pycocotools fails to measure after an epoch.
+def _check_crowds(path: str, where: str, entries: list[dict]) -> None:
+    """Look for objects that pycocotools fails to count after an epoch.
 
     Raises:
         DataError: If there are any.
@@ -389,8 +389,7 @@ def _check_measured(path: str, where: str, entries: list) -> None:
                 "wants. Add 'iscrowd': 0 to the annotations of single objects")
 
 
-def _check_measured_masks(path: str, where: str, categories: list,
-                          entries: list) -> None:
+def _check_measured_masks(path: str, where: str, entries: list[dict]) -> None:
     """Look for masks that pycocotools fails to read after an epoch.
 
     Raises:
@@ -400,8 +399,7 @@ def _check_measured_masks(path: str, where: str, categories: list,
     for entry in entries:
         mask = entry.get('segmentation')
         # Four numbers and less it does not take for a polygon.
-        if entry.get('category_id') in categories and not (
-                mask and _is_mask(mask) and
+        if not (mask and _is_mask(mask) and
                 (isinstance(mask, dict) or len(mask[0]) > 4)):
             wrong.append(entry)
     if wrong:
@@ -428,8 +426,8 @@ def check_metric(metric: dict, loader: Any, where: str) -> None:
         where (str): Name of the setting, such as 'val_evaluator'.
 
     Raises:
-        DataError: If the file has other categories or images, or masks that
-            are to be measured and cannot be read.
+        DataError: If the file has other categories or images, or objects
+            that are to be measured and cannot be.
     """
     path, data_set = metric.get('ann_file'), loader.dataset
     if not path or not osp.isfile(path) or not hasattr(data_set, 'cat_ids'):
@@ -442,10 +440,16 @@ def check_metric(metric: dict, loader: Any, where: str) -> None:
             f"{where} measures on all images of '{path}', and indices= takes "
             f'{len(data_set)} of them: the others count as missed',
             logger='current', level=logging.WARNING)
-    entries = _read_json(path).get('annotations', [])
-    _check_measured(path, where, entries)
-    if 'segm' in (metric.get('metric') or ()):
-        _check_measured_masks(path, where, data_set.cat_ids, entries)
+    # Those of LVIS and of panoptic segments know no crowds, or elsewhere.
+    has_crowds = 'CocoMetric' in str(metric.get('type'))
+    has_masks = 'segm' in (metric.get('metric') or ())
+    if has_crowds or has_masks:
+        entries = [entry for entry in _read_json(path).get('annotations', ())
+                   if entry.get('category_id') in data_set.cat_ids]
+    if has_crowds:
+        _check_crowds(path, where, entries)
+    if has_masks:
+        _check_measured_masks(path, where, entries)
 
 
 def _compare_files(path: str, data_set: Any, where: str) -> None:

@@ -249,7 +249,7 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
     Raises:
         DataError: If something does not fit.
     """
-    found = list(leaves(loader.dataset))
+    found = list(_leaves(loader.dataset))
     for data_set in found:
         meta = getattr(data_set, 'metainfo', {})
         classes = meta.get('classes')
@@ -284,8 +284,8 @@ def check_agreement(first: Any, second: Any) -> None:
     Raises:
         DataError: If they have other classes, or another reduce_zero_label.
     """
-    one = next(leaves(first.dataset))
-    for other in leaves(second.dataset):
+    one = next(_leaves(first.dataset))
+    for other in _leaves(second.dataset):
         pair = one, other
         names = ' and '.join(describe(data_set) for data_set in pair)
         classes = [
@@ -326,13 +326,13 @@ def _difference(first: list[str], second: list[str]) -> str:
     return ', and '.join(only) or 'they have them in another order'
 
 
-def leaves(data_set: Any) -> Iterator[Any]:
+def _leaves(data_set: Any) -> Iterator[Any]:
     """Data sets inside the wrappers of mmengine, the libraries and torch."""
     if hasattr(data_set, 'datasets'):
         for inner in data_set.datasets:
-            yield from leaves(inner)
+            yield from _leaves(inner)
     elif hasattr(data_set, 'dataset'):
-        yield from leaves(data_set.dataset)
+        yield from _leaves(data_set.dataset)
     else:
         yield data_set
 

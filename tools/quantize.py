@@ -27,7 +27,6 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor
 
-import checked_load
 import data_checks
 import export
 import launch
@@ -92,9 +91,8 @@ def batches(cfg: Config, part: str,
         sampler=dict(type='DefaultSampler', shuffle=True))
     preprocessor = MODELS.build(
         dict(type='ClsDataPreprocessor', **export.preprocessing(cfg)))
-    loader = Runner.build_dataloader(loader, seed=0)
-    for built in data_checks.leaves(loader.dataset):
-        list(checked_load.wrap_loads(built.pipeline, None))
+    loader = data_checks.build_loader(Runner.build_dataloader, loader, seed=0)
+    data_checks.check_loader(loader, {}, exact=False)
     for batch in loader:
         batch = preprocessor(batch)
         labels = [sample.gt_label.item() for sample in batch['data_samples']]

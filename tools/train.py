@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = merge_args(launch.read_config(args), args)
     check_pretrained(cfg)
     check_schedule(cfg)
-    if cfg.get('load_from') and not cfg.resume:
+    if cfg.get('load_from') and not cfg.get('resume'):
         launch.read_file(cfg.load_from, 'load_from')
     launch.check_data(cfg, ('train', 'val'))
     launch.check_writable(cfg.work_dir, '--work-dir')
@@ -290,13 +290,13 @@ def main(argv: list[str] | None = None) -> None:
         runner = launch.build_runner(cfg)
         if note is not None:
             runner.logger.log(*note)
-        if args.resume == 'auto' and not cfg.resume:
+        if args.resume == 'auto' and not cfg.get('resume'):
             runner.logger.warning(f'--resume: no checkpoint in {cfg.work_dir};'
                                   ' training begins anew')
         if cfg.optim_wrapper.get('dtype') == 'bfloat16' or \
                 cfg.optim_wrapper.get('type') == CPUAmpOptimWrapper.__name__:
             runner.register_hook(BoxesInFloat32())
-        if cfg.resume and not args.fsdp:
+        if cfg.get('resume') and cfg.get('load_from') and not args.fsdp:
             launch.check_weights(runner.model, cfg.load_from)
         try:
             runner.train()

@@ -32,6 +32,10 @@ FUNCTIONS = {
 }
 
 
+# g++ has it from version 10 on; without, the kernels round by other means.
+_BF16_OPTION = '-mavx512bf16'
+
+
 class CompilerError(RuntimeError):
     """The kernels cannot run here; the text says why."""
 
@@ -45,10 +49,10 @@ def _instructions() -> list[str]:
     if not capability.startswith('AVX512'):
         raise CompilerError(
             f'want a CPU with AVX2 or AVX-512, and torch finds {capability}')
-    parts = ['f', 'bw', 'dq', 'vl']
+    options = ['-mfma', '-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl']
     if torch.cpu._is_avx512_bf16_supported():
-        parts.append('bf16')
-    return ['-mfma', *(f'-mavx512{part}' for part in parts)]
+        options.append(_BF16_OPTION)
+    return options
 
 
 def _compiler() -> list[str]:
@@ -56,16 +60,17 @@ def _compiler() -> list[str]:
     commands = [os.environ['CXX']] if os.environ.get('CXX', '').strip() else [
         'g++', 'clang++']
     try:
-        split = [*map(shlex.split, commands)]
+        commands = [*map(shlex.split, commands)]
     except ValueError as error:
         raise CompilerError('cannot be compiled, because the environment '
                             f'variable CXX is {commands[0]!r}: {error}'
                             ) from error
-    for name, *options in split:
+    for name, *options in commands:
         if program := shutil.which(name):
             return [program, *options]
     raise CompilerError(
-        f'want a C++ compiler, and there is no {" or ".join(commands)}: '
+        'want a C++ compiler, and there is no '
+        f'{" or ".join(map(shlex.join, commands))}: '
         'install one, or name it in the environment variable CXX')
 
 
@@ -81,19 +86,32 @@ def _compile(target: Path, command: list[str]) -> None:
                               capture_output=True, text=True,
                               errors='replace')
         if done.returncode:
-            raise CompilerError(f'cannot be compiled: {" ".join(command)} '
-                                f'says {done.stderr.strip()[:1000]}')
+            raise CompilerError(
+                f'cannot be compiled: {" ".join(command)} ended with '
+                f'{done.returncode} and says {done.stderr.strip()[:1000]}')
+        with built.open('rb') as file:
+            os.fsync(file.fileno())  # whole on disk before it has its name
         built.replace(target)
 
 
 def _library() -> Path:
     """The compiled library in the user's cache folder, made if need be."""
-    sources = sorted(FOLDER.glob('*.cpp'))
     command = [
         *_compiler(), '-O3', '-std=c++17', '-ffp-contract=fast', '-shared',
         '-fPIC', '-fopenmp', *_instructions()
     ]
-    digest = hashlib.sha256(' '.join(command).encode())
+    try:
+        return _compiled_by(command)
+    except CompilerError:
+        if _BF16_OPTION not in command:
+            raise
+    command.remove(_BF16_OPTION)
+    return _compiled_by(command)
+
+
+def _compiled_by(command: list[str]) -> Path:
+    sources = sorted(FOLDER.glob('*.cpp'))
+    digest = hashlib.sha256(os.fsencode(' '.join(command)))
     for path in (*sources, *sorted(FOLDER.glob('*.h'))):
         digest.update(path.read_bytes())
     root = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
@@ -115,15 +133,18 @@ def load() -> ctypes.CDLL:
     """
     try:
         library = ctypes.CDLL(str(_library()))
+        for name, arguments in FUNCTIONS.items():
+            function = getattr(library, f'mmc_{name}')
+            function.argtypes = [
+                TYPES[kind] for kind in arguments if kind != ' ']
+            function.restype = None
+            setattr(library, name, function)
     except CompilerError:
         raise
-    except (OSError, RuntimeError) as error:  # the latter without a home
+    # Without a home a RuntimeError, and of a damaged file an AttributeError.
+    except (OSError, RuntimeError, AttributeError) as error:
         raise CompilerError(
-            f'cannot be written or loaded: {error}; the environment variable '
-            'XDG_CACHE_HOME can name another folder for them') from error
-    for name, arguments in FUNCTIONS.items():
-        function = getattr(library, f'mmc_{name}')
-        function.argtypes = [TYPES[kind] for kind in arguments if kind != ' ']
-        function.restype = None
-        setattr(library, name, function)
+            f'cannot be written or loaded: {error}; delete that file, or name '
+            'another folder for them in the environment variable '
+            'XDG_CACHE_HOME') from error
     return library

@@ -161,7 +161,9 @@ inline Buffer allocate(size_t floats) {
 }
 
 // (1 + erf(x / sqrt(2))) / 2, as 1/2 + x * P(x * x) / Q(x * x), a fit with an
-// error of 7e-9; from 5.5 on the rest is below the rounding of fp32.
+// error of 2.3e-8; from 5.5 on the rest is below the rounding of fp32. Before
+// -5.5 it is -1.5e-8, not 0, which GELU multiplies: another comparison would
+// cost GELU up to 8 %.
 INLINE Vec normal_cdf(Vec x) {
   const Vec limit = broadcast(5.5f);
   x = x > limit ? limit : x;

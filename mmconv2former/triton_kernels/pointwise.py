@@ -123,10 +123,8 @@ def _operands_launch(*branches: tuple[int, ...]) -> Launch:
 
 
 def _operands_of(parameters: Sequence[Tensor], dtype: torch.dtype,
-                 scale: Tensor | None) -> tuple[list[Tensor | None],
-                                                list[Tensor | None],
-                                                tuple[int, ...]]:
-    """Sources and targets of the copies for a branch, and the sizes."""
+                 scale: Tensor | None) -> tuple[list, list, tuple[int, ...]]:
+    """The pointers of the kernel for a branch, its operands, and the sizes."""
     *linears, dw_weight, dw_bias, out_weight, out_bias = (
         p.detach().contiguous() for p in parameters)
     weight0, bias0, weight1, bias1 = *linears, *(4 - len(linears)) * (None, )
@@ -621,8 +619,7 @@ def _scaled_linear_backward_kernel(
 
 
 @plan
-def _scaled_linear_backward_launch(
-        *shapes: tuple[int, ...]) -> Launch:
+def _scaled_linear_backward_launch(*shapes: tuple[int, ...]) -> Launch:
     (rows, columns), (mlp_rows, mlp_columns) = shapes
     block, mlp_block = (min(triton.next_power_of_2(c), 1024)
                         for c in (columns, mlp_columns))
