@@ -21,6 +21,7 @@ from mmconv2former import (
     cuda_graphs,
     dispatch,
     fuse_for_inference,
+    operators,
     products,
 )
 
@@ -293,20 +294,95 @@ def test_parameters_that_nobody_uses_have_no_gradients(models, device):
     assert recorded(graphed) == 1 and graphed.extra.grad is None
 
 
-def test_settings_that_kernels_are_given_are_seen(models, device):
-    eager, graphed = models(drop_path_rate=0.9)
+@pytest.mark.parametrize('kind, name, rate', [
+    (nn.BatchNorm2d, 'momentum', 0.), (operators.DropPath, 'rate', 0.9)])
+def test_settings_that_kernels_are_given_are_seen(kind, name, rate, models,
+                                                  device):
+    eager, graphed = models(drop_path_rate=rate)
     x = images(device)
     for _ in range(4):
         step(eager, x), step(graphed, x)
     for model in (eager, graphed):
         for m in model.modules():
-            if isinstance(m, torch.nn.BatchNorm2d):
-                m.momentum = 0.
-            if hasattr(m, 'rate'):
-                m.rate = 0.
+            if isinstance(m, kind):
+                setattr(m, name, 0.)
     for _ in range(4):
-        assert_same(step(graphed, x)[:-1], step(eager, x)[:-1])
+        assert_same(step(graphed, x), step(eager, x))
     assert recorded(graphed) == 2
+
+
+def test_replaced_blocks_are_seen(models, device):
+    eager, graphed = models()
+    x = images(device)
+    torch.manual_seed(1)
+    other = Conv2Former(TINY, layer_scale_init_value=1.).to(device)
+    for _ in range(4):
+        step(eager, x), step(graphed, x)
+    for model in (eager, graphed):
+        model.stages[0][0] = copy.deepcopy(other.stages[0][0])
+    for _ in range(4):
+        assert_same(step(graphed, x), step(eager, x))
+    assert recorded(graphed) == 1
+
+
+def test_buffers_elsewhere_are_seen(models, device):
+    eager, graphed = models()
+    eager.eval(), graphed.eval()
+    x = images(device)
+    with torch.no_grad():
+        for _ in range(4):
+            graphed(x)
+        for model in (eager, graphed):
+            norm = model.downsample_layers[0][2]
+            norm.running_mean = norm.running_mean + 1
+        for _ in range(4):
+            assert_same(graphed(x), eager(x))
+    assert recorded(graphed) == 1
+
+
+def test_inference_mode_has_a_graph_of_its_own(models, device):
+    eager, graphed = models()
+    eager.eval(), graphed.eval()
+    x = images(device)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            for _ in range(4):
+                outs = graphed(x)
+                assert_same(outs, eager(x))
+        assert {out.is_inference() for out in outs} == {
+            mode is torch.inference_mode}
+    assert recorded(graphed) == 2
+
+
+def test_sharded_weights_run_without_graphs(models, device):
+
+    class FullyShardedDataParallel(nn.Sequential):
+        """Another class of that name."""
+
+    eager, graphed = models()
+    x = images(device)
+    graphed.stages[0] = FullyShardedDataParallel(*graphed.stages[0])
+    for _ in range(4):
+        assert_same(step(graphed, x), step(eager, x))
+    assert recorded(graphed) == 0
+
+
+def test_recording_that_failed_is_tried_again(models, device, monkeypatch):
+    eager, graphed = models()
+    x = images(device)
+
+    def fail(*_):
+        raise RuntimeError('no memory')
+
+    for _ in range(cuda_graphs.WARM_UP):
+        step(graphed, x), step(eager, x)
+    with monkeypatch.context() as context:
+        context.setattr(cuda_graphs._Recording, '_record', fail)
+        with pytest.raises(RuntimeError, match='cuda_graphs=False'):
+            graphed(x)
+    for _ in range(2):
+        assert_same(step(graphed, x), step(eager, x))
+    assert recorded(graphed) == 1
 
 
 def test_new_parameter_in_the_memory_of_the_old_gets_its_gradient(

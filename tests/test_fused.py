@@ -638,6 +638,57 @@ def test_layers_that_do_not_fit_are_errors_of_torch(change, error):
         model(torch.randn(2, 8, 6, 7))
 
 
+@pytest.mark.parametrize('name', ['attn.att.2', 'mlp.pos'])
+@pytest.mark.parametrize('option, value', [
+    ('stride', (2, 2)), ('dilation', (2, 2)), ('padding', (0, 0)),
+    ('groups', 1), ('padding_mode', 'reflect'), ('bias', None)])
+def test_depthwise_convolutions_of_other_options_are_recognised(name, option,
+                                                                value):
+    model = block(8, 5)
+    layer = model.get_submodule(name)
+    setattr(layer, option, value)
+    assert model.modified(8, torch.device('cpu')) is layer
+
+
+def test_gelu_of_tanh_is_recognised():
+    model = block(8, 5)
+    model.attn.att[1] = nn.GELU('tanh')
+    assert model.modified(8, torch.device('cpu')) is model.attn.att[1]
+
+
+def test_weights_of_a_functional_call_are_fused():
+    torch.manual_seed(0)
+    model, x = block(8, 5), random(2, 8, 6, 7)
+    weights = {k: random(*p.shape) for k, p in model.named_parameters()}
+    out = torch.func.functional_call(model, weights, x)
+    model.load_state_dict(weights)
+    expected = model(x)
+    assert came_from_fused_path(expected) and torch.equal(out, expected)
+
+
+@pytest.mark.usefixtures('kernels')
+@pytest.mark.parametrize('names', [
+    ['attn'], ['mlp'], ['layer_scale_1'], ['layer_scale_2'], ['attn.norm'],
+    ['mlp.norm'], ['attn.v.bias', 'mlp.pos.weight']])
+def test_parts_of_a_block_learn_where_the_rest_is_frozen(names):
+    torch.manual_seed(0)
+    model = block(8, 5)
+    x, grad = random(2, 8, 6, 7), random(2, 8, 6, 7)
+    expected = dict(zip(dict(model.named_parameters()), torch.autograd.grad(
+        model(x), list(model.parameters()), grad)))
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(name.startswith(part) for part in names))
+    out = model(x)
+    assert came_from_fused_path(out)
+    out.backward(grad)
+    assert any(p.requires_grad for p in model.parameters())
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, expected[name])
+        else:
+            assert p.grad is None
+
+
 def test_parameters_on_another_device_are_not_read():
     model, x = block(8, 5).float(), torch.randn(2, 8, 6, 7)
     for name, p in list(model.named_parameters()):
@@ -1011,6 +1062,21 @@ def test_norm_of_the_downsampling_has_the_precision_of_products(monkeypatch):
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+def test_switch_reaches_the_downsampling(monkeypatch):
+    kernels = SimpleNamespace(**vars(torch_kernels))
+    monkeypatch.setattr(dispatch, 'kernels_for', lambda _: kernels)
+    x = torch.randn(2, 8, 4, 4)
+    layers = operators.LayerNorm2d(8), torch.nn.Conv2d(8, 12, 2, stride=2)
+    names = []
+    for switch in '10':
+        monkeypatch.setenv('MMCONV2FORMER_FUSED', switch)
+        node = fused_downsampling.downsampling(x, *layers).grad_fn
+        names.append({node.name(), *(
+            n.name() for n, _ in node.next_functions if n is not None)})
+    fused, plain = ('DownsamplingFunctionBackward' in n for n in names)
+    assert fused and not plain
 
 
 @pytest.mark.parametrize('size', [(4, 6), (5, 7), (9, 4)])
