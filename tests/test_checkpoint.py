@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MMLogger
@@ -15,9 +16,11 @@ from torch import nn
 import convert_checkpoint
 import official
 from mmconv2former import Conv2Former, Conv2FormerNeck
+from mmconv2former.archs import ARCHS, describe_arch, resolve_arch
 from mmconv2former.checkpoint import (
     CheckpointError,
     find_checkpoint,
+    infer_arch,
     load_backbone,
     model_weights,
     read_checkpoint,
@@ -301,6 +304,35 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
     with pytest.raises(CheckpointError, match=r'pickled \S*exec.*convert_chec'
                        'kpoint.py SRC DST --trust-pickle'):
         load_backbone(Conv2Former(MINI), path)
+
+
+@pytest.mark.parametrize('value', [
+    np.float32(.5), np.float64(.5), np.int64(3), np.bool_(True),
+    np.arange(3.), np.arange(3, dtype=np.uint8), np.array([[1, 2]]).T])
+def test_numbers_and_arrays_of_numpy_are_read(value, tmp_path):
+    """Such as the accuracy that a training script put beside the weights."""
+    torch.save(dict(state_dict={}, best=value), tmp_path / 'weights.pth')
+    own = read_checkpoint(str(tmp_path / 'weights.pth'))['best']
+    assert type(own) is type(value)
+    np.testing.assert_array_equal(own, value)
+
+
+@pytest.mark.parametrize('name', ARCHS)
+def test_arch_is_read_off_the_weights(name):
+    with torch.device('meta'):
+        model = Conv2Former(name)
+    arch = infer_arch(model.state_dict())
+    assert arch == resolve_arch(name) == model.arch
+    assert describe_arch(arch).startswith(f"arch '{name}' (depths ")
+
+
+def test_arch_that_has_no_row_is_described():
+    tiny = resolve_arch('tiny')
+    assert describe_arch({**tiny, 'kernel_size': 9}) == (
+        "arch 'tiny' with kernel_size=9 (depths 3-3-12-3, dims "
+        '72-144-288-576, kernel 9)')
+    assert describe_arch({**tiny, 'depths': (1, 1, 1, 1)}).startswith(
+        'arch of its own (depths 1-1-1-1, ')
 
 
 def test_what_others_allow_to_be_loaded_stays_allowed(tmp_path):

@@ -20,8 +20,9 @@ def make_stem(name='conv', dim=24, **options):
     return stem
 
 
-def run(function, stem, x, training):
-    stem.train(training)
+def run(function, stem, x, training=None):
+    if training is not None:
+        stem.train(training)
     buffers = {name: b.clone() for name, b in stem.named_buffers()}
     out = function(x, stem)
     torch.manual_seed(1)
@@ -53,6 +54,16 @@ def test_stem_and_its_gradients_are_those_of_autograd(name, dim, size,
     x = torch.randn(2, 3, *size, dtype=torch.double)
     own = run(by_function, stem, x, training)
     true = run(by_layers, stem, x, training)
+    for o, t in zip(own, true, strict=True):
+        torch.testing.assert_close(o, t)
+
+
+@pytest.mark.parametrize('index', [2, 5])
+def test_batch_norms_in_different_modes(index):
+    stem = make_stem().train()
+    stem[index].eval()
+    x = torch.randn(2, 3, 32, 40, dtype=torch.double)
+    own, true = (run(f, stem, x) for f in (by_function, by_layers))
     for o, t in zip(own, true, strict=True):
         torch.testing.assert_close(o, t)
 

@@ -160,6 +160,17 @@ def test_frozen_parameters_are_left_out_and_one_table_is_logged():
     assert len(table.splitlines()) == len(optimizer.param_groups) + 2
 
 
+@pytest.mark.parametrize('disabled', [True, False])
+def test_logger_is_left_as_it_was(disabled):
+    logger = MMLogger.get_instance('decay', logger_name='decay')
+    logger.disabled = disabled
+    try:
+        build(Model(), decay_rate=.5, num_layers=6)
+        assert logger.disabled == disabled
+    finally:
+        logger.disabled = False
+
+
 def test_distributed_wrapper_and_bare_backbone_work(tmp_path):
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
