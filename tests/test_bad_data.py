@@ -547,6 +547,30 @@ def test_objects_that_cannot_be_measured_are_named_before_training(
     coco_checks.check_metric(metric, loader, 'val_evaluator')
 
 
+def share_ids(name):
+    def change(content):
+        content[name][2]['id'] = content[name][0]['id']
+    return change
+
+
+def test_annotations_of_the_same_id_are_named(coco, copy):
+    """Such as those that are counted anew for each image."""
+    path = copy(coco) / 'annotations/instances_train2017.json'
+    edit(path, share_ids('annotations'))
+    with pytest.raises(DataError, match="entries 0 and 2 of 'annotations'"):
+        check(COCO, path.parents[1])
+
+
+@pytest.mark.parametrize('name', ['images', 'annotations'])
+def test_what_is_measured_has_ids_of_its_own(name, coco, copy):
+    path = copy(coco) / 'annotations/instances_val2017.json'
+    loader = check(COCO, path.parents[1], 'val', pipeline=[])
+    edit(path, share_ids(name))
+    metric = dict(type='CocoMetric', ann_file=str(path))
+    with pytest.raises(DataError, match=f"entries 0 and 2 of '{name}'"):
+        coco_checks.check_metric(metric, loader, 'val_evaluator')
+
+
 def test_mask_of_a_category_that_is_no_class_is_not_measured(coco, copy):
     path = copy(coco) / 'annotations/instances_val2017.json'
     loader = check(COCO, path.parents[1], 'val', pipeline=[])

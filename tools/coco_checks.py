@@ -140,6 +140,36 @@ def explain_missing_key(data_sets: Iterable[Any], key: Any) -> None:
                         'it, or take the entry out of the file')
 
 
+def explain_shared_ids(data_sets: Iterable[Any]) -> None:
+    """Find what in a file has the id of something else.
+
+    Args:
+        data_sets (Iterable[object]): The data sets, not loaded.
+
+    Raises:
+        DataError: If there is any.
+    """
+    for data_set in _with_files(data_sets):
+        _check_shared_ids(data_set.ann_file, _read_json(data_set.ann_file))
+
+
+def _check_shared_ids(path: str, content: dict) -> None:
+    """Look for images or annotations of a file that have the same id.
+
+    Of such images pycocotools takes the last, and gives it the annotations of
+    all.
+    """
+    for name in 'images', 'annotations':
+        first: dict[Any, int] = {}
+        for i, entry in enumerate(content.get(name, ())):
+            before = first.setdefault(entry.get('id'), i)
+            if before != i:
+                raise DataError(
+                    f"'{path}' has the id {entry.get('id')} twice, at entries "
+                    f"{before} and {i} of '{name}'. Number all {name} of the "
+                    'file in one go')
+
+
 def explain_no_images(data_sets: Iterable[Any]) -> None:
     """Where no object of a file can be used, mmdet filters all images.
 
@@ -426,8 +456,8 @@ def check_metric(metric: dict, loader: Any, where: str) -> None:
         where (str): Name of the setting, such as 'val_evaluator'.
 
     Raises:
-        DataError: If the file has other categories or images, or objects
-            that are to be measured and cannot be.
+        DataError: If the file has other categories or images, some of the
+            same id, or objects that are to be measured and cannot be.
     """
     path, data_set = metric.get('ann_file'), loader.dataset
     if not path or not osp.isfile(path) or not hasattr(data_set, 'cat_ids'):
@@ -444,7 +474,9 @@ def check_metric(metric: dict, loader: Any, where: str) -> None:
     has_crowds = 'CocoMetric' in str(metric.get('type'))
     has_masks = 'segm' in (metric.get('metric') or ())
     if has_crowds or has_masks:
-        entries = [entry for entry in _read_json(path).get('annotations', ())
+        content = _read_json(path)
+        _check_shared_ids(path, content)
+        entries = [entry for entry in content.get('annotations', ())
                    if entry.get('category_id') in data_set.cat_ids]
     if has_crowds:
         _check_crowds(path, where, entries)

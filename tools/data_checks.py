@@ -130,6 +130,9 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         elif 'annotation file format' in str(error):  # pycocotools
             coco_checks.explain_format(_unread(cfg['dataset']))
             raise
+        elif 'are not unique' in str(error):  # mmdet
+            coco_checks.explain_shared_ids(_unread(cfg['dataset']))
+            raise
         elif 'at least one array' in str(error):  # NumPy, asked by mmengine
             coco_checks.explain_no_images(_unread(cfg['dataset']))
             reason = no_images
