@@ -90,6 +90,10 @@ def _where_from(checkpoint: str) -> str:
             'tools/convert_checkpoint.py SRC DST')
 
 
+def _seen(path: Path) -> str:
+    return f'{path} (a folder)' if path.is_dir() else str(path)
+
+
 def find_checkpoint(
         checkpoint: str,
         keys: Sequence[str] = ('model.backbone.init_cfg', )) -> str:
@@ -119,7 +123,7 @@ def find_checkpoint(
             return str(path)
     raise FileNotFoundError(
         f"no checkpoint '{checkpoint}'; looked for "
-        f'{", ".join(str(path) for path in tried)}'
+        f'{", ".join(map(_seen, tried))}'
         f'{"" if len(tried) > 1 else f" ({WEIGHTS_VARIABLE} is not set)"}.\n'
         f'- To get it: {_where_from(checkpoint)}\n'
         f'- Put it into a directory and name that in {WEIGHTS_VARIABLE}, or '

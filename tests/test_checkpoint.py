@@ -545,7 +545,7 @@ def test_urls_and_paths_from_home_are_found(tmp_path, monkeypatch):
 
 
 def test_directory_is_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no checkpoint'):
+    with pytest.raises(FileNotFoundError, match=r'no checkpoint.*a folder\)'):
         find_checkpoint(str(tmp_path))
 
 

@@ -224,6 +224,17 @@ def test_configs_find_the_data_where_the_tool_makes_it(data, dest, config,
     assert Path(cfg.val_evaluator.get('ann_file', '.')).exists()
 
 
+@pytest.mark.parametrize('images', [1, 150, 151])
+def test_any_number_of_pictures_shows_all_classes(images, mini, tmp_path,
+                                                  monkeypatch):
+    monkeypatch.setattr(mini, 'SIZES', [(24, 16)])
+    mini.make_mini_dataset('ade20k', tmp_path / 'ade', images=images)
+    info, = tmp_path.glob('ade/*/objectInfo150.txt')
+    shown = [row.split('\t')[2:4] for row in info.read_text().splitlines()]
+    assert len(shown) == 151
+    assert all(int(n) >= 1 for row in shown[1:] for n in row)
+
+
 def test_data_that_is_there_is_not_touched(mini, tmp_path):
     (tmp_path / 'real.jpg').write_text('a photograph')
     with pytest.raises(SystemExit, match='not an empty folder.*another'):

@@ -355,7 +355,7 @@ torch=$(version_of torch)
 
 build_mmcv() {
     local memory jobs title="$mmcv_pin for torch $torch"
-    title+=' (some 16 minutes on 2 cores, unless pip has it compiled)'
+    title+=' (9 to 16 minutes on 2 cores, unless pip has it compiled)'
     # a compiler takes up to 2.5 GB
     memory=$(awk '/MemAvailable/ {print int($2 / 2500000)}' /proc/meminfo \
         2>/dev/null || echo 2)
