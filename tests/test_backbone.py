@@ -6,7 +6,8 @@ from torch import nn
 
 from mmconv2former import Conv2Former, Conv2FormerNeck
 from mmconv2former.archs import ARCH_ALIASES, ARCHS, resolve_arch
-from mmconv2former.operators import Pointwise
+from mmconv2former.backbone import ConvModulation
+from mmconv2former.operators import FUSIONS, Pointwise
 
 MINI = dict(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], kernel_size=5)
 
@@ -79,6 +80,32 @@ def test_every_parameter_gets_a_finite_gradient(fusion, kernel_size):
         # linear map to (0, 1] cancels any shift; the rest must learn.
         if not (fusion == 'linear' and name.endswith('att.2.bias')):
             assert param.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize('fusion, fuse', [
+    ('hadamard', lambda a, v: a * v),
+    ('sum', lambda a, v: a + v),
+    ('sigmoid', lambda a, v: v / (1 + torch.exp(-a))),
+    ('l1', lambda a, v: v * a / a.abs().sum(1, keepdim=True)),
+    # From the least value to the greatest at a position, to 0 and 1.
+    ('linear', lambda a, v: v * (a - a.min(1, keepdim=True)[0]) / (
+        a.max(1, keepdim=True)[0] - a.min(1, keepdim=True)[0]))])
+def test_fusions_are_those_of_the_ablation(fusion, fuse):
+    torch.manual_seed(0)
+    modulation = ConvModulation(8, 5, fusion).double()
+    x = torch.randn(2, 8, 6, 7).double()
+    normed = modulation.norm(x)
+    a, v = modulation.att(normed), modulation.v(normed)
+    torch.testing.assert_close(modulation(x), modulation.proj(fuse(a, v)),
+                               rtol=1e-4, atol=1e-4)
+
+
+def test_linear_fusion_is_positive_and_finite_where_all_channels_are_alike():
+    a, v = torch.zeros(1, 8, 2, 2), torch.ones(1, 8, 2, 2)
+    assert torch.equal(FUSIONS['linear'](a, v), v)
+    a[:, 1:] = torch.rand(1, 7, 2, 2) + 1
+    out = FUSIONS['linear'](a, v)
+    assert (out > 0).all() and (out <= 1).all()
 
 
 def test_only_returned_stages_are_built_and_have_norms():
@@ -212,7 +239,8 @@ def test_bad_arguments_are_named(kwargs, message):
 
 
 @pytest.mark.parametrize('shape', [(2, 3, 31, 64), (2, 3, 64, 31),
-                                   (2, 1, 64, 64), (3, 64, 64)])
+                                   (2, 1, 64, 64), (3, 64, 64), (2, 3, 64),
+                                   (2, 3, 64, 64, 64)])
 def test_bad_inputs_are_named(shape):
     with pytest.raises(ValueError, match=r'\(N, 3, H, W\).*at least 32.*got'):
         Conv2Former(MINI)(torch.rand(shape))

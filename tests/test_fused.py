@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import nn
@@ -656,6 +657,40 @@ def test_gelu_of_tanh_is_recognised():
     assert model.modified(8, torch.device('cpu')) is model.attn.att[1]
 
 
+def test_further_layers_of_a_branch_are_recognised():
+    model = block(8, 5)
+    model.attn.att.append(nn.Identity())
+    assert model.modified(8, torch.device('cpu')) is model.attn.att
+
+
+@pytest.mark.parametrize('capability, has_bf16, has_fp16, emulated', [
+    ('AVX2', False, False, {torch.bfloat16, torch.float16}),
+    ('AVX512', True, False, {torch.float16}),
+    ('AVX512', False, True, {torch.bfloat16}),
+    ('DEFAULT', False, False, set())])
+def test_types_that_cpus_emulate(capability, has_bf16, has_fp16, emulated,
+                                 monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability',
+                        lambda: capability)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported',
+                        lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_fp16_supported',
+                        lambda: has_fp16)
+    assert {dtype for dtype in DTYPES
+            if dispatch._is_emulated.__wrapped__(dtype)} == emulated
+
+
+def test_forward_mode_takes_the_plain_path():
+    torch.manual_seed(0)
+    model, x, tangent = block(8, 5), random(1, 8, 4, 4), random(1, 8, 4, 4)
+    with fwAD.dual_level():
+        out = fwAD.unpack_dual(model(fwAD.make_dual(x, tangent))).tangent
+    step = 1e-6 * tangent
+    torch.testing.assert_close(
+        out, (model(x + step) - model(x - step)) / 2e-6, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_of_a_functional_call_are_fused():
     torch.manual_seed(0)
     model, x = block(8, 5), random(2, 8, 6, 7)
@@ -1205,6 +1240,7 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
 
 @pytest.mark.parametrize('capability, failure, reason', [
     ((7, 5), None, 'Ampere'),
+    ((8, 0), None, None),
     ((9, 0), RuntimeError('Failed to find C compiler'), 'find C compiler'),
     # Triton's own are of no usual class.
     ((9, 0), type('PTXASError', (Exception, ), {})('sm_999'), 'sm_999'),
