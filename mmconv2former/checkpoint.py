@@ -90,7 +90,8 @@ def _where_from(checkpoint: str) -> str:
             'tools/convert_checkpoint.py SRC DST')
 
 
-def _seen(path: Path) -> str:
+def _describe_path(path: Path) -> str:
+    """A path that is no file, and what it is instead."""
     return f'{path} (a folder)' if path.is_dir() else str(path)
 
 
@@ -123,7 +124,7 @@ def find_checkpoint(
             return str(path)
     raise FileNotFoundError(
         f"no checkpoint '{checkpoint}'; looked for "
-        f'{", ".join(map(_seen, tried))}'
+        f'{", ".join(map(_describe_path, tried))}'
         f'{"" if len(tried) > 1 else f" ({WEIGHTS_VARIABLE} is not set)"}.\n'
         f'- To get it: {_where_from(checkpoint)}\n'
         f'- Put it into a directory and name that in {WEIGHTS_VARIABLE}, or '

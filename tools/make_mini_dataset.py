@@ -353,8 +353,7 @@ def make_ade20k(root: Path, images: int = 8, seed: int = 0) -> None:
             width, height = SIZES[number % len(SIZES)]
             # Pictures share the classes out. A pixel belongs to the nearest
             # of as many random points.
-            labels = np.arange(number % 150, 150, images) + 1
-            labels = np.union1d(0, labels)
+            labels = np.r_[0, np.arange(1 + number % 150, 151, images)]
             points = rng.choice(width * height, len(labels), replace=False)
             y, x = np.mgrid[:height, :width]
             distance = np.hypot(y - (points // width)[:, None, None],
