@@ -379,6 +379,7 @@ def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
 @pytest.mark.parametrize('seconds, missing', [
     (None, 'seconds.tsv'),
     ('data\t3\n', 'no total in'),
+    ('data\t3\ntot', 'seconds.tsv is damaged'),
     ('total\t3\n', r'no \*/\*\.json in'),
 ])
 def test_report_says_what_is_missing(seconds, missing, tmp_path, monkeypatch):
@@ -390,3 +391,18 @@ def test_report_says_what_is_missing(seconds, missing, tmp_path, monkeypatch):
     with pytest.raises(
             SystemExit, match=f'{missing}.*quickstart.sh --compare first'):
         report.main()
+
+
+@pytest.mark.parametrize('read, file', [
+    ('read_metrics', 'test/*/*.json'),
+    ('read_losses', '*/vis_data/scalars.json'),
+    ('read_predictions', 'test/predictions.pkl'),
+])
+def test_report_names_a_file_that_was_cut(read, file, runs, tmp_path):
+    run = tmp_path / CLASSIFIER
+    shutil.copytree(runs / CLASSIFIER, run)
+    assert getattr(report, read)(run)
+    path = report.newest(run, file)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(report.DataError, match=f'{path.name} is damaged'):
+        getattr(report, read)(run)

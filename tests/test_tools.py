@@ -787,9 +787,12 @@ def test_batch_that_the_learning_rate_fits_is_not_reported(tool, monkeypatch):
     assert note is None
 
 
-def test_auto_scale_lr_without_a_batch_size_is_refused(tool):
+@pytest.mark.parametrize('option', ['auto_scale_lr=None',
+                                    'auto_scale_lr.base_batch_size=0'])
+def test_auto_scale_lr_without_a_batch_size_is_refused(option, tool):
     with pytest.raises(SystemExit, match='base_batch_size'):
-        fit_lr(tool, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr=None')
+        fit_lr(tool, '--auto-scale-lr', '--cfg-options', option)
+    assert fit_lr(tool, '--cfg-options', option)[1] is None
 
 
 def test_scaled_and_decayed_rates_reach_the_optimizer(

@@ -14,9 +14,9 @@ import html
 import io
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -24,6 +24,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools import mask as rle
+
+from data_error import DataError
 
 matplotlib.use('Agg')  # pictures go to files: no screen is needed
 
@@ -83,15 +85,30 @@ def newest(folder: Path, pattern: str) -> Path:
     return found[-1]
 
 
+def read(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    """What ``parse`` makes of a file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        DataError: If it was cut or changed.
+    """
+    try:
+        return parse(path.read_bytes())
+    except (ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(f'{path} is damaged ({error})') from error
+
+
 def read_metrics(run: Path) -> dict[str, float]:
     """What the library's own evaluator found in the last test of a run."""
-    return json.loads(newest(run / 'test', '*/*.json').read_text())
+    return read(newest(run / 'test', '*/*.json'), json.loads)
 
 
 def read_losses(run: Path) -> tuple[list[int], list[float]]:
     """Iterations and losses of the last training of a run."""
-    lines = newest(run, '*/vis_data/scalars.json').read_text().splitlines()
-    logged = [line for line in map(json.loads, lines) if 'loss' in line]
+    lines = read(
+        newest(run, '*/vis_data/scalars.json'),
+        lambda text: list(map(json.loads, text.splitlines())))
+    logged = [line for line in lines if 'loss' in line]
     return ([line['step'] for line in logged],
             [line['loss'] for line in logged])
 
@@ -102,8 +119,10 @@ def read_seconds(path: Path) -> dict[str, float]:
     Raises:
         FileNotFoundError: If there is no such file, or it has no total.
     """
-    pairs = (line.split('\t') for line in path.read_text().splitlines())
-    seconds = {name: float(taken) for name, taken in pairs}
+    seconds = read(path, lambda text: {
+        name: float(taken)
+        for name, taken in (line.split('\t')
+                            for line in text.decode().splitlines())})
     if 'total' not in seconds:
         raise FileNotFoundError(f'no total in {path}: that run has not ended')
     return seconds
@@ -111,13 +130,12 @@ def read_seconds(path: Path) -> dict[str, float]:
 
 def read_predictions(run: Path) -> list[dict]:
     """Predictions of mmpretrain and mmdet, one dict per image."""
-    with open(run / 'test' / 'predictions.pkl', 'rb') as file:
-        return pickle.load(file)
+    return read(run / 'test' / 'predictions.pkl', pickle.loads)
 
 
 def read_truth(coco_file: Path) -> dict[str, list[Detection]]:
     """File name -> the digits in it, from a COCO file of the scenes."""
-    coco = json.loads(coco_file.read_text())
+    coco = read(coco_file, json.loads)
     names = {image['id']: image['file_name'] for image in coco['images']}
     truth = {name: [] for name in names.values()}
     for item in coco['annotations']:
@@ -467,6 +485,7 @@ def make_report(args: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError: If a run or the data is missing.
+        DataError: If what a run has left cannot be read.
     """
     out = args.out or args.work_dirs / 'digits/report.html'
     seconds = read_seconds(args.work_dirs / 'digits/seconds.tsv')
@@ -493,7 +512,7 @@ def main() -> None:
     args = parse_args()
     try:
         make_report(args)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, DataError) as error:
         compare = ' --compare' * args.compare
         raise SystemExit(
             f'there is no report to make: {error}. Run bash '

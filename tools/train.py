@@ -183,7 +183,7 @@ def fit_lr(cfg: Config) -> tuple[int, str] | None:
     base = auto.get('base_batch_size')
     images = cfg.train_dataloader.get('batch_size')
     optimizer = cfg.optim_wrapper.get('optimizer') or {}
-    if None in (base, images, optimizer.get('lr')):
+    if not base or None in (images, optimizer.get('lr')):
         if auto.get('enable'):
             raise SystemExit(
                 '--auto-scale-lr needs auto_scale_lr.base_batch_size, '
