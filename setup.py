@@ -45,7 +45,7 @@ EXTRAS = {
     'test': [
         *EXPORT,
         'pytest>=8,<10',
-        'pytest-xdist>=3,<4',  # tools/gpu_checks.sh
+        'pytest-xdist>=3,<4',  # tools/run_tests.sh, gpu_checks.sh
         'ruff==0.17.6',  # its rules change from version to version
         'scikit-learn>=1.5,<2',  # carries the digits
     ],
