@@ -95,7 +95,7 @@ def read(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
         return parse(path.read_bytes())
     except (ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise DataError(f'{path} is damaged ({error})') from error
+        raise DataError(f'{path} is damaged ({error}): delete it') from error
 
 
 def read_metrics(run: Path) -> dict[str, float]:
@@ -118,11 +118,14 @@ def read_seconds(path: Path) -> dict[str, float]:
 
     Raises:
         FileNotFoundError: If there is no such file, or it has no total.
+        DataError: If it was cut or changed.
     """
-    seconds = read(path, lambda text: {
-        name: float(taken)
-        for name, taken in (line.split('\t')
-                            for line in text.decode().splitlines())})
+
+    def parse(text: bytes) -> dict[str, float]:
+        pairs = (line.split('\t') for line in text.decode().splitlines())
+        return {name: float(taken) for name, taken in pairs}
+
+    seconds = read(path, parse)
     if 'total' not in seconds:
         raise FileNotFoundError(f'no total in {path}: that run has not ended')
     return seconds
