@@ -17,7 +17,11 @@ fi
 python=$(bash "$root/tools/setup_env.sh" "${setup[@]}")
 
 cd "$root"
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile tests
+if [ $# -eq 0 ]; then
+    set -- -n 2 --dist loadfile tests
+    # Threads that wait for work in one process leave the cores to the other.
+    export OMP_WAIT_POLICY=PASSIVE
+fi
 status=0
 "$python" -m ruff check . || status=$?
 "$python" -m pytest "$@" || status=$?
