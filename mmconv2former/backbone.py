@@ -361,9 +361,8 @@ class Conv2Former(PretrainedModule):
             False.
         cuda_graphs (bool | int): Whether to record the kernels of the first
             so many kinds of batches, shapes of images above all, and to
-            replay them; True for 8. Results are the same. Takes GPU memory
-            for each kind. See :mod:`mmconv2former.cuda_graphs`. Defaults to
-            False.
+            replay them; True for 16. Results are the same. See
+            :mod:`mmconv2former.cuda_graphs`. Defaults to False.
         init_cfg (dict | list[dict], optional): Initialisation config of
             mmengine. ``dict(type='Pretrained', checkpoint=...)`` takes the
             files that :func:`mmconv2former.checkpoint.load_backbone` reads
@@ -452,7 +451,7 @@ class Conv2Former(PretrainedModule):
                     f'{cuda_graphs!r}, compile={compile!r} and '
                     f'with_cp={with_cp!r}')
             self.cuda_graphs = CUDAGraphs(
-                8 if cuda_graphs is True else cuda_graphs)
+                16 if cuda_graphs is True else cuda_graphs)
         if not isinstance(compile, (bool, dict)):
             raise ValueError('compile must be a bool or a dict of options of '
                              f'torch.compile, got {compile!r}')

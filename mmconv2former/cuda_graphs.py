@@ -174,6 +174,7 @@ class CUDAGraphs:
                     return None
                 self.memory = self.memory or _Memory(x.device)
                 self.busy = True
+                self.turn += 1  # what the last forward pass stored is gone
                 try:
                     self.recordings[kind] = _Recording(self, module, x)
                 finally:
@@ -229,13 +230,32 @@ class _Gradients:
 
 
 class _Memory:
-    """What all graphs share: a pool, a stream, gradients of parameters."""
+    """What all graphs share: a pool, a stream, room for inputs and results."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+        self.rooms: dict[str, Tensor] = {}
         self.grads: dict[tuple[str, ...], _Gradients] = {}
+
+    def room(self, name: str, like: Tensor) -> Tensor:
+        """A tensor in the memory that it shares with those of that name.
+
+        Args:
+            name (str): What it is for.
+            like (Tensor): Of its shape, type and layout.
+        """
+        like = torch.empty_like(like, device='meta')
+        room = self.rooms.get(name)
+        if room is None or room.numel() < like.nbytes:
+            # The smaller one stays with the recordings that have it. Whole
+            # numbers of any type, and usable outside of inference mode, too.
+            with torch.inference_mode(False):
+                room = self.rooms[name] = torch.empty(
+                    -(-like.nbytes // 16) * 16, dtype=torch.uint8,
+                    device=self.device)
+        return room.view(like.dtype).as_strided(like.shape, like.stride())
 
     @contextmanager
     def record(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -261,9 +281,9 @@ class _Recording:
 
     def __init__(self, owner: CUDAGraphs, module: nn.Module,
                  x: Tensor) -> None:
-        self.owner, self.x = owner, torch.empty_like(x)
+        self.owner, self.x = owner, owner.memory.room('images', x)
         # What is recorded is compiled for the memory that it will read.
-        self._find_parameters(module, self.x.copy_(x))
+        self._try(module, self.x.copy_(x), owner.memory)
         try:
             self._record(module, owner.memory)
         except RuntimeError as error:
@@ -271,8 +291,9 @@ class _Recording:
                 f'the backbone cannot be recorded into CUDA graphs ({error}): '
                 'build it with cuda_graphs=False') from error
 
-    def _find_parameters(self, module: nn.Module, x: Tensor) -> None:
-        """Those that have gradients, and from which of the outputs.
+    def _try(self, module: nn.Module, x: Tensor, memory: _Memory) -> None:
+        """Find which parameters have gradients, from which of the outputs, and
+        make room for these.
 
         By running the module: libraries choose their kernels, and Triton
         compiles its own, when they are first needed, and that cannot be
@@ -290,6 +311,10 @@ class _Recording:
             outs = functional_call(module, leaves, (x, ))
         # Those of frozen stages have none.
         self.differentiable = [out.requires_grad for out in outs]
+        self.outs = [memory.room(f'output {i}', out)
+                     for i, out in enumerate(outs)]
+        self.grad_outs = [memory.room(f'gradient {i}', out)
+                          for i, out in enumerate(outs) if out.requires_grad]
         reached = [
             [grad is not None for grad in torch.autograd.grad(
                 out, list(leaves.values()), torch.zeros_like(out),
@@ -321,10 +346,11 @@ class _Recording:
         with memory.record() as self.forward, torch.autocast(
                 **_autocast(self.x), cache_enabled=False):
             outs = functional_call(module, leaves, (self.x, ))
-        self.outs = [out.detach() for out in outs]
+            # So that the graph's own memory can be that of others, too.
+            for room, out in zip(self.outs, outs):
+                room.copy_(out.detach())
         if leaves:
             outs = [out for out in outs if out.requires_grad]
-            self.grad_outs = [torch.empty_like(out) for out in outs]
             names = tuple(leaves)
             if names not in memory.grads:
                 memory.grads[names] = _Gradients(

@@ -207,6 +207,25 @@ def test_each_kind_of_batch_has_its_graph_up_to_the_limit(models, device):
     assert recorded(graphed) == 2
 
 
+def test_graphs_share_the_memory_of_inputs_and_results(models, device):
+    eager, graphed = models(limit=4)
+    shapes = [(1, 3, 32, 32), (2, 3, 64, 96), (2, 3, 32, 48), (1, 3, 96, 32)]
+    for shape in shapes:
+        for seed in range(3):
+            x = images(device, *shape, seed=seed)
+            step(graphed, x), step(eager, x)
+    assert recorded(graphed) == 4
+    small, *others = graphed.cuda_graphs.recordings.values()
+    for tensors in zip(*([r.x, *r.outs, *r.grad_outs] for r in others)):
+        assert len(tensors) == 3
+        assert len({t.data_ptr() for t in tensors}) == 1
+    # It was there first, and could not hold the second one's.
+    assert small.x.data_ptr() != others[0].x.data_ptr()
+    for shape in [*shapes, *reversed(shapes)]:
+        x = images(device, *shape, seed=3)
+        assert_same(step(graphed, x), step(eager, x))
+
+
 def test_modes_and_frozen_stages_have_graphs_of_their_own(models, device):
     eager, graphed = models(frozen_stages=1)
     x = images(device)
@@ -352,6 +371,9 @@ def test_inference_mode_has_a_graph_of_its_own(models, device):
         assert {out.is_inference() for out in outs} == {
             mode is torch.inference_mode}
     assert recorded(graphed) == 2
+    for _ in range(4):  # what they share can be stored for a backward pass
+        assert_same(step(graphed, x), step(eager, x))
+    assert recorded(graphed) == 3
 
 
 def test_sharded_weights_run_without_graphs(models, device):
@@ -383,6 +405,26 @@ def test_recording_that_failed_is_tried_again(models, device, monkeypatch):
     for _ in range(2):
         assert_same(step(graphed, x), step(eager, x))
     assert recorded(graphed) == 1
+
+
+def test_gradients_of_images_that_a_failed_recording_overwrote_are_refused(
+        models, device, monkeypatch):
+    _, graphed = models()
+    x = images(device)
+    other = images(device, 1, 3, 32, 32)
+    for _ in range(cuda_graphs.WARM_UP):
+        step(graphed, x), step(graphed, other)
+    loss = losses(graphed, x)[1]
+    assert recorded(graphed) == 1
+
+    def fail(*_):
+        raise RuntimeError('no memory')
+
+    monkeypatch.setattr(cuda_graphs._Recording, '_record', fail)
+    with pytest.raises(RuntimeError, match='no memory'):
+        graphed(other)
+    with pytest.raises(RuntimeError, match='another forward'):
+        loss.backward()
 
 
 def test_new_parameter_in_the_memory_of_the_old_gets_its_gradient(
