@@ -21,6 +21,9 @@ from benchmark import Candidate, Case, differences, rounding, worst
 ROOT = Path(__file__).resolve().parents[1]
 OFFICIAL = 'conv2former-n@official'
 CASE = Case('classifier', 'train', 'fp32', 2, 64, 48, 'cpu')
+# Wider: on CPUs with AMX torch 2.11 gets convolutions in bf16 wrong that make
+# a single column out of two or three.
+BF16 = CASE._replace(dtype='bf16', width=64)
 
 
 def make_row(model='a', samples=(0.1, 0.2, 0.4), **changes):
@@ -99,18 +102,18 @@ def test_worst_difference_is_the_one_beside_what_is_allowed():
 
 
 def test_rounding_is_the_distance_from_fp32():
-    case, known = CASE._replace(dtype='bf16'), {}
+    case, known = BF16, {}
     results = Candidate(OFFICIAL, case).results()
     found = rounding(OFFICIAL, case, results, known)
     assert found.keys() == results.keys() and known == {OFFICIAL: found}
     assert 0.01 < max(found.values()) < 0.2
-    exact = Candidate(OFFICIAL, CASE).results()
+    exact = Candidate(OFFICIAL, case._replace(dtype='fp32')).results()
     assert set(rounding(OFFICIAL, case, exact, {}).values()) == {0.}
 
 
 def test_what_is_rounding_is_no_difference(monkeypatch):
     """Two paths in bf16 that are further apart than is allowed."""
-    names, case = [OFFICIAL, 'conv2former-n'], CASE._replace(dtype='bf16')
+    names, case = [OFFICIAL, 'conv2former-n'], BF16
     monkeypatch.setitem(benchmark.TOLERANCES, 'bf16', 0.005)
     _, facts = benchmark.prepare(names, case, memory=False)
     ours = facts['conv2former-n']
