@@ -174,17 +174,18 @@ class CUDAGraphs:
                     return None
                 self.memory = self.memory or _Memory(x.device)
                 self.busy = True
-                self.turn += 1  # what the last forward pass stored is gone
                 try:
-                    self.recordings[kind] = _Recording(self, module, x)
+                    with self.using_memory():
+                        self.recordings[kind] = _Recording(self, module, x)
                 finally:
                     self.busy = False
                 log_once(f'CUDA graph for images of shape {tuple(x.shape)}')
             return self.recordings[kind]
 
     @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """One at a time: all graphs have the same memory."""
+    def using_memory(self) -> Iterator[None]:
+        """One at a time, for all graphs have the same memory; what the forward
+        pass before has stored there is gone."""
         with self.lock:
             stream = torch.cuda.current_stream(self.memory.device)
             if self.stream not in (None, stream):
@@ -375,7 +376,7 @@ class _Recording:
 
     def replay(self, x: Tensor) -> tuple[tuple[Tensor, ...], int]:
         """Replay the forward pass; also returns its number."""
-        with self.owner.replaying():
+        with self.owner.using_memory():
             self.x.copy_(x)
             self.forward.replay()
             return tuple(out.clone() for out in self.outs), self.owner.turn
@@ -403,7 +404,7 @@ class _Recording:
                     'since the forward pass of these gradients, and its CUDA '
                     'graphs keep the activations of one: build it with '
                     'cuda_graphs=False')
-            with self.owner.replaying():
+            with self.owner.using_memory():
                 for target, grad in zip(self.grad_outs, grads):
                     target.zero_() if grad is None else target.copy_(grad)
                 self.backward.replay()
