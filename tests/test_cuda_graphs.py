@@ -226,6 +226,31 @@ def test_graphs_share_the_memory_of_inputs_and_results(models, device):
         assert_same(step(graphed, x), step(eager, x))
 
 
+@pytest.mark.parametrize('device', ['cpu'], indirect=True)
+def test_recording_waits_for_other_streams_that_use_the_memory(
+        models, device, monkeypatch):
+    waits, seen = [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            waits.append((self, other))
+
+    def attempt(*args, original=cuda_graphs._Recording._try):
+        seen.append([*waits])
+        original(*args)
+
+    monkeypatch.setattr(cuda_graphs._Recording, '_try', attempt)
+    _, graphed = models()
+    one, other = Stream(), Stream()
+    for stream, batch in (one, 2), (other, 1):
+        monkeypatch.setattr(torch.cuda, 'current_stream',
+                            lambda _, stream=stream: stream)
+        for _ in range(3):
+            graphed(images(device, batch, 3, 32, 48))
+    assert recorded(graphed) == 2
+    assert seen == [[], [(other, one)]]
+
+
 def test_modes_and_frozen_stages_have_graphs_of_their_own(models, device):
     eager, graphed = models(frozen_stages=1)
     x = images(device)
