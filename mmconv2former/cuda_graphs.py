@@ -241,21 +241,25 @@ class _Memory:
         self.grads: dict[tuple[str, ...], _Gradients] = {}
 
     def room(self, name: str, like: Tensor) -> Tensor:
-        """A tensor in the memory that it shares with those of that name.
+        """Where all recordings have their tensors of that name.
 
         Args:
             name (str): What it is for.
-            like (Tensor): Of its shape, type and layout.
+            like (Tensor): A tensor of the shape, type and layout wanted.
+
+        Returns:
+            Tensor: Of that shape, type and layout; of what it holds, nothing
+            outlasts the use of another recording.
         """
         like = torch.empty_like(like, device='meta')
         room = self.rooms.get(name)
         if room is None or room.numel() < like.nbytes:
-            # The smaller one stays with the recordings that have it. Whole
-            # numbers of any type, and usable outside of inference mode, too.
+            # The smaller one stays with the recordings that have it. Made in
+            # inference mode it could not be stored for a backward pass.
             with torch.inference_mode(False):
                 room = self.rooms[name] = torch.empty(
-                    -(-like.nbytes // 16) * 16, dtype=torch.uint8,
-                    device=self.device)
+                    -(-like.nbytes // 16) * 16,  # whole numbers of any type
+                    dtype=torch.uint8, device=self.device)
         return room.view(like.dtype).as_strided(like.shape, like.stride())
 
     @contextmanager
@@ -284,7 +288,7 @@ class _Recording:
                  x: Tensor) -> None:
         self.owner, self.x = owner, owner.memory.room('images', x)
         # What is recorded is compiled for the memory that it will read.
-        self._try(module, self.x.copy_(x), owner.memory)
+        self._run_once(module, self.x.copy_(x), owner.memory)
         try:
             self._record(module, owner.memory)
         except RuntimeError as error:
@@ -292,11 +296,12 @@ class _Recording:
                 f'the backbone cannot be recorded into CUDA graphs ({error}): '
                 'build it with cuda_graphs=False') from error
 
-    def _try(self, module: nn.Module, x: Tensor, memory: _Memory) -> None:
+    def _run_once(self, module: nn.Module, x: Tensor,
+                  memory: _Memory) -> None:
         """Find which parameters have gradients, from which of the outputs, and
         make room for these.
 
-        By running the module: libraries choose their kernels, and Triton
+        It has to run anyway: libraries choose their kernels, and Triton
         compiles its own, when they are first needed, and that cannot be
         recorded. Random numbers and buffers are as if it had not run.
         """

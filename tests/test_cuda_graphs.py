@@ -235,11 +235,11 @@ def test_recording_waits_for_other_streams_that_use_the_memory(
         def wait_stream(self, other):
             waits.append((self, other))
 
-    def attempt(*args, original=cuda_graphs._Recording._try):
+    def attempt(*args, original=cuda_graphs._Recording._run_once):
         seen.append([*waits])
         original(*args)
 
-    monkeypatch.setattr(cuda_graphs._Recording, '_try', attempt)
+    monkeypatch.setattr(cuda_graphs._Recording, '_run_once', attempt)
     _, graphed = models()
     one, other = Stream(), Stream()
     for stream, batch in (one, 2), (other, 1):
