@@ -22,6 +22,7 @@ autocast.
 import torch
 import triton
 import triton.language as tl
+from torch.torch_version import TorchVersion
 
 from .gelu import gelu_slope, gelu_tail
 from .launch import Launch, plan
@@ -31,6 +32,8 @@ from .tiling import MAX_OFFSETS, ceil_div, repeat
 # too few columns in a window.
 KERNEL_SIZE = 11
 IMAGES, WINDOW, COLUMNS = 16, 16, 8
+# Earlier versions of Triton have no products with fewer than 16 columns.
+HAS_NARROW_PRODUCTS = TorchVersion(triton.__version__) >= (3, 5)
 # Least share of the rows of the products that are in use. About what the
 # gradients take of the time of those without tensor cores, when all are.
 LEAST_USED = dict(weight=0.65, input=0.8)
@@ -61,7 +64,8 @@ def _rows(height: int) -> int:
 def _is_possible(shape: tuple[int, ...], kernel_size: int,
                  dtype: torch.dtype) -> bool:
     _, height, width, c = shape
-    return (kernel_size == KERNEL_SIZE and dtype.itemsize == 2
+    return (HAS_NARROW_PRODUCTS and kernel_size == KERNEL_SIZE
+            and dtype.itemsize == 2
             and height * width * 2 * c < MAX_OFFSETS)
 
 
