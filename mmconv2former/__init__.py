@@ -2,6 +2,8 @@
 
 Importing the package registers its classes in mmengine.
 """
+import torch
+
 try:
     import mmengine  # noqa: F401
 except ModuleNotFoundError as error:
@@ -14,6 +16,10 @@ except ModuleNotFoundError as error:
         "'mmconv2former[openmmlab]' (the original packages, mmengine). "
         'In an environment that has OpenMMLab packages already, take the '
         'same family.', name='mmengine') from error
+if torch.__version__ < '2.7.dev0':
+    raise ImportError(
+        f'found torch {torch.__version__}; mmconv2former expects 2.7 or '
+        'later. After a change of torch, mmcv has to be compiled anew')
 
 from .backbone import Conv2Former
 from .inference import fuse_for_inference

@@ -18,9 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.nn.modules.module import _has_any_global_hook
 
-from .dispatch import FUSED_VARIABLE, is_capturing, is_intercepted, log_once
+from .dispatch import (
+    FUSED_VARIABLE,
+    has_global_hooks,
+    is_capturing,
+    is_intercepted,
+    log_once,
+)
 
 # Batches of a kind that run as ever before it is recorded, so that kinds which
 # do not come back take no memory.
@@ -63,7 +68,7 @@ class _Watched:
         """Which tensors there are and where, modes and other settings, and
         why nothing can be recorded, or ''."""
         tensors, settings, obstacle = [], [], ''
-        if _has_any_global_hook():
+        if has_global_hooks():
             obstacle = 'hooks are registered for all modules'
         for m in self.modules:
             settings.append(m.training)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from . import cpp_kernels, fake_kernels, torch_kernels
 
@@ -38,6 +38,15 @@ def is_intercepted(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks
                 or module._backward_hooks or module._backward_pre_hooks
                 or 'forward' in module.__dict__)
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for all modules."""
+    # torch has a function for it from version 2.9 on.
+    return bool(torch_module._global_forward_hooks
+                or torch_module._global_forward_pre_hooks
+                or torch_module._global_backward_hooks
+                or torch_module._global_backward_pre_hooks)
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
@@ -329,7 +338,7 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
         return 'the model is being exported'
     if not torch.compiler.is_compiling() and is_transformed():
         return 'torch.func or forward-mode differentiation transforms it'
-    if not torch.compiler.is_compiling() and _has_any_global_hook():
+    if not torch.compiler.is_compiling() and has_global_hooks():
         return 'hooks are registered for all modules'
     if not x.numel():
         return 'the batch is empty'

@@ -148,10 +148,11 @@ def _block_backward(
             grad, *kernels.scale_residual_backward(grad, mlp_scale, mlp_keep,
                                                    dtype))
     found = []
-    for branch, stored in (mlp, (z, )), (modulation, (zv, a)):
+    for is_mlp, branch, stored in ((True, mlp, (z, )),
+                                   (False, modulation, (zv, a))):
         grad_middle = linear_grad_input(scaled, branch.weight)
         del scaled
-        middle_backward = kernels.position_backward if branch is mlp \
+        middle_backward = kernels.position_backward if is_mlp \
             else kernels.gate_backward
         grad_z, grad_dw_weight, grad_dw_bias, y, grad_in_bias = (
             middle_backward(grad_middle, *stored, branch.dw_weight,
@@ -162,7 +163,7 @@ def _block_backward(
             del grad_y, y
         grad_normed = linear_grad_input(grad_z, branch.in_weight)
         norm = branch.norm_weight, branch.norm_bias
-        if branch is mlp:
+        if is_mlp:
             outs = kernels.scale_residual_norm_backward(
                 grad_normed, mlp_x, *norm, eps[1], grad, scale, keep, dtype,
                 sums_residual=not is_summed)
@@ -406,26 +407,25 @@ def infer(x: Tensor, modulation: InferenceBranch,
             infer(part, modulation._replace(keep=keep),
                   mlp._replace(keep=mlp_keep))
             for part, keep, mlp_keep in parts])
+    *norm, weights, scale, keep = modulation
+    *mlp_norm, mlp_weights, mlp_scale, mlp_keep = mlp
     # Each y is gone, and its memory free, when there is the next.
     with without_autocast(x):
-        weights = modulation.weights
-        y = linear(
-            kernels.layer_norm(x, *modulation[:3], dtype), *weights[:2])
+        y = linear(kernels.layer_norm(x, *norm, dtype), *weights[:2])
         y = kernels.gate(y, *weights[2:4])
         if _product_adds(x, modulation, dtype):
             x = onednn_linear(y, *weights[4:], residual=x)
-            y = kernels.layer_norm(x, *mlp[:3], dtype)
+            y = kernels.layer_norm(x, *mlp_norm, dtype)
         else:
             y = linear(y, *weights[4:])
-            x, y = kernels.scale_residual_norm(
-                x, y, modulation.scale, modulation.keep, *mlp[:3], dtype)
-        weights = mlp.weights
-        y = linear(y, *weights[:2])
-        y = kernels.position(y, *weights[2:4])
+            x, y = kernels.scale_residual_norm(x, y, scale, keep, *mlp_norm,
+                                               dtype)
+        y = linear(y, *mlp_weights[:2])
+        y = kernels.position(y, *mlp_weights[2:4])
         if _product_adds(x, mlp, dtype):
-            return onednn_linear(y, *weights[4:], residual=x)
-        y = linear(y, *weights[4:])
-        return kernels.scale_residual(x, y, mlp.scale, mlp.keep)
+            return onednn_linear(y, *mlp_weights[4:], residual=x)
+        y = linear(y, *mlp_weights[4:])
+        return kernels.scale_residual(x, y, mlp_scale, mlp_keep)
 
 
 def _product_adds(x: Tensor, branch: InferenceBranch,

@@ -69,6 +69,20 @@ def test_missing_mmengine_names_both_ways_to_get_it():
     assert 'mmconv2former[openmmlab]' in message
 
 
+@pytest.mark.parametrize('version, is_old', [
+    ('2.6.0+cu124', True), ('2.7.0a0+7c8ec84dab', False), ('2.10.0', False)])
+def test_an_old_torch_is_named(version, is_old):
+    done = run_python(f"""
+import torch
+from torch.torch_version import TorchVersion
+torch.__version__ = TorchVersion('{version}')
+import mmconv2former
+""")
+    assert (done.returncode != 0) == is_old, done.stderr
+    message = f'found torch {version}; mmconv2former expects 2.7 or later'
+    assert (message in done.stderr) == is_old
+
+
 def test_package_is_found_next_to_the_folder_of_a_clone(tmp_path):
     (tmp_path / 'mmconv2former').mkdir()
     code = 'import mmconv2former; print(mmconv2former.__file__)'
