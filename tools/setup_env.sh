@@ -285,9 +285,12 @@ follow() {
     [ ! -t 2 ] || printf '\r\033[K' >&2
 }
 
-# what the end of the log says about the reason of a failure
+# what the log says about the reason of a failure, mostly at its end
 hint() {
-    case $(tail -n 60 "$log") in
+    case $(grep -m 1 'C++20 or later' "$log" || true; tail -n 60 "$log") in
+        *'C++20 or later'*)
+            echo "$mmcv_pin is older than torch $torch, which wants C++20:
+  install an older torch, such as the tested ${torch_pair[*]}" ;;
         *'No space left'*)
             echo 'the disk is full: free some 10 GB (TMPDIR names the folder
   that pip builds in)' ;;
