@@ -49,8 +49,10 @@ if INTERPRETED:
         (1, 1, 8, 8, 3, torch.float16),
         (2, 1, 16, 8, 5, torch.float32),
         (1, 2, 15, 8, 7, torch.float16),
-        (1, 1, 2, 96, 3, torch.float16),  # channels in three and nine chunks
+        (1, 1, 2, 96, 3, torch.float16),  # channels in three to nine chunks
+        (1, 1, 2, 80, 3, torch.float16),
         (1, 1, 3, 144, 3, torch.float32),
+        (1, 1, 2, 540, 3, torch.float32),
     ]
     BANDED = [  # parts of rows, strips, blocks of channels; groups of images
         (1, 9, 19, 12, torch.float16),

@@ -281,7 +281,8 @@ def _layer_norm_backward_kernel(
     """
     pid = tl.program_id(0)
     STEP: tl.constexpr = C // CHUNKS
-    channel = tl.arange(0, BLOCK)[None, :]
+    row = tl.arange(0, BLOCK)[None, :]
+    channel = tl.broadcast_to(row, (PIXELS, BLOCK))  # as in the layer norm
     used = channel < STEP
     zero = tl.zeros((PIXELS, BLOCK), tl.float32)
     weight_sums = repeat(zero, CHUNKS)
@@ -368,14 +369,15 @@ def _layer_norm_backward_kernel(
             own_sums = new_own_sums
     kinds: tl.constexpr = 2 + SUMS_RESIDUAL + goes_on
     for i in tl.static_range(CHUNKS):
-        to = partial_ptr + pid * (kinds * C) + i * STEP + channel
-        tl.store(to, tl.sum(weight_sums[i], 0)[None, :], used)
-        tl.store(to + C, tl.sum(bias_sums[i], 0)[None, :], used)
+        to = partial_ptr + pid * (kinds * C) + i * STEP + row
+        tl.store(to, tl.sum(weight_sums[i], 0)[None, :], row < STEP)
+        tl.store(to + C, tl.sum(bias_sums[i], 0)[None, :], row < STEP)
         if SUMS_RESIDUAL:
-            tl.store(to + 2 * C, tl.sum(residual_sums[i], 0)[None, :], used)
+            tl.store(to + 2 * C, tl.sum(residual_sums[i], 0)[None, :],
+                     row < STEP)
         if goes_on:
             tl.store(to + (kinds - 1) * C, tl.sum(own_sums[i], 0)[None, :],
-                     used)
+                     row < STEP)
 
 
 @plan

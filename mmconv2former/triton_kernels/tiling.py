@@ -86,18 +86,25 @@ def chunk_tile(channels: int) -> tuple[dict, int]:
     """Blocks of sums over pixels with all their channels, and programs at a
     time.
 
-    Where the channels are three or nine times a power of two, or nearly, they
-    come in as many chunks of neighbours: padded to a power of two, up to half
-    of the lanes would be idle.
+    Where the channels are three, five or nine times a power of two, or nearly,
+    they come in as many chunks of neighbours: padded to a power of two, up to
+    half of the lanes would be idle.
     """
-    for chunks, widest in (9, 32), (3, 64):
+    padded = triton.next_power_of_2(channels)
+    tile = dict(norm_tile(channels), CHUNKS=1, num_warps=4)
+    for chunks in 3, 5, 9:
+        if channels % chunks:
+            continue
         block = triton.next_power_of_2(channels // chunks)
-        if channels % chunks == 0 and 16 <= block <= widest:
-            # 18 or 12 values for each of 64 threads.
-            pixels = (128 if chunks == 9 else 256) // block
-            return dict(C=channels, CHUNKS=chunks, BLOCK=block, PIXELS=pixels,
-                        num_warps=2), PROGRAMS // 2
-    return dict(norm_tile(channels), CHUNKS=1), PROGRAMS // 4
+        # Fewer programs where the sums of each are long.
+        warps = 2 if channels <= 512 else 4
+        # 10 to 18 values for each thread.
+        pixels = warps * (128 if chunks == 3 else 64) // block
+        if block >= 16 and pixels and chunks * block < padded:
+            padded = chunks * block
+            tile = dict(C=channels, CHUNKS=chunks, BLOCK=block, PIXELS=pixels,
+                        num_warps=warps)
+    return tile, PROGRAMS // tile['num_warps']
 
 
 @triton.jit
