@@ -42,7 +42,7 @@ def is_intercepted(module: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Whether hooks are registered for all modules."""
-    # torch has a function for it from version 2.9 on.
+    # For which torch 2.7 has no function.
     return bool(torch_module._global_forward_hooks
                 or torch_module._global_forward_pre_hooks
                 or torch_module._global_backward_hooks
