@@ -772,6 +772,7 @@ def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
         compiled.add(kernel.__name__)
 
         def compile_only(*args, **options):  # and return nothing to be kept
+            assert options['enable_fp_fusion']
             kernel.warmup(*args, grid=grid, **options)
 
         return compile_only

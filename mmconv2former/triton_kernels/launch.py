@@ -39,7 +39,9 @@ class Launch:
     def __init__(self, kernel: Any, programs: int, *scalars: float,
                  **constants: int) -> None:
         self.kernel, self.grid = kernel, (programs, 1, 1)
-        self.scalars, self.constants = scalars, constants
+        self.scalars = scalars
+        # Products and sums in one instruction, which will not be the default.
+        self.constants = dict(constants, enable_fp_fusion=True)
         names = [name for name in kernel.arg_names if name in constants]
         self.tail = (*scalars, *(constants[name] for name in names))
         # Triton passes integers in 32 bits where they fit.
