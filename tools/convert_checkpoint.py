@@ -46,8 +46,11 @@ def parse_args():
 
 def sha256(path):
     """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def convert(src, dst, backbone_only=False, trust_pickle=False):
