@@ -81,6 +81,9 @@ else:
         (12, 56, 56, 100, 3, torch.bfloat16),
         (5, 7, 7, 144, 3, torch.float32),
         (1, 1, 13, 72, 3, torch.float16),
+        (3, 7, 7, 320, 3, torch.float16),  # channels in five, nine and one
+        (5, 7, 7, 576, 3, torch.bfloat16),
+        (4, 7, 7, 512, 3, torch.bfloat16),
     ]
     BANDED = [
         (20, 56, 56, 72, torch.bfloat16),
@@ -295,7 +298,7 @@ def test_tensor_cores_take_what_fills_them():
     assert taken([(16, 3864, 3864, 72)]) == [(False, False)]
 
 
-def test_older_triton_takes_none(monkeypatch):
+def test_older_triton_gets_no_products_on_tensor_cores(monkeypatch):
     monkeypatch.setattr(banded, 'HAS_NARROW_PRODUCTS', False)
     forget_plans()
     for takes in banded.takes_weight_grad, banded.takes_input_grad:

@@ -40,7 +40,8 @@ class Launch:
                  **constants: int) -> None:
         self.kernel, self.grid = kernel, (programs, 1, 1)
         self.scalars = scalars
-        # Products and sums in one instruction, which will not be the default.
+        # Products and sums in one instruction: Triton 3.9 warns that this
+        # will not be its default.
         self.constants = dict(constants, enable_fp_fusion=True)
         names = [name for name in kernel.arg_names if name in constants]
         self.tail = (*scalars, *(constants[name] for name in names))

@@ -163,6 +163,16 @@ def operands(branches: Sequence[Sequence[Tensor]], dtype: torch.dtype,
 
 
 @triton.jit
+def _channels(PIXELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Channels of a tile, in its full shape.
+
+    So that vectors over the channels are loaded in the layout of the tile: in
+    one of their own, threads have to exchange them.
+    """
+    return tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (PIXELS, BLOCK))
+
+
+@triton.jit
 def _normalize(x, used, eps, C: tl.constexpr):
     """Rows of mean 0 and variance 1, and their inverse standard deviation."""
     x = x.to(tl.float32)
@@ -185,8 +195,7 @@ def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, height,
                        PATCH: tl.constexpr, BLOCK: tl.constexpr,
                        PIXELS: tl.constexpr):
     """out = (x - mean) * rstd * weight + bias, as patches."""
-    # In full shape, so that the vectors come in the layout of the tensors.
-    channel = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (PIXELS, BLOCK))
+    channel = _channels(PIXELS, BLOCK)
     used = channel < C
     pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
         + tl.arange(0, PIXELS)[:, None]
@@ -281,8 +290,7 @@ def _layer_norm_backward_kernel(
     """
     pid = tl.program_id(0)
     STEP: tl.constexpr = C // CHUNKS
-    row = tl.arange(0, BLOCK)[None, :]
-    channel = tl.broadcast_to(row, (PIXELS, BLOCK))  # as in the layer norm
+    channel = _channels(PIXELS, BLOCK)
     used = channel < STEP
     zero = tl.zeros((PIXELS, BLOCK), tl.float32)
     weight_sums = repeat(zero, CHUNKS)
@@ -368,6 +376,7 @@ def _layer_norm_backward_kernel(
         if goes_on:
             own_sums = new_own_sums
     kinds: tl.constexpr = 2 + SUMS_RESIDUAL + goes_on
+    row = tl.arange(0, BLOCK)[None, :]
     for i in tl.static_range(CHUNKS):
         to = partial_ptr + pid * (kinds * C) + i * STEP + row
         tl.store(to, tl.sum(weight_sums[i], 0)[None, :], row < STEP)
@@ -444,8 +453,7 @@ def _scale_residual_kernel(
     """out = x + keep * scale * y, and its layer norm if asked."""
     tiles = tl.cdiv(area, PIXELS)
     n = tl.cast(tl.program_id(0) // tiles, tl.int64)
-    # In full shape, so that the vectors come in the layout of the tensors.
-    channel = tl.broadcast_to(tl.arange(0, BLOCK)[None, :], (PIXELS, BLOCK))
+    channel = _channels(PIXELS, BLOCK)
     used = channel < C
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)[:, None]
     inside = used & (pixel < area)

@@ -93,12 +93,12 @@ def chunk_tile(channels: int) -> tuple[dict, int]:
     """
     padded = triton.next_power_of_2(channels)
     tile = dict(norm_tile(channels), CHUNKS=1, num_warps=4)
+    # Fewer programs where the sums of each are long.
+    warps = 2 if channels <= 512 else 4
     for chunks in 3, 5, 9:
         if channels % chunks:
             continue
         block = triton.next_power_of_2(channels // chunks)
-        # Fewer programs where the sums of each are long.
-        warps = 2 if channels <= 512 else 4
         # 10 to 18 values for each thread.
         pixels = warps * (128 if chunks == 3 else 64) // block
         if block >= 16 and pixels and chunks * block < padded:
