@@ -7,6 +7,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
+import mmdet
 import numpy as np
 import pytest
 from mmdet.datasets.transforms import LoadAnnotations
@@ -751,6 +752,32 @@ def test_heads_are_found_wherever_they_are():
     }
 
 
+def test_heads_with_classes_of_their_own_are_left_out():
+    htc = Config.fromfile(Path(mmdet.__file__).parent.joinpath(
+        '.mim/configs/htc/htc_r50_fpn_1x_coco.py')).model
+    assert 'semantic_head' in htc.roi_head
+    assert data_checks.head_sizes(htc) == {
+        f'model.roi_head.{kind}_head.{i}.num_classes': 80
+        for kind in ('bbox', 'mask') for i in range(3)}
+    edges = dict(type='STDCHead', num_classes=1, boundary_threshold=0.1)
+    assert data_checks.head_sizes(dict(auxiliary_head=[edges])) == {}
+
+
+def test_heads_for_things_do_not_count_the_stuff_of_panoptic_data(
+        coco, copy):
+    loader = check(COCO, copy(coco))
+    things = loader.dataset.metainfo['classes']
+    loader.dataset._metainfo |= dict(
+        classes=[*things, 'sky', 'sea'], thing_classes=things)
+    sizes = {'model.roi_head.bbox_head.num_classes': len(things)}
+    data_set = loader.dataset
+    del data_set.cat_ids  # which are compared with the classes
+    data_checks.check_loader(loader, sizes, exact=True)
+    data_set._metainfo['thing_classes'] = things[1:]
+    with pytest.raises(DataError, match=f'has {len(things) - 1} classes'):
+        data_checks.check_loader(loader, sizes, exact=True)
+
+
 def test_classifier_may_have_more_classes_than_the_data(pictures):
     check(IN1K, pictures, sizes={'model.head.num_classes': 9}, exact=False)
     with pytest.raises(
@@ -832,6 +859,16 @@ def test_classes_in_another_order_than_in_training_are_refused(pictures):
     train = check(IN1K, pictures)
     val = check(IN1K, pictures, 'val', metainfo=dict(classes=['b', 'a']))
     with pytest.raises(DataError, match='in another order'):
+        data_checks.check_agreement(train, val)
+
+
+def test_folders_may_have_other_names_than_their_classes(pictures):
+    """As those of ImageNet have in mmpretrain."""
+    train = check(IN1K, pictures)
+    val = check(IN1K, pictures, 'val', metainfo=dict(classes=['x', 'y']))
+    data_checks.check_agreement(train, val)
+    (pictures / 'val/b').rename(pictures / 'val/c')
+    with pytest.raises(DataError, match='do not have the same classes'):
         data_checks.check_agreement(train, val)
 
 
@@ -990,6 +1027,14 @@ def test_labels_of_other_data_sets_start_at_zero(ade20k, copy):
     paint(label_maps(data)[1], 3)
     with pytest.raises(
             DataError, match='label 3 .* 0 to 2, and 255 for'):
+        check(ADE20K, data, **settings)
+    paint(label_maps(data)[1], 254)
+    with pytest.raises(DataError, match='254 .*reduce_zero_label, and ignore'):
+        check(ADE20K, data, **settings)
+    settings['ignore_index'] = 254
+    check(ADE20K, data, **settings)
+    paint(label_maps(data)[1], 253)
+    with pytest.raises(DataError, match='253 .* 0 to 2, and 254 for'):
         check(ADE20K, data, **settings)
 
 

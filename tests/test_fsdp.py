@@ -1,5 +1,6 @@
 """Sharded training in two processes computes what training without it does."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ train_dataloader = dict(
 val_dataloader = dict(
     num_workers=0, persistent_workers=False,
     dataset=dict(data_root={data!r}, pipeline=val_pipeline))
+test_dataloader = val_dataloader
 randomness = dict(seed=0)
 param_scheduler = [dict(type='LinearLR', start_factor=0.5, by_epoch=False)]
 train_cfg = dict(max_iters=2, val_interval=3)
@@ -50,17 +52,22 @@ default_hooks = dict(
 load_from = 'start.pth'
 """
 
-# Three runs in the same two processes, which saves starting them anew.
+# Runs in the same two processes, which saves starting them anew. The last are
+# by the config that the sharded one has saved.
 SCRIPT = """
+import test
 import train
 
-common = ['config.py', '--launcher', 'pytorch', '--work-dir']
+common = ['--launcher', 'pytorch', '--work-dir']
 for arguments in (
-        ['plain', '--cfg-options', 'train_cfg.val_interval=9'],
-        ['sharded', '--fsdp', '--cfg-options', 'train_cfg.val_interval=9'],
-        ['sharded', '--fsdp', '--resume', '--cfg-options',
-         'train_cfg.max_iters=3']):
-    train.main(common + arguments)
+        ['config.py', *common, 'plain', '--cfg-options',
+         'train_cfg.val_interval=9'],
+        ['config.py', *common, 'sharded', '--fsdp', '--cfg-options',
+         'train_cfg.val_interval=9'],
+        ['sharded/config.py', *common, 'sharded', '--resume', '--cfg-options',
+         'train_cfg.max_iters=3', 'train_cfg.val_interval=3']):
+    train.main(arguments)
+test.main(['sharded/config.py', 'sharded/iter_3.pth', *common, 'tested'])
 """
 
 
@@ -146,6 +153,17 @@ def test_sharded_training_is_resumed(folder):
         assert state['step'] == 3 and states[0][name]['step'] == 2
 
 
+def scores(folder, run):
+    """What each run of that work dir has printed as its mIoU."""
+    return [re.findall(r'mIoU: +(\S+)', path.read_text())
+            for path in sorted(folder.glob(f'{run}/*/*.log'))]
+
+
 def test_sharded_model_is_validated_with_a_sliding_window(folder):
-    logs = [path.read_text() for path in folder.glob('sharded/*/*.log')]
-    assert len(logs) == 2 and all('mIoU: ' in log for log in logs)
+    trained, resumed = scores(folder, 'sharded')
+    assert trained and resumed
+
+
+def test_config_of_a_sharded_training_tests_a_checkpoint(folder):
+    tested, = scores(folder, 'tested')
+    assert tested == scores(folder, 'sharded')[1]

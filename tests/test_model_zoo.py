@@ -216,10 +216,37 @@ def test_what_cannot_be_counted_is_refused(text, options, expected, get_flops,
         get_flops.main([str(path), *options])
 
 
-def test_detector_of_another_structure_is_refused(get_flops):
-    path, = MIM[0].glob('configs/detr/detr_r50_8xb2-150e_coco.py')
-    with pytest.raises(SystemExit, match='DETR cannot be counted.*decoder'):
+@pytest.mark.parametrize('config, expected', [
+    ('detr/detr_r50_8xb2-150e_coco.py', 'DETR cannot be counted.*decoder'),
+    ('ms_rcnn/ms-rcnn_r50_fpn_1x_coco.py',
+     'MaskScoringRoIHead cannot be counted.*also has mask_iou_head'),
+    ('grid_rcnn/grid-rcnn_r50_fpn_gn-head_2x_coco.py', 'also has grid_head'),
+    ('htc/htc_r50_fpn_1x_coco.py', 'also has semantic_head'),
+    ('point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py',
+     'also has point_head'),
+    ('sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
+     'rpn_head EmbeddingRPNHead cannot be counted'),
+    ('double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py',
+     'roi_head DoubleHeadRoIHead cannot be counted.*x_reg'),
+    ('tood/tood_r50_fpn_1x_coco.py', 'bbox_head TOODHead cannot be counted'),
+])
+def test_detector_of_another_structure_is_refused(config, expected, get_flops):
+    path, = MIM[0].glob(f'configs/{config}')
+    with pytest.raises(SystemExit, match=expected):
         get_flops.count(Config.fromfile(path), (64, 64))
+
+
+def test_crop_is_found_in_wrapped_data_sets(get_flops):
+    from mmpretrain.datasets import RandomResizedCrop
+    inner = dict(type='CustomDataset', pipeline=[
+        dict(type='LoadImageFromFile'),
+        dict(type=RandomResizedCrop, scale=64)])
+    cfg = Config(dict(
+        model=dict(head=dict()), test_dataloader=dict(
+            dataset=dict(type='CustomDataset', pipeline=[])),
+        train_dataloader=dict(
+            dataset=dict(type='RepeatDataset', times=2, dataset=inner))))
+    assert get_flops.default_shape(cfg) == (64, 64)
 
 
 def estimate(config):

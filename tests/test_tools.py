@@ -472,6 +472,21 @@ def test_resume_needs_neither_backbone_nor_neck_to_be_pretrained(
         assert len(train.pretrained_parts(cfg)) == count
 
 
+def test_pretrained_file_in_a_list_of_initializations_is_seen(tool):
+    cfg = train_config(tool)
+    train = tool('train')
+    cfg.model.backbone.init_cfg = [
+        dict(type='Kaiming', layer='Conv2d'),
+        dict(type='Pretrained', checkpoint='gone.pth')]
+    assert train.pretrained_parts(cfg) == {
+        ('backbone', 'model.backbone.init_cfg.1'): 'gone.pth'}
+    with pytest.raises(SystemExit, match='init_cfg.1.checkpoint=PATH'):
+        train.check_pretrained(cfg)
+    # What is proposed is a setting that mmengine knows.
+    cfg.merge_from_dict({'model.backbone.init_cfg.1.checkpoint': 'here.pth'})
+    assert [*train.pretrained_parts(cfg).values()] == ['here.pth']
+
+
 def test_pretrained_file_is_looked_for_in_the_named_folder(tool, tmp_path,
                                                            monkeypatch):
     (tmp_path / 'conv2former_t_in1k.pth').touch()
@@ -969,6 +984,24 @@ def test_predictions_do_not_go_to_a_folder(tool, tmp_path):
     with pytest.raises(SystemExit, match=r'a.pkl. is a folder; name a file'):
         options_of_test(tool, 'classification/conv2former_t_in1k.py',
                         '--out', str(tmp_path / 'a.pkl'))
+
+
+def test_types_may_be_classes(tool, tmp_path):
+    """As in the new style of mmengine's configs."""
+    from mmpretrain.datasets import CustomDataset
+    from mmpretrain.engine import VisualizationHook
+    cfg = Config.fromfile(CONFIGS / 'classification/conv2former_t_in1k.py')
+    test = tool('test')
+    hook = cfg.default_hooks.visualization
+    hook.type = VisualizationHook
+    test._paint(cfg, str(tmp_path / 'painted'), tta=False)
+    assert hook.enable and hook.out_dir == str(tmp_path / 'painted')
+    data_set = Config(dict(data=dict(type=CustomDataset, data_root='x'))).data
+    launch = sys.modules['launch']
+    assert launch.data_paths(data_set) == {
+        'data_root, one folder per class': 'x'}
+    assert launch.without_sync_bn(
+        dict(type=torch.nn.SyncBatchNorm)) == dict(type='BN')
 
 
 def test_batch_norm_is_not_synchronised_without_a_gpu(tool):

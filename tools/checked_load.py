@@ -23,14 +23,17 @@ class CheckedLoad(BaseTransform):
         key (str): Where its input holds the path: 'img_path' or
             'seg_map_path'.
         num_classes (int, optional): Labels of a label map must be less, or
-            255. Defaults to None, any.
+            ``ignore_index``, or the 255 that reduce_zero_label makes of 0.
+            Defaults to None, any.
+        ignore_index (int): Label of what is ignored. Defaults to 255.
     """
 
     def __init__(self, load: BaseTransform, key: str,
-                 num_classes: int | None = None):
+                 num_classes: int | None = None, ignore_index: int = 255):
         self.load = load
         self.key = key
         self.num_classes = num_classes
+        self.ignore_index = ignore_index
 
     def transform(self, results: dict) -> dict | None:
         """Load.
@@ -80,7 +83,8 @@ class CheckedLoad(BaseTransform):
         wrong = wide[(wide < 0) | (wide > 255)]
         if wrong.size:
             raise self._no_class(path, wrong, results)
-        wrong = labels[(labels >= self.num_classes) & (labels != 255)]
+        wrong = labels[(labels >= self.num_classes) & (labels != 255)
+                       & (labels != self.ignore_index)]
         if wrong.size:
             # The numbers of the file, as the one who has to mend it sees them.
             wrong = wrong + int(results.get('reduce_zero_label') or 0)
@@ -111,20 +115,23 @@ class CheckedLoad(BaseTransform):
             f"the label map '{path}' has the label {wrong.max()} "
             f'({wrong.size} pixels), which is no class: there are '
             f'{count}, with labels {shift} to {count - 1 + shift}, and '
-            f'{"0 and " * shift}255 for what is ignored. Correct the '
-            'file, or give metainfo.classes of the data sets and '
-            'num_classes of the heads, and reduce_zero_label')
+            f'{"0 and " * shift}{self.ignore_index} for what is ignored. '
+            'Correct the file, or give metainfo.classes of the data sets and '
+            'num_classes of the heads, reduce_zero_label, and ignore_index of '
+            'both')
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.load!r})'
 
 
-def wrap_loads(step: Any, num_classes: int | None) -> Iterator[Any]:
+def wrap_loads(step: Any, num_classes: int | None,
+               ignore_index: int) -> Iterator[Any]:
     """Put the loading steps of a pipeline into :class:`CheckedLoad`.
 
     Args:
         step (object): A pipeline, or a transform that may hold others.
         num_classes (int, optional): For label maps.
+        ignore_index (int): For label maps.
 
     Yields:
         CheckedLoad: The steps.
@@ -133,16 +140,17 @@ def wrap_loads(step: Any, num_classes: int | None) -> Iterator[Any]:
         inner = getattr(step, name, None)
         if not isinstance(inner, list):
             if inner is not None:
-                yield from wrap_loads(inner, num_classes)
+                yield from wrap_loads(inner, num_classes, ignore_index)
             continue
         for i, part in enumerate(inner):
             if type(part).__name__.startswith('LoadImage'):
                 inner[i] = CheckedLoad(part, 'img_path')
             elif getattr(part, 'with_seg', False) or getattr(
                     part, 'with_mask', False):
-                inner[i] = CheckedLoad(part, 'seg_map_path', num_classes)
+                inner[i] = CheckedLoad(part, 'seg_map_path', num_classes,
+                                       ignore_index)
             else:
-                yield from wrap_loads(part, num_classes)
+                yield from wrap_loads(part, num_classes, ignore_index)
                 continue
             yield inner[i]
 

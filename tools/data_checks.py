@@ -25,6 +25,23 @@ from data_error import DataError, describe, some_of
 
 # Files of a data set that are looked at before the first iteration.
 SAMPLE = 100
+# Heads with classes of their own: of stuff, or an edge or none.
+AUXILIARY_HEADS = 'FusedSemanticHead', 'SCNetSemanticHead', 'STDCHead'
+
+
+def type_name(cfg: dict) -> str:
+    """Name of the class that a config is of.
+
+    Args:
+        cfg (dict): Config with a ``type``: a name with or without scope or,
+            in mmengine's new style, the class.
+
+    Returns:
+        str: The name without scope; '' if there is no ``type``.
+    """
+    kind = cfg.get('type') or ''
+    return kind.rpartition('.')[2] if isinstance(kind, str) \
+        else kind.__name__
 
 
 def data_sets(cfg: ConfigDict, where: str) -> Iterator[tuple[str, ConfigDict]]:
@@ -56,12 +73,14 @@ def head_sizes(model: Any, where: str = 'model') -> dict[str, int]:
 
     Returns:
         dict[str, int]: By the name of the setting. The head of the region
-        proposal network, which knows objects only, is left out.
+        proposal network, which knows objects only, is left out, and so are
+        ``AUXILIARY_HEADS``.
     """
     sizes = {}
     if isinstance(model, dict):
         last = re.sub(r'\.\d+$', '', where).rpartition('.')[2]
-        if 'num_classes' in model and 'head' in last and last != 'rpn_head':
+        if 'num_classes' in model and 'head' in last and last != 'rpn_head' \
+                and type_name(model) not in AUXILIARY_HEADS:
             sizes[f'{where}.num_classes'] = model['num_classes']
         parts = model.items()
     elif isinstance(model, (list, tuple)):
@@ -259,7 +278,10 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
         name = describe(data_set)
         _check_names(name, classes)
         if classes is not None:
-            _check_sizes(data_set, classes, sizes, exact)
+            # Those of panoptic data are things and stuff, and heads that have
+            # but a number of classes are for things.
+            _check_sizes(data_set, meta.get('thing_classes') or classes, sizes,
+                         exact)
             if hasattr(data_set, 'cat_ids') and osp.isfile(data_set.ann_file):
                 coco_checks.check_ids(
                     data_set.ann_file, set(data_set.cat_img_map),
@@ -270,7 +292,8 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
         limit = None
         if hasattr(data_set, 'reduce_zero_label'):
             limit = len(classes or ()) or max(sizes.values(), default=None)
-        loads = list(wrap_loads(getattr(data_set, 'pipeline', None), limit))
+        loads = list(wrap_loads(getattr(data_set, 'pipeline', None), limit,
+                                getattr(data_set, 'ignore_index', 255)))
         _check_sample(data_set, loads)
 
 
@@ -295,8 +318,12 @@ def check_agreement(first: Any, second: Any) -> None:
             list(getattr(data_set, 'metainfo', {}).get('classes') or ())
             for data_set in pair
         ]
-        if all(classes) and classes[0] != classes[1]:
-            unshared = set(classes[0]).symmetric_difference(classes[1])
+        unshared = set(classes[0]).symmetric_difference(classes[1])
+        folders = [_class_folders(data_set) for data_set in pair]
+        # With the same folders labels are the same by any names, such as those
+        # that mmpretrain has for ImageNet's.
+        is_same = folders[0] and folders[0] == folders[1] and unshared
+        if all(classes) and classes[0] != classes[1] and not is_same:
             raise DataError(
                 f'{names} do not have the same classes, so that a label '
                 'means one thing here and another there: '

@@ -34,12 +34,14 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import data_checks
 import launch
 
 TRAINING_ONLY = 'auxiliary_head'
 # Parts that read the feature maps of the neck, or of the backbone.
 HEADS = ('head', 'decode_head', TRAINING_ONLY, 'rpn_head', 'bbox_head')
 PARTS = ('backbone', 'neck', *HEADS, 'roi_head')
+ROI_PARTS = 'bbox_head', 'mask_head'
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,11 +68,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def crop_size(loader: dict | None) -> int | tuple[int, int] | None:
     """Size of the crop in the pipeline of a data loader, None without."""
-    for transform in loader.dataset.pipeline if loader else ():
-        for key, crops in (('crop_size', ('CenterCrop', 'RandomCrop')),
-                           ('scale', ('RandomResizedCrop', ))):
-            if transform.type in crops:
-                return transform[key]
+    for _, data_set in data_checks.data_sets(loader.dataset, '') \
+            if loader else ():
+        for transform in data_set.get('pipeline') or ():
+            for key, crops in (('crop_size', ('CenterCrop', 'RandomCrop')),
+                               ('scale', ('RandomResizedCrop', ))):
+                if data_checks.type_name(transform) in crops:
+                    return transform[key]
     return None
 
 
@@ -124,16 +128,26 @@ def build_model(cfg: Config) -> nn.Module:
         # path rates of ConvNeXt), which takes a real device.
         model = MODELS.build(cfg.model).to('meta')
     model.eval()
-    unknown = [
-        name for name, part in model.named_children()
-        if name not in PARTS and count_parameters(part)
-    ]
+    unknown = unknown_parts(model, PARTS)
     if unknown or not hasattr(model, 'backbone'):
         raise SystemExit(
             f'{type(model).__name__} cannot be counted: this tool knows '
             f'{", ".join(PARTS)}, and the model has '
             f'{", ".join(name for name, _ in model.named_children())}')
+    roi_head = getattr(model, 'roi_head', None)
+    if roi_head is not None and (unknown := unknown_parts(roi_head,
+                                                          ROI_PARTS)):
+        raise SystemExit(
+            f'{type(roi_head).__name__} cannot be counted: of a roi_head this '
+            f'tool knows {" and ".join(ROI_PARTS)}, and this one also has '
+            f'{", ".join(unknown)}')
     return model
+
+
+def unknown_parts(module: nn.Module, known: tuple[str, ...]) -> list[str]:
+    """Names of other parts than these that have parameters."""
+    return [name for name, part in module.named_children()
+            if name not in known and count_parameters(part)]
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -171,6 +185,9 @@ def count(cfg: Config, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
         dict[str, tuple[int, int]]: Parameters and MACs by part, in the order
         of computation, and those of the model as 'total'. The total has the
         parameters of the auxiliary head, but not its MACs.
+
+    Raises:
+        SystemExit: If a part cannot be counted.
     """
     model = build_model(cfg)
     rows, total = {}, 0
@@ -181,15 +198,22 @@ def count(cfg: Config, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
         part = getattr(model, name, None)
         if part is None:
             continue
-        with torch.no_grad(), torch.device('meta'), FlopCounterMode(
-                display=False) as counter:
-            if name == 'roi_head':
-                run_roi_head(part, cfg.model.test_cfg)
-            elif name in HEADS:
-                for head in each(part):
-                    head(feats)
-            else:
-                feats = part(feats)
+        try:
+            with torch.no_grad(), torch.device('meta'), FlopCounterMode(
+                    display=False) as counter:
+                if name == 'roi_head':
+                    run_roi_head(part, cfg.model.test_cfg)
+                elif name in HEADS:
+                    for head in each(part):
+                        head(feats)
+                else:
+                    feats = part(feats)
+        except (NotImplementedError, RuntimeError, TypeError) as error:
+            raise SystemExit(
+                f'the {name} {type(part).__name__} cannot be counted, for it '
+                'does not run on feature maps or regions alone, without '
+                f'numbers in them, of an image of {shape[1]}x{shape[0]} '
+                f'({type(error).__name__}: {error})') from error
         macs = counter.get_total_flops() // 2
         rows[name] = count_parameters(part), macs
         total += macs * (name != TRAINING_ONLY)

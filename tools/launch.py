@@ -211,7 +211,8 @@ def data_paths(data_set: ConfigDict) -> dict[str, str]:
     if not isinstance(prefix, dict):
         prefix = {'images': prefix}
     names = {f'data_prefix.{key}': name for key, name in prefix.items()}
-    kind, ann_file = str(data_set.get('type')), data_set.get('ann_file')
+    kind = data_checks.type_name(data_set)
+    ann_file = data_set.get('ann_file')
     if not names and kind.endswith(('ImageNet', 'ImageNet21k')):
         names = {'split': data_set.get('split')}
     if not ann_file and kind.endswith(
@@ -249,13 +250,14 @@ def check_data(cfg: Config, parts: tuple[str, ...]) -> None:
         if not loader or 'dataset' not in loader:
             continue
         wanted = [
-            (f'{where} ({data_set.get("type")})', data_paths(data_set))
+            (f'{where} ({data_checks.type_name(data_set)})',
+             data_paths(data_set))
             for where, data_set in data_checks.data_sets(
                 loader.dataset, f'{part}_dataloader.dataset')
             if not data_set.get('backend_args')
         ]
         wanted += [
-            (f'{part}_evaluator ({metric.type})', {
+            (f'{part}_evaluator ({data_checks.type_name(metric)})', {
                 'ann_file': metric.ann_file
             })
             for metric in evaluators(cfg, part)
@@ -412,7 +414,8 @@ def without_sync_bn(model: Any) -> Any:
     """
     if isinstance(model, dict):
         copy = {key: without_sync_bn(part) for key, part in model.items()}
-        return {**copy, 'type': 'BN'} if copy.get('type') == 'SyncBN' else copy
+        return {**copy, 'type': 'BN'} if data_checks.type_name(copy) in (
+            'SyncBN', 'SyncBatchNorm') else copy
     if isinstance(model, (list, tuple)):
         return type(model)(without_sync_bn(part) for part in model)
     return model

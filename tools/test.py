@@ -60,6 +60,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     launch.check_model(cfg, args.config, 'test_dataloader', 'test_cfg',
                        'test_evaluator')
     launch.check_file(args.checkpoint, 'the checkpoint')
+    # A strategy, such as that of --fsdp, is for training.
+    for name in 'runner_type', 'strategy':
+        cfg.pop(name, None)
     # A fused model takes no weights: main() loads them before.
     cfg.load_from = None if args.fuse else args.checkpoint
     if args.fuse:
@@ -143,7 +146,7 @@ def _paint(cfg: Config, folder: str, tta: bool) -> None:
         raise SystemExit('--show-dir: the libraries paint the images of the '
                          'first process only; test in one process')
     hook = cfg.get('default_hooks', {}).get('visualization')
-    name = hook.type.split('.')[-1] if hook else None
+    name = data_checks.type_name(hook) if hook else None
     if name == 'VisualizationHook':
         if tta:
             raise SystemExit('--show-dir: mmpretrain cannot paint augmented '

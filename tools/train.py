@@ -4,10 +4,12 @@ import logging
 import os
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import find_latest_checkpoint
+from torch import nn
 
+import data_checks
 import launch
 from amp import BoxesInFloat32, CPUAmpOptimWrapper
 from data_error import one_message
@@ -130,7 +132,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.resume = True
         cfg.load_from = checkpoint
         # The checkpoint has all weights: those of init_cfg are not needed.
-        for part in pretrained_parts(cfg):
+        for part, _ in pretrained_parts(cfg):
             cfg.model[part].init_cfg = None
     return cfg
 
@@ -209,23 +211,31 @@ def fit_lr(cfg: Config) -> tuple[int, str] | None:
         'set optim_wrapper.optimizer.lr.')
 
 
-def pretrained_parts(cfg: Config) -> dict[str, ConfigDict]:
+def pretrained_parts(cfg: Config) -> dict[tuple[str, str], str]:
     """Parts of a model that start from pre-trained weights of this package.
 
     Args:
         cfg (Config): The config.
 
     Returns:
-        dict[str, ConfigDict]: 'backbone' and 'neck', where they are this
-        package's, and their ``init_cfg``.
+        dict[tuple[str, str], str]: Paths of the weights, by the name of the
+        part, 'backbone' or 'neck', and that of the setting, of which
+        ``init_cfg`` may have several.
     """
-    parts = ((name, cfg.model.get(name)) for name in ('backbone', 'neck'))
-    return {name: part.init_cfg for name, part in parts
-            if isinstance(part, dict)
-            and 'Conv2Former' in str(part.get('type'))
-            and isinstance(part.get('init_cfg'), dict)
-            and part.init_cfg.get('type') == 'Pretrained'
-            and 'checkpoint' in part.init_cfg}
+    found = {}
+    for name in 'backbone', 'neck':
+        part = cfg.model.get(name)
+        if not isinstance(part, dict) \
+                or 'Conv2Former' not in data_checks.type_name(part):
+            continue
+        inits = part.get('init_cfg')
+        key = f'model.{name}.init_cfg'
+        inits = {f'{key}.{i}': init for i, init in enumerate(inits)} \
+            if isinstance(inits, (list, tuple)) else {key: inits or {}}
+        for key, init in inits.items():
+            if init.get('type') == 'Pretrained' and 'checkpoint' in init:
+                found[name, key] = init['checkpoint']
+    return found
 
 
 def check_pretrained(cfg: Config) -> None:
@@ -238,11 +248,10 @@ def check_pretrained(cfg: Config) -> None:
         SystemExit: If they are not; the message says what can be done.
     """
     parts = pretrained_parts(cfg)
-    for init_cfg in parts.values():
-        keys = [f'model.{name}.init_cfg' for name, other in parts.items()
-                if other.checkpoint == init_cfg.checkpoint]
+    for path in parts.values():
+        keys = [key for (_, key), other in parts.items() if other == path]
         try:
-            find_checkpoint(init_cfg.checkpoint, keys)
+            find_checkpoint(path, keys)
         except FileNotFoundError as error:
             raise SystemExit(str(error)) from error
 
@@ -296,7 +305,8 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.optim_wrapper.get('dtype') == 'bfloat16' or \
                 cfg.optim_wrapper.get('type') == CPUAmpOptimWrapper.__name__:
             runner.register_hook(BoxesInFloat32())
-        if cfg.get('resume') and cfg.get('load_from') and not args.fsdp:
+        if cfg.get('resume') and cfg.get('load_from') and isinstance(
+                runner.model, nn.Module):  # FlexibleRunner builds it later
             launch.check_weights(runner.model, cfg.load_from)
         try:
             runner.train()

@@ -43,7 +43,12 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     # No flip: a mirrored digit is no digit.
     dict(type='RandomResize', scale=(64, 64), ratio_range=(0.8, 1.2)),
-    dict(type='RandomCrop', crop_size=64, padding=4, padding_mode='reflect'),
+    dict(
+        type='RandomCrop',
+        crop_size=64,
+        padding=4,
+        pad_if_needed=True,
+        padding_mode='reflect'),
     dict(type='ColorJitter', brightness=0.3, contrast=0.3),
     dict(type='PackInputs'),
 ]
