@@ -1,7 +1,7 @@
 """CUDA graphs of the backbone: its kernels are launched as one.
 
-A training step of T launches over a thousand kernels, for which a CPU takes
-longer than a GPU for the work. For each kind of batch the launches are
+A training step of T launches some seven hundred kernels, for which a CPU may
+take longer than a GPU for the work. For each kind of batch the launches are
 recorded once, and then replayed. ``torch.cuda.make_graphed_callables`` does
 the same for one kind; its gradients are wrong where several backward passes
 add up to one update, because those of the next pass take the place of what was

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from pycocotools import mask as rle
 
@@ -303,6 +304,18 @@ def test_config_trains_and_is_evaluated(runs, name):
     metrics = report.read_metrics(runs / name)
     task = next(task for task in report.TASKS if task.run == name)
     assert {metric.key for metric in task.metrics} <= set(metrics)
+
+
+def test_training_images_of_the_classifier_have_one_size(data):
+    """Loaders of mmpretrain, which stack them, want that."""
+    cfg = Config.fromfile(ROOT / f'configs/classification/{CLASSIFIER}.py')
+    init_default_scope('mmpretrain')
+    loader = cfg.train_dataloader.dataset
+    loader.data_root = str(data / 'classification')
+    data_set = DATASETS.build(loader)
+    np.random.seed(0)
+    assert {tuple(data_set[i]['inputs'].shape)
+            for i in range(100)} == {(3, 64, 64)}
 
 
 @pytest.mark.parametrize('name', list(CONFIGS)[1:])

@@ -1,4 +1,4 @@
-"""Count the parameters and the MACs of any config of the three tasks.
+"""Count the parameters and the MACs of configs of the three tasks.
 
     python tools/get_flops.py CONFIG [--shape H W]
 

@@ -43,13 +43,10 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     # No flip: a mirrored digit is no digit.
     dict(type='RandomResize', scale=(64, 64), ratio_range=(0.8, 1.2)),
-    dict(
-        type='RandomCrop',
-        crop_size=64,
-        padding=4,
-        pad_if_needed=True,
-        padding_mode='reflect'),
+    dict(type='RandomCrop', crop_size=64, padding=4, padding_mode='reflect'),
     dict(type='ColorJitter', brightness=0.3, contrast=0.3),
+    # Those that are smaller still, in the mean colour (BGR).
+    dict(type='Pad', size=(64, 64), pad_val=dict(img=(104, 116, 124))),
     dict(type='PackInputs'),
 ]
 test_pipeline = [

@@ -1,0 +1,188 @@
+"""The compiled kernels, executed without a GPU: see ptx.py.
+
+Whole modules take the path of GPUs on tensors of the CPU, with torch's matrix
+products and convolutions.
+"""
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ptx
+from mmconv2former import Conv2Former, dispatch, fused_block, fused_stem
+from mmconv2former.backbone import Block
+
+triton = pytest.importorskip('triton', reason='Triton is not installed')
+tl = pytest.importorskip('triton.language')
+kernels = pytest.importorskip('mmconv2former.triton_kernels')
+from mmconv2former.triton_kernels import (  # noqa: E402
+    banded,
+    depthwise,
+    launch,
+    pointwise,
+    stem,
+    sums,
+)
+
+KERNELS = {name for module in (banded, depthwise, pointwise, stem, sums)
+           for name in vars(module) if name.endswith('_kernel')}
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason='a GPU runs the kernels itself')
+
+
+@pytest.fixture
+def target(monkeypatch, tmp_path):
+    """What Triton compiles for, in place of a GPU that it finds."""
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    hopper = triton.backends.compiler.GPUTarget('cuda', 90, 32)
+    monkeypatch.setattr(
+        triton.runtime.jit, 'driver', SimpleNamespace(active=SimpleNamespace(
+            get_current_device=lambda: 0, get_current_stream=lambda _: 0,
+            get_current_target=lambda: hopper)))
+
+
+def execute(kernel, programs, *arguments, **constants):
+    """``kernel[(programs, )](*arguments, **constants)``."""
+    compiled = kernel.warmup(*arguments, grid=(programs, ), **constants)
+    given = dict(zip(kernel.arg_names, arguments))
+    ptx.run(compiled.asm['ptx'], compiled.metadata.shared, programs,
+            [given[name] for name, kind in compiled.src.signature.items()
+             if kind != 'constexpr'])
+
+
+@pytest.fixture
+def executed(target, monkeypatch):
+    """Have modules run as on a GPU; names of the kernels that have run."""
+    names = set()
+
+    def call(self, *tensors):
+        names.add(self.kernel.__name__)
+        execute(self.kernel, self.grid[0], *tensors, *self.scalars,
+                **self.constants)
+
+    monkeypatch.setattr(launch.Launch, '__call__', call)
+    monkeypatch.setattr(dispatch, 'kernels_for', lambda _: kernels)
+    monkeypatch.setattr(dispatch, '_is_emulated', lambda _: False)
+    monkeypatch.setattr(fused_stem, 'available', lambda *_: True)
+    monkeypatch.setattr(fused_block, '_folds_scale',
+                        lambda _, dtype: dtype != torch.float16)
+    return names
+
+
+def compare(module, x, dtype):
+    """Outputs and gradients have at most twice the error of plain operators in
+    the same precision, against fp64."""
+    for p in module.parameters():
+        if p.ndim == 1:
+            torch.nn.init.uniform_(p, 0.1, 0.5)
+    plain = copy.deepcopy(module)
+    for m in plain.modules():
+        if hasattr(m, 'fused'):
+            m.fused = False
+    grads = None
+
+    def run(module, dtype):
+        nonlocal grads
+        exact = dtype == torch.float64
+        torch.manual_seed(1)  # of drop path
+        with torch.autocast('cpu', torch.bfloat16 if exact else dtype,
+                            enabled=dtype.itemsize == 2):
+            outs = module(x.double() if exact else x)
+        outs = outs if isinstance(outs, tuple) else (outs, )
+        grads = grads or [torch.randn(out.shape, dtype=out.dtype)
+                          for out in outs]
+        return *outs, *torch.autograd.grad(
+            outs, list(module.parameters()),
+            [grad.to(out.dtype) for grad, out in zip(grads, outs)])
+
+    true = run(copy.deepcopy(plain).double(), torch.float64)
+    names = [*(f'output {i}' for i in range(9))][:len(true) - len(
+        list(module.parameters()))]
+    names += [name for name, _ in module.named_parameters()]
+    for name, expected, theirs, ours in zip(
+            names, true, run(plain, dtype), run(module, dtype), strict=True):
+        allowed, error = ((t - expected).norm() / expected.norm()
+                          for t in (theirs, ours))
+        assert error <= 2 * allowed + 1e-6, f'{name}: {error}, {allowed}'
+
+
+@pytest.mark.parametrize('shape, k, dtype', [
+    ((2, 36, 7, 9), 5, torch.float32),
+    ((1, 20, 3, 16), 7, torch.float16),
+])
+def test_block_is_computed(shape, k, dtype, executed):
+    torch.manual_seed(0)
+    block = Block(shape[1], k, 4., 'hadamard', 0.3, 1e-6, with_cp=False,
+                  fused=True)
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    compare(block, x.to(dtype), dtype)
+    assert '_position_kernel' in executed
+
+
+def test_backbone_is_computed_by_all_kernels(executed, monkeypatch):
+    for name in 'takes_input_grad', 'takes_weight_grad':
+        monkeypatch.setattr(
+            banded, name, lambda shape, *_: banded.HAS_NARROW_PRODUCTS
+            and shape[2] > banded.COLUMNS)
+    torch.manual_seed(0)
+    model = Conv2Former(
+        dict(depths=[1, 1, 1, 1], dims=4 * [24], kernel_size=11),
+        drop_path_rate=0.3, out_indices=(0, 1, 2, 3)).train()
+    compare(model, torch.randn(2, 3, 68, 62), torch.bfloat16)
+    assert executed == KERNELS
+
+
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, count, STEP: tl.constexpr,
+                 BLOCK: tl.constexpr):
+    at = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, at < count)
+    tl.store(out_ptr + at, x + tl.program_id(0), at < count)
+
+
+@pytest.mark.parametrize('size, step, expected', [
+    (200, 128, ''),
+    (199, 128, '1 threads outside of all tensors: @%p1 st.global.b32'),
+    (200, 64, 'two programs in one place: @%p1 st.global.b32'),
+])
+def test_access_to_memory_is_checked(size, step, expected, target):
+    x, out = torch.arange(200.), torch.zeros(size)
+    fault = ''
+    try:
+        execute(_copy_kernel, 2, x, out, 200, STEP=step, BLOCK=128)
+    except ptx.Fault as error:
+        fault = str(error)
+    assert fault.startswith(expected) and bool(fault) == bool(expected)
+    assert fault or torch.equal(out, x + (torch.arange(200) >= 128))
+
+
+@triton.jit
+def _total_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(out_ptr + tl.arange(0, 2), tl.sum(x, 0) + tl.arange(0, 2))
+
+
+def test_exchange_between_warps_is_checked(target):
+    x, out = torch.randn(512), torch.zeros(2)
+    kernel = _total_kernel.warmup(x, out, grid=(1, ), BLOCK=512)
+    text, shared = kernel.asm['ptx'], kernel.metadata.shared
+    ptx.run(text, shared, 1, [x, out])
+    torch.testing.assert_close(out, x.sum() + torch.arange(2))
+    assert 'bar.sync' in text
+    without = '\n'.join(line for line in text.splitlines()
+                        if 'bar.sync' not in line)
+    with pytest.raises(ptx.Fault, match='no barrier: .*ld.shared'):
+        ptx.run(without, shared, 1, [x, out])
+    with pytest.raises(ptx.Fault, match='outside of shared memory'):
+        ptx.run(text, shared // 2, 1, [x, out])
+    with pytest.raises(ptx.Fault, match='no multiple of 16: .*ld.global.v4'):
+        ptx.run(text, shared, 1, [torch.randn(513)[1:], out])
+
+
+def test_instruction_that_is_not_known_is_named(target):
+    x, out = torch.randn(512), torch.zeros(2)
+    text = _total_kernel.warmup(x, out, grid=(1, ), BLOCK=512).asm['ptx']
+    with pytest.raises(NotImplementedError, match='cosh.f32'):
+        ptx.run(text.replace('add.f32', 'cosh.f32'), 64, 1, [x, out])
