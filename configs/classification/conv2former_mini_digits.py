@@ -45,8 +45,6 @@ train_pipeline = [
     dict(type='RandomResize', scale=(64, 64), ratio_range=(0.8, 1.2)),
     dict(type='RandomCrop', crop_size=64, padding=4, padding_mode='reflect'),
     dict(type='ColorJitter', brightness=0.3, contrast=0.3),
-    # Those that are smaller still, in the mean colour (BGR).
-    dict(type='Pad', size=(64, 64), pad_val=dict(img=(104, 116, 124))),
     dict(type='PackInputs'),
 ]
 test_pipeline = [
@@ -58,6 +56,8 @@ train_dataloader = dict(
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
+    # As lists: some images stay below 64 pixels. The preprocessor pads them.
+    collate_fn=dict(type='pseudo_collate'),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
