@@ -25,8 +25,10 @@ from mmconv2former.triton_kernels import (  # noqa: E402
     sums,
 )
 
-KERNELS = {name for module in (banded, depthwise, pointwise, stem, sums)
-           for name in vars(module) if name.endswith('_kernel')}
+MODULES = [depthwise, pointwise, stem, sums,
+           *[banded] * banded.HAS_NARROW_PRODUCTS]
+KERNELS = {name for module in MODULES for name in vars(module)
+           if name.endswith('_kernel')}
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason='a GPU runs the kernels itself')
@@ -59,6 +61,7 @@ def executed(target, monkeypatch):
 
     def call(self, *tensors):
         names.add(self.kernel.__name__)
+        assert self.constants['enable_fp_fusion']
         execute(self.kernel, self.grid[0], *tensors, *self.scalars,
                 **self.constants)
 

@@ -763,62 +763,6 @@ def test_kernels_in_the_interpreter():
     assert ' passed' in result.stdout
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(),
-                    reason='the other tests compile the kernels')
-def test_kernels_compile_without_a_gpu(kernels, stem_kernels, monkeypatch,
-                                       nothing_compiled):
-    """The interpreter takes Python that the compiler refuses."""
-    target = triton.backends.compiler.GPUTarget('cuda', 90, 32)
-    compiled = set()
-
-    def launch(kernel, grid):
-        compiled.add(kernel.__name__)
-
-        def compile_only(*args, **options):  # and return nothing to be kept
-            assert options['enable_fp_fusion']
-            kernel.warmup(*args, grid=grid, **options)
-
-        return compile_only
-
-    monkeypatch.setattr(triton.JITFunction, '__getitem__', launch)
-    monkeypatch.setattr(
-        triton.runtime.jit, 'driver', SimpleNamespace(active=SimpleNamespace(
-            get_current_device=lambda: 0, get_current_stream=lambda _: 0,
-            get_current_target=lambda: target)))
-    x, y, zv, weight, vector, keep = (
-        torch.empty(shape, dtype=torch.bfloat16)
-        for shape in (*[(1, 2, 7, 8)] * 2, (1, 2, 7, 16), (8, 1, 3, 3), (8, ),
-                      (1, )))
-    kernels.gate_forward(zv, weight, vector)
-    kernels.gate_backward(y, zv, x, weight, vector)
-    for name in 'takes_input_grad', 'takes_weight_grad':
-        monkeypatch.setattr(banded, name,
-                            lambda *_: banded.HAS_NARROW_PRODUCTS)
-    kernels.gate_backward(y, zv, x, x.new_empty(8, 1, 11, 11), vector)
-    kernels.position(x, weight, vector)
-    kernels.position_backward(y, x, weight, vector)
-    kernels.layer_norm(x, vector, vector, EPS, x.dtype)
-    kernels.layer_norm_backward(y, x, vector, vector, EPS, y)
-    kernels.scaled_linear_backward(
-        *([t, t] for t in (x[0, 0], vector, x[0, 0], vector, vector)))
-    kernels.scale_residual_norm(x, y, vector, keep, vector, vector, EPS,
-                                x.dtype)
-    kernels.scale_residual_backward(x, vector, keep, x.dtype)
-    kernels.scale_residual_norm_backward(y, x, vector, vector, EPS, y, vector,
-                                         keep, x.dtype, True)
-    kernels.operands(
-        2 * [[x[0, 0], vector, weight, vector, x[0, 0], vector]], x.dtype)
-    stem_kernels.pixels_first(x, 8, x.dtype)
-    stem_kernels.gelu_moments(x, vector, vector, EPS, 0.1)
-    stem_kernels.gelu_norm(x, vector, vector, vector, vector, 2, 16)
-    stem_kernels.gelu_norm_backward(x, x, vector, vector, vector, True, 1, 16)
-    modules = [module for module in MODULES
-               if module is not banded or banded.HAS_NARROW_PRODUCTS]
-    assert compiled == {
-        name for module in modules
-        for name in vars(module) if name.endswith('_kernel')}
-
-
 @pytest.mark.skipif(INTERPRETED, reason='compiles')
 def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
         kernels, monkeypatch, nothing_compiled):
