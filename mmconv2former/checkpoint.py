@@ -122,6 +122,8 @@ def find_checkpoint(
     for path in tried:
         if path.is_file():
             return str(path)
+    # mmengine puts no None in the place of one of several.
+    wholes = dict.fromkeys(re.sub(r'\.\d+$', '', key) for key in keys)
     raise FileNotFoundError(
         f"no checkpoint '{checkpoint}'; looked for "
         f'{", ".join(map(_describe_path, tried))}'
@@ -131,7 +133,7 @@ def find_checkpoint(
         'give its path: --cfg-options '
         f'{" ".join(f"{key}.checkpoint=PATH" for key in keys)}\n'
         '- Train from scratch: --cfg-options '
-        f'{" ".join(f"{key}=None" for key in keys)}')
+        f'{" ".join(f"{key}=None" for key in wholes)}')
 
 
 def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:

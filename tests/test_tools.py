@@ -480,11 +480,14 @@ def test_pretrained_file_in_a_list_of_initializations_is_seen(tool):
         dict(type='Pretrained', checkpoint='gone.pth')]
     assert train.pretrained_parts(cfg) == {
         ('backbone', 'model.backbone.init_cfg.1'): 'gone.pth'}
-    with pytest.raises(SystemExit, match='init_cfg.1.checkpoint=PATH'):
+    with pytest.raises(SystemExit, match=(
+            r'init_cfg.1.checkpoint=PATH\n.*model.backbone.init_cfg=None$')):
         train.check_pretrained(cfg)
-    # What is proposed is a setting that mmengine knows.
+    # What is proposed are settings that mmengine knows.
     cfg.merge_from_dict({'model.backbone.init_cfg.1.checkpoint': 'here.pth'})
     assert [*train.pretrained_parts(cfg).values()] == ['here.pth']
+    cfg.merge_from_dict({'model.backbone.init_cfg': None})
+    assert train.pretrained_parts(cfg) == {}
 
 
 def test_pretrained_file_is_looked_for_in_the_named_folder(tool, tmp_path,
