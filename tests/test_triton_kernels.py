@@ -462,6 +462,15 @@ def test_moments_of_large_numbers_are_exact(stem_kernels):
 
 
 @device_test
+def test_moments_have_no_error_of_one_sign(stem_kernels):
+    x, = draw(torch.float16, (1, 64, 64, 8))
+    running = [torch.zeros(8, device=DEVICE) for _ in range(2)]
+    mean, _ = stem_kernels.gelu_moments(x, *running, EPS, 1.)
+    true = F.gelu(x.double()).mean((0, 1, 2))
+    assert ((mean - true).abs() <= 1e-6 * true).all()
+
+
+@device_test
 @pytest.mark.parametrize('o, i, dtype', [(20, 8, torch.float32),
                                          (72, 1100, torch.float16)])
 def test_gradients_of_the_layer_scales_are_as_exact(kernels, o, i, dtype):
