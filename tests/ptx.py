@@ -4,7 +4,7 @@ Triton's own interpreter runs the Python of a kernel. This one runs what the
 compiler has made of it, instruction by instruction and for all threads of many
 programs at a time, and tells what a GPU does in silence: access to memory
 outside of the tensors or not aligned, programs that read or write what another
-one writes, and warps that do so in shared memory without a barrier.
+one has written, and warps that do so in shared memory without a barrier.
 
 It knows the instructions that the kernels of this package consist of, as the
 manual describes them (PTX ISA 8.7); of others it says that it does not. A
@@ -24,6 +24,16 @@ WARP = 32
 LANES = 2**15
 REGISTERS = {'p': np.bool_, 'rs': np.uint16, 'r': np.uint32, 'rd': np.uint64}
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+HALVES = 'f16', 'bf16', 'f16x2', 'bf16x2'
+TYPES = {*HALVES, 'f32', 'pred', *(f'{letter}{width}' for letter in 'bus'
+                                   for width in (16, 32, 64))}
+# What may stand between the name of an instruction and its type. `ftz` sets
+# numbers below 1e-38 to zero, which is not done here, nor is `approx`.
+MODIFIERS = {
+    'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'lo', 'hi', 'wide', 'rn', 'approx',
+    'full', 'ftz', 'uni', 'param', 'global', 'shared', 'v2', 'v4', 'sync',
+    'bfly', 'idx', 'l', 'r', 'wrap', 'aligned', 'm8n8', 'x1', 'x2', 'x4',
+    'trans', 'm16n8k8', 'm16n8k16', 'row', 'col'}
 
 
 class Fault(Exception):
@@ -67,7 +77,11 @@ class Kernel(NamedTuple):
 
 @lru_cache
 def parse(ptx: str) -> Kernel:
-    """Parse the one kernel of a PTX module."""
+    """Parse the one kernel of a PTX module.
+
+    Raises:
+        NotImplementedError: If it has instructions that are not known here.
+    """
     body = ptx[ptx.index('.entry'):]
     instructions, labels = [], {}
     for line in body[body.index('\n{') + 2:body.index('\n}')].splitlines():
@@ -79,8 +93,11 @@ def parse(ptx: str) -> Kernel:
                 r'(?:@(!?%\w+)\s+)?([\w.]+)\s*(.*);', line).groups()
             # Commas in braces and brackets do not separate operands.
             operands = re.findall(r'\{[^}]*\}|\[[^]]*\]|[^\s,]+', rest)
+            parts = name.split('.')
+            if not {*parts[1:]} <= TYPES | MODIFIERS:
+                raise NotImplementedError(line)
             instructions.append(
-                Instruction(line, guard or '', name.split('.'), operands))
+                Instruction(line, guard or '', parts, operands))
     return Kernel(
         int(re.search(r'\.reqntid (\d+)', body).group(1)),
         re.findall(r'\.param [^\n]*?(\w+_param_\d+)', body),
@@ -97,9 +114,8 @@ def _dtype(kind: str) -> np.dtype:
 
 def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
     """Numbers of a type in registers, (lanes, ) or for 'x2' (lanes, 2)."""
-    if kind[0] != 'b' or 'f' not in kind:
-        if kind not in ('f16', 'f16x2'):
-            return bits.view(_dtype(kind))
+    if kind not in HALVES:
+        return bits.view(_dtype(kind))
     halves = bits.view(np.uint16).reshape(len(bits), -1)
     halves = halves if kind.endswith('x2') else halves[:, 0]
     if kind.startswith('f16'):
@@ -265,9 +281,9 @@ def _field(a: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
 def _permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     """Four of the eight bytes of two registers."""
     source = np.stack([a, b], 1).view(np.uint8)
-    selector = int(np.ravel(selector)[0])
-    if selector & 0x8888:
-        raise NotImplementedError('prmt that repeats signs')
+    selector, *others = set(selector.tolist())
+    if others or selector & 0x8888:
+        raise NotImplementedError('prmt by registers, or that repeats signs')
     bytes_ = source[:, [selector >> 4 * i & 7 for i in range(4)]]
     return np.ascontiguousarray(bytes_).view(np.uint32)[:, 0]
 
@@ -275,7 +291,7 @@ def _permute(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
 # By names. Floats of 16 bits come and go as fp32.
 OPERATIONS = {
     'add': np.add, 'sub': np.subtract, 'div': _divide, 'neg': np.negative,
-    'abs': np.abs, 'max': np.fmax, 'min': np.fmin, 'mov': lambda a: a,
+    'abs': np.abs, 'max': np.fmax, 'min': np.fmin,
     'and': np.bitwise_and, 'or': np.bitwise_or, 'xor': np.bitwise_xor,
     'not': np.invert, 'bfe': _field, 'prmt': _permute,
     'rem': lambda a, b: a - _divide(a, b) * b,
@@ -286,8 +302,6 @@ OPERATIONS = {
 }
 COMPARISONS = {'eq': np.equal, 'ne': np.not_equal, 'lt': np.less,
                'le': np.less_equal, 'gt': np.greater, 'ge': np.greater_equal}
-# Operands of other types than the instruction's: counts are of 32 bits.
-COUNTS = 'shl', 'shr', 'bfe'
 
 
 class Programs:
@@ -322,16 +336,11 @@ class Programs:
             return np.full(self.lanes, 0x7fc1 % 256**dtype.itemsize, dtype)
         if operand == 'global_smem':  # shared memory starts at 0
             operand = '0'
-        if kind in ('bf16x2', 'f16x2', 'f32'):
-            kind = 'b32'
-        if operand.startswith('0f'):
-            operand = '0x' + operand[2:]
-        dtype = _dtype('b16' if kind in ('bf16', 'f16') else kind)
-        value = int(operand, 0)
-        if dtype.kind == 'b':
+        value = int(re.sub('^0f', '0x', operand), 0)
+        if kind == 'pred':
             return np.full(self.lanes, bool(value))
-        unsigned = UNSIGNED[dtype.itemsize]
-        return np.full(self.lanes, value % 256**dtype.itemsize, unsigned)
+        size = 4 if kind.endswith('x2') else int(kind.lstrip('bfsu')) // 8
+        return np.full(self.lanes, value % 256**size, UNSIGNED[size])
 
     def read(self, operand: str, kind: str) -> np.ndarray:
         """The numbers of an operand."""
@@ -381,7 +390,8 @@ class Programs:
         if name not in OPERATIONS:
             raise NotImplementedError(step.text)
         target, *sources = step.operands
-        kinds = [kind] + ['u32' if name in COUNTS else kind] * 2
+        # Where a field begins, and its length, are numbers of 32 bits.
+        kinds = [kind] + 2 * ['u32' if name == 'bfe' else kind]
         self.write(target, _bits(OPERATIONS[name](
             *map(self.read, sources, kinds)), kind))
 
