@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
@@ -485,6 +486,8 @@ def test_pretrained_file_in_a_list_of_initializations_is_seen(tool):
         train.check_pretrained(cfg)
     # What is proposed are settings that mmengine knows.
     cfg.merge_from_dict({'model.backbone.init_cfg.1.checkpoint': 'here.pth'})
+    assert [*train.pretrained_parts(cfg).values()] == ['here.pth']
+    cfg.model.backbone.init_cfg[1].type = PretrainedInit
     assert [*train.pretrained_parts(cfg).values()] == ['here.pth']
     cfg.merge_from_dict({'model.backbone.init_cfg': None})
     assert train.pretrained_parts(cfg) == {}

@@ -319,11 +319,11 @@ def check_agreement(first: Any, second: Any) -> None:
             for data_set in pair
         ]
         unshared = set(classes[0]).symmetric_difference(classes[1])
-        folders = [_class_folders(data_set) for data_set in pair]
         # With the same folders labels are the same by any names, such as those
         # that mmpretrain has for ImageNet's.
-        is_same = folders[0] and folders[0] == folders[1] and unshared
-        if all(classes) and classes[0] != classes[1] and not is_same:
+        folders = [unshared and _class_folders(data_set) for data_set in pair]
+        are_same = folders[0] and folders[0] == folders[1]
+        if all(classes) and classes[0] != classes[1] and not are_same:
             raise DataError(
                 f'{names} do not have the same classes, so that a label '
                 'means one thing here and another there: '

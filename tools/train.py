@@ -233,7 +233,9 @@ def pretrained_parts(cfg: Config) -> dict[tuple[str, str], str]:
         inits = {f'{key}.{i}': init for i, init in enumerate(inits)} \
             if isinstance(inits, (list, tuple)) else {key: inits or {}}
         for key, init in inits.items():
-            if init.get('type') == 'Pretrained' and 'checkpoint' in init:
+            kind = data_checks.type_name(init)
+            if kind in ('Pretrained', 'PretrainedInit') \
+                    and 'checkpoint' in init:
                 found[name, key] = init['checkpoint']
     return found
 
