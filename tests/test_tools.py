@@ -997,7 +997,7 @@ def test_types_may_be_classes(tool, tmp_path):
     from mmpretrain.datasets import CustomDataset
     from mmpretrain.engine import VisualizationHook
     cfg = Config.fromfile(CONFIGS / 'classification/conv2former_t_in1k.py')
-    test = tool('test')
+    cfg.launcher, test = 'none', tool('test')
     hook = cfg.default_hooks.visualization
     hook.type = VisualizationHook
     test._paint(cfg, str(tmp_path / 'painted'), tta=False)
