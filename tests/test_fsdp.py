@@ -165,5 +165,8 @@ def test_sharded_model_is_validated_with_a_sliding_window(folder):
 
 
 def test_config_of_a_sharded_training_tests_a_checkpoint(folder):
-    tested, = scores(folder, 'tested')
-    assert tested == scores(folder, 'sharded')[1]
+    # Not the score of training, where each process has its own batch norms.
+    score, = scores(folder, 'tested')
+    assert len(score) == 1 and 0 <= float(score[0]) <= 100
+    log, = folder.glob('tested/*/*.log')
+    assert 'Load checkpoint from sharded/iter_3.pth' in log.read_text()
