@@ -42,6 +42,9 @@ TRAINING_ONLY = 'auxiliary_head'
 HEADS = ('head', 'decode_head', TRAINING_ONLY, 'rpn_head', 'bbox_head')
 PARTS = ('backbone', 'neck', *HEADS, 'roi_head')
 ROI_PARTS = 'bbox_head', 'mask_head'
+# Where a part is not known.
+ADVICE = ("get_flops.py of the library's own tools, which runs a model as a "
+          'whole, may count it')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -133,14 +136,15 @@ def build_model(cfg: Config) -> nn.Module:
         raise SystemExit(
             f'{type(model).__name__} cannot be counted: this tool knows '
             f'{", ".join(PARTS)}, and the model has '
-            f'{", ".join(name for name, _ in model.named_children())}')
+            f'{", ".join(name for name, _ in model.named_children())}. '
+            + ADVICE)
     roi_head = getattr(model, 'roi_head', None)
     if roi_head is not None and (unknown := unknown_parts(roi_head,
                                                           ROI_PARTS)):
         raise SystemExit(
             f'{type(roi_head).__name__} cannot be counted: of a roi_head this '
             f'tool knows {" and ".join(ROI_PARTS)}, and this one also has '
-            f'{", ".join(unknown)}')
+            f'{", ".join(unknown)}. {ADVICE}')
     return model
 
 
@@ -213,7 +217,7 @@ def count(cfg: Config, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
                 f'the {name} {type(part).__name__} cannot be counted, for it '
                 'does not run on feature maps or regions alone, without '
                 f'numbers in them, of an image of {shape[1]}x{shape[0]} '
-                f'({type(error).__name__}: {error})') from error
+                f'({type(error).__name__}: {error}). {ADVICE}') from error
         macs = counter.get_total_flops() // 2
         rows[name] = count_parameters(part), macs
         total += macs * (name != TRAINING_ONLY)
