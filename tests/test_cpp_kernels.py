@@ -400,7 +400,7 @@ def test_damaged_library_is_told(content, tmp_path, monkeypatch):
 
 
 def test_files_in_the_cache_are_no_others(tmp_path, monkeypatch):
-    """What is compiled for one CPU, or from other sources, is not loaded."""
+    """None of another CPU, C library or state of the sources is loaded."""
     names = set()
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(library, '_compile',
@@ -421,6 +421,10 @@ def test_files_in_the_cache_are_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr(library, '_instructions', lambda: ['-mavx2'])
     library._library()
     assert len(names) == 3
+    monkeypatch.setattr(library.platform, 'libc_ver',
+                        lambda: ('glibc', '2.17'))
+    library._library()
+    assert len(names) == 4
 
 
 class Subclass(torch.Tensor):

@@ -2,6 +2,7 @@
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -111,7 +112,9 @@ def _library() -> Path:
 
 def _compiled_by(command: list[str]) -> Path:
     sources = sorted(FOLDER.glob('*.cpp'))
-    digest = hashlib.sha256(os.fsencode(' '.join(command)))
+    # Machines that share a home may have another C library, or an older one.
+    digest = hashlib.sha256(
+        os.fsencode(' '.join([*command, *platform.libc_ver()])))
     for path in (*sources, *sorted(FOLDER.glob('*.h'))):
         digest.update(path.read_bytes())
     root = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
