@@ -94,9 +94,7 @@ class Stem(nn.Sequential):
                 'folded into the convolutions before it, as by '
                 'mmcv.cnn.fuse_conv_bn (--fuse-conv-bn); use '
                 'mmconv2former.fuse_for_inference on the model as it was')
-        # The layout of all that follows; vmap refuses to ask for one.
-        if torch.compiler.is_compiling() or not dispatch.is_transformed():
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = dispatch.channels_last(x)  # as all that follows
         if not self.fused:
             return super().forward(x)
         faster = {nn.BatchNorm2d: fused_stem.batch_norm,
@@ -544,7 +542,10 @@ class Conv2Former(PretrainedModule):
         for i, (downsample, stage) in enumerate(
                 zip(self.downsample_layers, self.stages)):
             x = downsample(x)
-            x = stage(at_least_fp32(x) if self.residual_in_fp32 else x)
+            # Without autocast layers take inputs of their own type only.
+            if self.residual_in_fp32 and dispatch.is_autocast(x):
+                x = at_least_fp32(x)
+            x = stage(x)
             if i in self.out_indices:
                 out = getattr(self, f'norm{i}')(x) if self.out_norm else x
                 # The blocks leave channels-last memory, which mmcv's own

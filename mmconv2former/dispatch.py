@@ -124,11 +124,16 @@ def is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor."""
+    device = x.device.type
+    return device != 'meta' and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Precision that autocast asks for; that of x without it and for fp64."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.double:
-        return torch.get_autocast_dtype(device)
+    if is_autocast(x) and x.dtype != torch.double:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
@@ -313,6 +318,13 @@ def is_transformed() -> bool:
     """
     return (torch._C._functorch.peek_interpreter_stack() is not None
             or torch.autograd.forward_ad._current_level >= 0)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(N, C, H, W) in channels-last memory, where that can be asked for."""
+    if is_transformed() and not torch.compiler.is_compiling():
+        return x  # vmap refuses it
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:

@@ -304,14 +304,15 @@ class FoldedBlock(nn.Module):
                 raise RuntimeError(
                     f'the {type(layer).__name__} of a block was replaced or '
                     'got hooks after fuse_for_inference, which reads no more '
-                    'than weights: change the model before that')
-        device = x.device.type
+                    'than weights: change the model before that. int8 is for '
+                    'tools/quantize.py, after tools/export.py --fuse')
         # The fast operators have no gradients.
         if self.fusion == 'hadamard' and not x.requires_grad \
                 and dispatch.available(x, self._modified):
             return self._fused(x)
-        if device == 'meta' or not torch.is_autocast_enabled(device):
+        if not dispatch.is_autocast(x):
             return self._forward(x, x.dtype)
+        device = x.device.type
         # Autocast would have layer norm return fp32 on GPUs.
         with torch.autocast(device, enabled=False):
             return self._forward(x, torch.get_autocast_dtype(device))
@@ -360,7 +361,8 @@ class FoldedBlock(nn.Module):
         for branch, eps, middle in zip(self._branches(), self.eps,
                                        (_gate, _position)):
             weights = [p.to(dtype) for p in branch]
-            y = F.layer_norm(x, x.shape[-1:], eps=eps).to(dtype)
+            # The number, for x.shape would be traced.
+            y = F.layer_norm(x, (self.zv.in_features, ), eps=eps).to(dtype)
             y = middle(linear(y, *weights[:2]), *weights[2:4], self.fusion)
             x = linear(y, *weights[4:]).to(x.dtype).add_(x)
         return x.permute(0, 3, 1, 2)

@@ -30,6 +30,19 @@ def _silenced(logger: MMLogger) -> Iterator[None]:
         logger.disabled = was
 
 
+def _backbones(module: nn.Module,
+               prefix: str = '') -> Iterator[tuple[str, nn.Module]]:
+    """Prefixes and modules of what knows its depths in a model.
+
+    mmpretrain's classifiers, which ask their backbone, are passed over.
+    """
+    if hasattr(module, 'get_layer_depth') and not hasattr(module, 'backbone'):
+        yield _WRAPPER.sub('', prefix), module
+        return
+    for name, child in module.named_children():
+        yield from _backbones(child, f'{prefix}{name}.')
+
+
 def _ask(backbone: nn.Module, prefix: str, num_layers: int | None,
          decay_type: str) -> Callable[[str], tuple[int, int]]:
     """The depth map of a backbone, as a function of a parameter's name."""
@@ -142,8 +155,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     (num_layers + 1 - d)`` times the base rate; everything outside the
     backbone learns at the base rate. The backbone is asked for the depths
     (``get_layer_depth``, see :meth:`mmconv2former.Conv2Former.
-    get_layer_depth`), so that mmpretrain's backbones work too. The rule is
-    that of ConvNeXt's official code, which took it from BEiT's.
+    get_layer_depth`), so that mmpretrain's backbones work too, wherever in
+    the model it is; of several, such as those of a student and of two
+    streams, each. The rule is that of ConvNeXt's official code, which took it
+    from BEiT's.
 
     Parameters are grouped by (depth, learning rate, weight decay): a few tens
     of groups in a stable order, reported as one table. Frozen parameters are
@@ -170,7 +185,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ValueError: If ``paramwise_cfg`` has other keys or values.
             Also if the backbone finds no parameter to be in a layer of it,
             and if shared parameters are not to be bypassed.
-        TypeError: If there is no backbone, or it has no ``get_layer_depth``.
+        TypeError: If nothing in the model has a ``get_layer_depth``.
 
     Examples:
         >>> optim_wrapper = dict(
@@ -204,20 +219,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
         Args:
             params (list[dict]): The list to add to.
-            module (nn.Module): The model, with a ``backbone`` in it, or a
-                backbone itself.
+            module (nn.Module): The model, with a backbone somewhere in it,
+                or a backbone itself.
         """
-        depth_of = self._depth_map(module)
         names = {id(p): _WRAPPER.sub('', name)
                  for name, p in module.named_parameters()}
-        depths = map(depth_of, names.values())
-        if all(depth == total - 1 for depth, total in depths):
-            raise ValueError(
-                'layer-wise decay finds no layer of the backbone: by its '
-                f'get_layer_depth all {len(names)} parameters lie outside of '
-                f'it (the first is {next(iter(names.values()), None)}). '
-                'Build the optimizer before the model is wrapped, or leave '
-                'the constructor out')
+        depth_of = self._depth_map(module, [*names.values()])
         singles: list[dict] = []
         with _silenced(MMLogger.get_current_instance()):
             # DefaultOptimWrapperConstructor recurses through self.add_params.
@@ -255,21 +262,33 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             group['names'].append(name)
         params.extend(groups[key] for key in sorted(groups))
 
-    def _depth_map(self, model: nn.Module) -> Callable[[str], tuple]:
+    def _depth_map(self, model: nn.Module,
+                   names: list[str]) -> Callable[[str], tuple[int, int]]:
         """Depth and number of depths of any parameter of a model."""
         options = (self.paramwise_cfg.get('num_layers'),
                    self.paramwise_cfg.get('decay_type', 'layer_wise'))
-        if hasattr(model, 'backbone'):
-            return _ask(model.backbone, 'backbone.', *options)
-        inner = [name for name, m in model.named_modules()
-                 if hasattr(m, 'get_layer_depth')]
-        if inner and '' not in inner:
-            raise TypeError(
-                'layer-wise decay looks for the backbone at model.backbone, '
-                f'which {type(model).__name__} does not have; its '
-                f'{" and ".join(inner)} would do. Build the optimizer for the '
-                'model around it, or leave the constructor out')
-        return _ask(model, '', *options)
+        found = dict(_backbones(model)) or {
+            '': getattr(model, 'backbone', model)}
+        maps = {prefix: _ask(backbone, prefix, *options)
+                for prefix, backbone in found.items()}
+        for prefix, ask in maps.items():
+            inside = [name for name in names if name.startswith(prefix)]
+            depths = map(ask, inside)
+            if inside and all(depth == total - 1 for depth, total in depths):
+                raise ValueError(
+                    'layer-wise decay finds no layer of the backbone: by '
+                    f'get_layer_depth of {type(found[prefix]).__name__} all '
+                    f'{len(inside)} parameters lie outside of it (the first '
+                    f'is {inside[0]}). Correct that method, or leave the '
+                    'constructor out')
+        first = next(iter(maps.values()))
+
+        def depth_of(name: str) -> tuple[int, int]:
+            # The first one counts what lies outside of all.
+            return next((ask for prefix, ask in maps.items()
+                         if name.startswith(prefix)), first)(name)
+
+        return depth_of
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper and log the table of groups.

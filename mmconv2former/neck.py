@@ -1,10 +1,10 @@
 """The part of the official classification head before the linear layer."""
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import dispatch
 from .backbone import init_convs
 from .checkpoint import PretrainedModule, load_neck
 from .operators import LayerNorm2d
@@ -52,6 +52,5 @@ class Conv2FormerNeck(PretrainedModule):
             Tuple[Tensor]: One tensor, (N, out_channels).
         """
         # The layout in which the norm reads.
-        x = feats[-1].contiguous(memory_format=torch.channels_last)
-        x = self.norm(F.gelu(self.conv(x)))
+        x = self.norm(F.gelu(self.conv(dispatch.channels_last(feats[-1]))))
         return (x.mean((2, 3)), )

@@ -279,7 +279,9 @@ def test_tracing_with_gradients_on_gives_the_same():
 
 
 def test_gradients_per_sample_are_those_of_single_images():
-    model = Conv2Former(MINI, layer_scale_init_value=.5).double().eval()
+    model = torch.nn.Sequential(
+        Conv2Former(MINI, layer_scale_init_value=.5),
+        Conv2FormerNeck(32, 8)).double().eval()
     parameters = dict(model.named_parameters())
 
     def loss(parameters, x):

@@ -874,10 +874,17 @@ def test_transforms_of_torch_get_the_plain_path():
                             is_grads_batched=True)
 
 
-def test_residual_in_fp32_leaves_fp64_alone():
-    model = Conv2Former(TINY, residual_in_fp32=True).double()
-    out, = model(torch.randn(1, 3, 32, 32).double())
-    assert out.dtype == torch.double
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('dtype', [torch.double, torch.bfloat16])
+def test_residual_in_fp32_is_for_autocast(fused, dtype):
+    model = Conv2Former(TINY, residual_in_fp32=True, out_norm=True,
+                        fused=fused).to(dtype)
+    for mode in True, False:
+        out, = model.train(mode)(torch.randn(1, 3, 32, 32, dtype=dtype))
+        assert out.dtype == dtype
+        with torch.no_grad():
+            assert model(torch.ones(1, 3, 32, 32, dtype=dtype)
+                         )[0].dtype == dtype
 
 
 def test_threads_may_need_the_kernels_at_the_same_time():

@@ -161,6 +161,7 @@ def test_neck_keeps_its_norm_where_no_linear_layer_follows():
 
 @pytest.mark.parametrize('how, kwargs', [
     ('weights', {}),
+    ('weights', dict(residual_in_fp32=True)),
     ('autocast', {}),
     ('autocast', dict(residual_in_fp32=True)),
 ])
@@ -467,6 +468,21 @@ def test_heads_with_further_layers_keep_the_norm_of_the_neck():
     model = classifier()
     model.head.other = nn.Linear(model.head.fc.in_features, 3).eval()
     assert list(fuse_for_inference(model).neck.norm.parameters())
+
+
+@pytest.mark.filterwarnings('ignore')  # it is deprecated
+def test_exporter_of_mmdeploy_takes_fused_models(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model, path = fused(classifier()), str(tmp_path / 'model.onnx')
+    torch.onnx.export(model, official.image(64, 150), path, dynamo=False,
+                      input_names=['image'], opset_version=17,
+                      dynamic_axes=dict(image={0: 'n', 2: 'h', 3: 'w'}))
+    image = official.image(71, 83, batch=3)
+    with torch.no_grad():
+        expected = model(image)
+    out, = onnxruntime.InferenceSession(path).run(
+        None, dict(image=image.numpy()))
+    assert difference(torch.from_numpy(out), expected) < 1e-5
 
 
 def test_fused_models_run_on_the_meta_device():

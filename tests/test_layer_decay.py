@@ -199,20 +199,19 @@ def test_compiled_models_have_the_same_groups(wrap):
             ] == [g['names'] for g in plain.optimizer.param_groups]
 
 
-def test_models_whose_layers_are_not_found_are_refused():
+def test_backbones_whose_layers_are_not_found_are_refused():
 
-    class Wrapper(nn.Module):
+    class Backbone(nn.Linear):
 
-        def __init__(self):
-            super().__init__()
-            self.inner = Model()
+        def get_layer_depth(self, param_name, prefix=''):
+            known = param_name.startswith(prefix + 'stages.')
+            return (0 if known else 3), 4
 
-        @property
-        def backbone(self):
-            return self.inner.backbone
-
-    with pytest.raises(ValueError, match='no layer of the backbone.*inner'):
-        build(Wrapper(), decay_rate=.5)
+    model = Model()
+    model.other = Backbone(2, 2)
+    with pytest.raises(ValueError, match='no layer of the backbone: by get_lay'
+                       r'er_depth of Backbone all 2 .*the first is other\.we'):
+        build(model, decay_rate=.5)
 
 
 def test_mmpretrains_constructor_and_backbones_work_too():
@@ -261,10 +260,27 @@ def test_backbone_without_depths_is_told_what_to_implement():
             build(model, decay_rate=.9)
 
 
-def test_model_around_the_backbone_is_asked_for():
-    teacher = nn.ModuleDict(dict(student=Model()))
-    with pytest.raises(TypeError, match=r'its student\.backbone would do'):
-        build(teacher, decay_rate=.9)
+def test_backbones_anywhere_in_a_model_decay():
+    model = Model()
+    own = settings(model, build(model, decay_rate=.5))
+    parts = dict(student=Model(), teacher=Model().requires_grad_(False))
+    # Two streams, the second with other layers; one in a list.
+    parts['student'].depth_backbone = Conv2Former(dict(
+        depths=(1, 2), dims=(16, 16), kernel_size=3))
+    parts['encoder'] = nn.Sequential(Model().backbone, nn.Linear(32, 2))
+    model = nn.ModuleDict(parts)
+    found = settings(model, build(model, decay_rate=.5))
+    assert {name.partition('.')[0] for name in found} == {'student', 'encoder'}
+    for name, expected in own.items():
+        assert found[f'student.{name}'] == expected
+        if name.startswith('backbone.'):
+            _, _, name = name.partition('.')
+            assert found[f'encoder.0.{name}'] == expected
+    assert found['encoder.1.weight'] == found['student.head.weight'] == (1, WD)
+    stream = 'student.depth_backbone.'
+    assert [found[stream + name][0] for name in (
+        'downsample_layers.0.0.weight', 'stages.0.0.attn.v.weight',
+        'stages.1.1.attn.v.weight')] == [.5**7, .5**6, .5]
 
 
 def test_layers_that_share_weights_learn_once():
