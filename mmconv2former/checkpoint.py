@@ -4,8 +4,11 @@ import os
 import pickle
 import re
 import struct
+import tarfile
+import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +104,9 @@ def find_checkpoint(
     """Find a checkpoint file.
 
     Args:
-        checkpoint (str): A path, or a name relative to the working directory
-            or to the directory in ``MMCONV2FORMER_WEIGHTS``. A URL is
-            returned as it is.
+        checkpoint (str | PathLike): A path, or a name relative to the working
+            directory or to the directory in ``MMCONV2FORMER_WEIGHTS``. A URL
+            is returned as it is.
         keys (Sequence[str]): What of a config asks for it, for the message.
             Defaults to ``('model.backbone.init_cfg', )``.
 
@@ -113,17 +116,26 @@ def find_checkpoint(
     Raises:
         FileNotFoundError: If there is none; the message says where the
             official weights are, and how to go on without.
+        CheckpointError: If it is no path.
     """
+    # mmengine puts no None in the place of one of several.
+    wholes = dict.fromkeys(re.sub(r'\.\d+$', '', key) for key in keys)
+    scratch = '--cfg-options ' + ' '.join(f'{key}=None' for key in wholes)
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise CheckpointError(
+            f'{" and ".join(f"{key}.checkpoint" for key in keys)} must be a '
+            f'path or a URL, got {checkpoint!r}. To train from scratch: '
+            f'{scratch}')
+    checkpoint = os.fspath(checkpoint)
     if '://' in checkpoint:
         return checkpoint
     tried = [Path(checkpoint).expanduser()]
     if os.environ.get(WEIGHTS_VARIABLE):
-        tried.append(Path(os.environ[WEIGHTS_VARIABLE]) / checkpoint)
+        tried.append(
+            Path(os.environ[WEIGHTS_VARIABLE]).expanduser() / checkpoint)
     for path in tried:
         if path.is_file():
             return str(path)
-    # mmengine puts no None in the place of one of several.
-    wholes = dict.fromkeys(re.sub(r'\.\d+$', '', key) for key in keys)
     raise FileNotFoundError(
         f"no checkpoint '{checkpoint}'; looked for "
         f'{", ".join(map(_describe_path, tried))}'
@@ -132,8 +144,7 @@ def find_checkpoint(
         f'- Put it into a directory and name that in {WEIGHTS_VARIABLE}, or '
         'give its path: --cfg-options '
         f'{" ".join(f"{key}.checkpoint=PATH" for key in keys)}\n'
-        '- Train from scratch: --cfg-options '
-        f'{" ".join(f"{key}=None" for key in wholes)}')
+        f'- Train from scratch: {scratch}')
 
 
 def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
@@ -148,18 +159,20 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
         object: What the file holds, tensors on the CPU.
 
     Raises:
-        CheckpointError: If the file is damaged, or holds an object that is
-            neither a tensor nor plain data and is not trusted.
+        CheckpointError: If the file cannot be fetched, is damaged or of
+            another kind, or holds an object that is neither a tensor nor
+            plain data and is not trusted.
     """
     # On exit the context removes what it was given, also where that had been
     # allowed before: it gets only what is new.
     known = torch.serialization.get_safe_globals()
     new = [item for item in safe_globals() if item not in known]
     try:
-        with get_local_path(path) as local, \
-                torch.serialization.safe_globals(new):
+        with _fetched(path) as local, torch.serialization.safe_globals(new):
             return torch.load(
                 local, map_location='cpu', weights_only=not trust_pickle)
+    except CheckpointError:
+        raise
     except (pickle.UnpicklingError, struct.error, EOFError, RuntimeError,
             AttributeError, LookupError, ValueError, AssertionError,
             TypeError) as error:
@@ -170,10 +183,46 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
                 'code. If you trust who made the file, convert it once to '
                 'tensors only: python tools/convert_checkpoint.py SRC DST '
                 '--trust-pickle') from error
+        if kind := _other_kind(path):
+            raise CheckpointError(f'{path} is {kind}') from error
         raise CheckpointError(
             f'{path} is damaged or no checkpoint ('
             f'{": ".join([type(error).__name__, *_reason(error)])}); '
             'fetch or copy it again and compare the size') from error
+
+
+@contextmanager
+def _fetched(path: str) -> Iterator[str]:
+    """A file on this machine, while in the context."""
+    with ExitStack() as stack:
+        try:
+            local = stack.enter_context(get_local_path(path))
+        # Of the connection, of a scheme or of a client that is not there.
+        except (OSError, HTTPException, LookupError, ImportError) as error:
+            raise CheckpointError(
+                f'cannot fetch {path} ({type(error).__name__}: {error}). Get '
+                'the file by other means and give its path; URLs may be of '
+                'http, https and the storages that mmengine knows'
+            ) from error
+        yield local
+
+
+def _other_kind(path: str) -> str:
+    """What a file is that torch does not read, and what to do; '' if unknown.
+    """
+    if path.endswith('.safetensors'):
+        return ('in the format of safetensors. Convert it once: torch.save('
+                'safetensors.torch.load_file(SRC), DST)')
+    if not os.path.isfile(path):
+        return ''
+    # First, for zipfile finds files at the end of others.
+    is_archive = tarfile.is_tarfile(path)
+    if not is_archive and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:  # torch's own are archives, too
+            is_archive = not any(
+                name.endswith('/data.pkl') for name in file.namelist())
+    return ('an archive of other files. Unpack it, and name the checkpoint '
+            'in it') if is_archive else ''
 
 
 def _reason(error: Exception) -> list[str]:
@@ -192,7 +241,7 @@ def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
     Args:
         checkpoint (object): What :func:`read_checkpoint` returns: a timm
             training file (``state_dict_ema``, ``state_dict``), an mmengine
-            checkpoint or a bare state dict.
+            checkpoint, a bare state dict, or a module in the place of one.
 
     Returns:
         tuple[dict[str, Tensor], str]: The tensors by name, and 'EMA weights'
@@ -215,6 +264,8 @@ def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
             weights, kind = checkpoint['model_ema'], 'EMA weights'
         elif 'model' in checkpoint:
             weights = checkpoint['model']
+    if isinstance(weights, nn.Module):  # from a pickle that is trusted
+        weights = weights.state_dict()
     tensors = {
         key: value
         for key, value in (
@@ -222,8 +273,11 @@ def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
         if isinstance(value, Tensor)
     }
     if not tensors:
-        raise CheckpointError('no tensors in the checkpoint; expected '
-                              'state_dict, state_dict_ema or a state dict')
+        found = f'keys: {_some([*map(repr, weights)]) or "none"}' \
+            if isinstance(weights, dict) else f'a {type(weights).__name__}'
+        raise CheckpointError(
+            f'no tensors in the checkpoint ({found}); expected a state dict, '
+            'or one as state_dict_ema, state_dict, model_ema or model')
     return tensors, kind
 
 
@@ -311,7 +365,7 @@ def _some(names: list[str], count: int = 3) -> str:
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
+def naming(path: str) -> Iterator[None]:
     """Have the errors about a file begin with its name."""
     try:
         yield
@@ -344,7 +398,7 @@ def load_backbone(backbone: nn.Module,
             backbone is missing, left over or of another shape.
     """
     path = find_checkpoint(checkpoint)
-    with _naming(path):
+    with naming(path):
         weights, kind = model_weights(read_checkpoint(path))
         prefix = find_prefix(weights, prefix)
     theirs, others = {}, []
@@ -431,7 +485,7 @@ def load_neck(neck: nn.Module,
             of another shape.
     """
     path = find_checkpoint(checkpoint)
-    with _naming(path):
+    with naming(path):
         weights, kind = model_weights(read_checkpoint(path))
         theirs = {
             key.removeprefix('neck.'): value

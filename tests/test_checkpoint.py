@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -221,8 +222,9 @@ def without(key):
      r'of another shape: stages.0.0.attn.att.2.weight \(8, 1, 7, 7\) instead '
      r'of \(8, 1, 5, 5\).*kernel 7\), the model is.*kernel 5'),
     (nn.Conv2d(3, 8, 3).state_dict(), 'not a Conv2Former.*weight, bias'),
-    (dict(state_dict={}), 'no tensors in the checkpoint'),
-    ([1, 2], 'no tensors in the checkpoint'),
+    (dict(state_dict={}), r'no tensors in the checkpoint \(keys: none\)'),
+    ([1, 2], r'no tensors in the checkpoint \(a list\)'),
+    (dict(net=GOOD, epoch=3), "\\(keys: 'net', 'epoch'\\).*or model"),
 ])
 def test_what_does_not_fit_is_refused_and_changes_nothing(
         content, message, tmp_path):
@@ -292,6 +294,45 @@ def test_damaged_files_are_called_so(damage, tmp_path):
     assert 'weights_only' not in str(info.value)  # torch's advice
 
 
+def test_files_of_another_kind_are_called_so(tmp_path):
+    inner = tmp_path / 'weights.pth'
+    torch.save(GOOD, inner)
+    cases = {'a.safetensors': 'format of safetensors. Convert'}
+    # What the library writes: a length, a header in JSON, numbers.
+    (tmp_path / 'a.safetensors').write_bytes(
+        (16).to_bytes(8, 'little') + b'{"weight": null}' + bytes(64))
+    for kind in 'tar', 'zip':
+        shutil.make_archive(tmp_path / 'archive', kind, tmp_path, inner.name)
+        cases[f'archive.{kind}'] = 'an archive of other files. Unpack it'
+    np.savez(tmp_path / 'arrays.npz', np.ones(2))
+    cases['arrays.npz'] = cases['archive.zip']
+    for name, message in cases.items():
+        with pytest.raises(CheckpointError, match=f'{name} is .*{message}'):
+            read_checkpoint(str(tmp_path / name))
+
+
+@pytest.mark.parametrize('url, reason', [
+    ('http://127.0.0.1:9/a.pth', 'URLError.*refused'),  # nothing listens
+    ('torchvision://resnet50', "KeyError: 'torchvision'"),
+    ('s3://bucket/a.pth', 'ImportError')])
+def test_urls_that_cannot_be_fetched_are_named(url, reason):
+    backbone = Conv2Former(
+        MINI, init_cfg=dict(type='Pretrained', checkpoint=url))
+    with pytest.raises(CheckpointError, match=f'cannot fetch {url} .*{reason}'
+                       '.*Get the file by other means'):
+        backbone.init_weights()
+
+
+@pytest.mark.parametrize('checkpoint', [None, ['a.pth']])
+def test_checkpoints_that_are_no_paths_are_named(checkpoint):
+    backbone = Conv2Former(
+        MINI, init_cfg=dict(type='Pretrained', checkpoint=checkpoint))
+    with pytest.raises(CheckpointError, match='backbone.init_cfg.checkpoint '
+                       'must be a path or a URL, got .*from scratch: --cfg-opt'
+                       'ions model.backbone.init_cfg=None'):
+        backbone.init_weights()
+
+
 class Evil:
 
     def __reduce__(self):
@@ -346,7 +387,9 @@ def test_what_others_allow_to_be_loaded_stays_allowed(tmp_path):
 
 def test_missing_file_says_where_weights_are_and_how_to_do_without(
         tmp_path, monkeypatch):
-    monkeypatch.setenv('MMCONV2FORMER_WEIGHTS', str(tmp_path))
+    # As where no shell expands it, such as in a Dockerfile.
+    monkeypatch.setenv('HOME', str(tmp_path.parent))
+    monkeypatch.setenv('MMCONV2FORMER_WEIGHTS', f'~/{tmp_path.name}')
     backbone = Conv2Former(
         MINI, init_cfg=dict(type='Pretrained', checkpoint='t.pth'))
     with pytest.raises(FileNotFoundError) as error:
@@ -482,6 +525,21 @@ def test_trusted_pickles_are_converted_to_tensors_only(tmp_path):
         convert(src, dst)
     convert(src, dst, trust_pickle=True)
     assert set(torch.load(dst, weights_only=True)) == {'meta', 'state_dict'}
+
+
+@pytest.mark.parametrize('wrap', [lambda m: m, lambda m: dict(model=m)])
+def test_pickled_modules_are_converted(wrap, tmp_path):
+    src, dst = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    model = Conv2Former(MINI)
+    torch.save(wrap(model), src)
+    with pytest.raises(CheckpointError, match='pickled mmconv2former.backbone'
+                       '.*convert_checkpoint.py SRC DST --trust-pickle'):
+        load_backbone(Conv2Former(MINI), src)
+    convert_checkpoint.convert(src, dst, backbone_only=True, trust_pickle=True)
+    loaded = Conv2Former(MINI)
+    load_backbone(loaded, dst)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
 
 
 def test_wrong_prefix_is_refused_also_for_a_single_backbone(tmp_path):

@@ -487,6 +487,10 @@ def test_pretrained_file_in_a_list_of_initializations_is_seen(tool):
     # What is proposed are settings that mmengine knows.
     cfg.merge_from_dict({'model.backbone.init_cfg.1.checkpoint': 'here.pth'})
     assert [*train.pretrained_parts(cfg).values()] == ['here.pth']
+    cfg.merge_from_dict({'model.backbone.init_cfg.1.checkpoint': None})
+    with pytest.raises(SystemExit, match='init_cfg.1.checkpoint must be a pa'):
+        train.check_pretrained(cfg)
+    cfg.model.backbone.init_cfg[1].checkpoint = 'here.pth'
     cfg.model.backbone.init_cfg[1].type = PretrainedInit
     assert [*train.pretrained_parts(cfg).values()] == ['here.pth']
     cfg.merge_from_dict({'model.backbone.init_cfg': None})

@@ -24,6 +24,7 @@ from mmconv2former.checkpoint import (
     load_backbone,
     load_neck,
     model_weights,
+    naming,
     read_checkpoint,
     rename_classifier,
 )
@@ -82,12 +83,13 @@ def convert(src, dst, backbone_only=False, trust_pickle=False):
     if dst.is_dir():
         raise IsADirectoryError(f'{dst} is a directory; name the file to '
                                 f'write, such as {dst / src.name}')
-    weights, kind = model_weights(read_checkpoint(str(src), trust_pickle))
-    state_dict = {
-        key: value.detach().clone()
-        for key, value in rename_classifier(
-            weights, with_head=not backbone_only).items()
-    }
+    with naming(str(src)):
+        weights, kind = model_weights(read_checkpoint(str(src), trust_pickle))
+        state_dict = {
+            key: value.detach().clone()
+            for key, value in rename_classifier(
+                weights, with_head=not backbone_only).items()
+        }
     inner = {
         key[len('backbone.'):]: value
         for key, value in state_dict.items() if key.startswith('backbone.')

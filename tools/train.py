@@ -254,7 +254,7 @@ def check_pretrained(cfg: Config) -> None:
         keys = [key for (_, key), other in parts.items() if other == path]
         try:
             find_checkpoint(path, keys)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, CheckpointError) as error:
             raise SystemExit(str(error)) from error
 
 
