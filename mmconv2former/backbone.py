@@ -1,6 +1,6 @@
 """Conv2Former, hierarchical and isotropic, as an OpenMMLab backbone."""
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -470,11 +470,15 @@ class Conv2Former(PretrainedModule):
         if self.arch['stem'] not in STEMS:
             raise ValueError(f'unknown stem {self.arch["stem"]!r}; expected '
                              f'one of {", ".join(STEMS)}')
+        if self.arch['dims'][0] < 4:
+            raise ValueError('dims must begin with 4 channels or more, of '
+                             'which the first convolutions of the stem make '
+                             f'half or a quarter, got {self.arch["dims"]}')
         if fusion not in FUSIONS:
             raise ValueError(f'unknown fusion {fusion!r}; expected one of '
                              f'{", ".join(FUSIONS)}')
         if not isinstance(mlp_ratio, (int, float)) \
-                or mlp_ratio * min(self.arch['dims']) < 1:
+                or not 1 <= mlp_ratio * min(self.arch['dims']) < math.inf:
             raise ValueError('mlp_ratio must be a number that leaves each MLP '
                              f'a channel, got {mlp_ratio!r}')
         if not isinstance(drop_path_rate, (int, float)) \
@@ -498,7 +502,7 @@ class Conv2Former(PretrainedModule):
         num_stages = len(self.arch['depths'])
         if isinstance(out_indices, int):
             out_indices = (out_indices, )
-        if not out_indices or not all(
+        if not isinstance(out_indices, Iterable) or not out_indices or not all(
                 type(i) is int and -num_stages <= i < num_stages
                 for i in out_indices):
             raise ValueError(

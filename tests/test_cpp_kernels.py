@@ -218,6 +218,12 @@ def test_gelu_is_exact_from_end_to_end():
                                          bias)[0].isnan().all()
 
 
+def test_gelu_of_what_is_far_below_zero_is_zero():
+    z = -torch.logspace(.75, 20, 64).view(1, 1, 1, 64)
+    h = cpp_kernels.position(z, torch.zeros(64, 1, 3, 3), torch.zeros(64))
+    assert ((h / z).abs() < 1e-13).all()
+
+
 def test_numbers_are_rounded_to_the_nearest():
     bits = torch.arange(-2**31, 2**31, 4099 * 7, dtype=torch.int64)
     x = bits.to(torch.int32).view(torch.float32)

@@ -413,6 +413,17 @@ def test_recomputed_blocks_and_changed_weights_give_the_same_bits(dtype,
     assert not torch.equal(*results)
 
 
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('name', ['attn.proj', 'mlp.fc1', 'mlp.fc2'])
+def test_changes_before_the_backward_pass_are_told_as_ever(name, fused):
+    model = block(20, 7, fused=fused).float()
+    out = model(random(2, 20, 9, 9).float())
+    with torch.no_grad():
+        model.get_submodule(name).weight.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        out.sum().backward()
+
+
 @pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('dtype', LOW)
 def test_weights_in_low_precision_train_as_exactly(dtype, monkeypatch):
