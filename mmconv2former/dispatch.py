@@ -383,8 +383,10 @@ def available(x: Tensor, find_modified: FindModified | None = None) -> bool:
         if obstacle:
             log_once(f'plain operators, because {obstacle}')
         elif kernels_for(x) is not torch_kernels:
-            kind = 'Triton' if x.is_cuda else 'C++'
-            log_once(f'fused operators with {kind} kernels')
+            log_once('fused operators with Triton kernels' if x.is_cuda else
+                     'fused operators with C++ kernels' +
+                     (', and of torch for what is in fp16'
+                      if autocast_dtype(x) == torch.float16 else ''))
         else:
             missing = triton_obstacle(x.device) if x.is_cuda \
                 else _cpp_obstacle()

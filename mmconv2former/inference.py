@@ -16,8 +16,8 @@ from .operators import (
     LayerNorm2d,
     add_position,
     depthwise_conv2d,
-    linear,
     modulate,
+    pointwise,
 )
 
 # A greater padding would leave the range of fp16, and only a batch norm that
@@ -363,8 +363,8 @@ class FoldedBlock(nn.Module):
             weights = [p.to(dtype) for p in branch]
             # The number, for x.shape would be traced.
             y = F.layer_norm(x, (self.zv.in_features, ), eps=eps).to(dtype)
-            y = middle(linear(y, *weights[:2]), *weights[2:4], self.fusion)
-            x = linear(y, *weights[4:]).to(x.dtype).add_(x)
+            y = middle(pointwise(y, *weights[:2]), *weights[2:4], self.fusion)
+            x = pointwise(y, *weights[4:]).to(x.dtype).add_(x)
         return x.permute(0, 3, 1, 2)
 
 

@@ -50,7 +50,7 @@ FUSIONS = {
 }
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1x1 convolution: (N, H, W, C), (O, C), (O, ) -> (N, H, W, O)."""
     if x.device.type == 'cpu' and x.dtype == torch.float32:
         # oneDNN's; torch asks MKL for fp32 products, which on AMD is half as
@@ -171,7 +171,7 @@ class Pointwise(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H, W), in channels-last memory."""
         return to_nchw(
-            linear(to_nhwc(x), self.weight.flatten(1), self.bias))
+            pointwise(to_nhwc(x), self.weight.flatten(1), self.bias))
 
 
 class DropPath(nn.Module):

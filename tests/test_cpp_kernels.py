@@ -451,6 +451,8 @@ def test_blocks_take_them_and_say_so(monkeypatch):
     x = torch.rand(1, 8, 6, 6)
     block(x).sum().backward()
     assert called == ['gate_forward', 'position_backward', 'gate_backward']
+    with torch.autocast('cpu', torch.float16):
+        block(x)
     called.clear()
     block(x.as_subclass(Subclass)).sum().backward()
     block.double()(x.double()).sum().backward()
@@ -459,6 +461,8 @@ def test_blocks_take_them_and_say_so(monkeypatch):
     alone = 'Conv2Former: fused operators of torch alone, because '
     assert lines == [
         'Conv2Former: fused operators with C++ kernels',
+        'Conv2Former: fused operators with C++ kernels, and of torch for what '
+        'is in fp16',
         alone + 'they get a Subclass', alone + 'the model is in fp64'
     ]
 

@@ -13,8 +13,7 @@ _base_ = [
 ]
 
 # Our choices: the width (README.md, Variants), and the drop path, which is
-# that of the isotropic ConvNeXt-S. Its
-# warm-up of 50 epochs is left out.
+# that of the isotropic ConvNeXt-S. Its warm-up of 50 epochs is left out.
 model = dict(
     backbone=dict(arch='isotropic-small', drop_path_rate=0.1),
     neck=dict(in_channels=320))
