@@ -210,6 +210,9 @@ def test_file_that_cannot_be_written_is_told_before_measuring(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(SystemExit, match='with --json'):
         benchmark.main(['--json', str(tmp_path / 'file' / 'out.json')])
+    with pytest.raises(SystemExit, match='is a folder: name a file'):
+        benchmark.main(['--json', str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
 def test_cuda_graphs_want_a_gpu(capsys):
@@ -245,6 +248,48 @@ def test_models_that_differ_or_fail_are_not_timed_and_others_are(
     assert timed == {OFFICIAL: True, 'conv2former-n': False,
                      'conv2former-n@compiled': False, 'ConvNeXt:atto': True}
     assert '| conv2former-n          | differs from' in capsys.readouterr().out
+
+
+def test_models_that_refuse_a_case_do_not_end_the_others(tmp_path):
+    path = tmp_path / 'x.json'
+    with pytest.raises(SystemExit, match='not timed:\n.*no layer depths'):
+        benchmark.main([
+            '--models', 'MlpMixer:base', 'conv2former-n', '--size', '32',
+            '64', '--mode', 'forward', 'optimizer', '--no-memory', '--repeats',
+            '1', '--burn-in', '1', '--json', str(path)])
+    rows = json.loads(path.read_text())['rows']
+    timed = {(row['model'], row['mode'], row['height'])
+             for row in rows if row['samples']}
+    assert {(mode, height) for model, mode, height in timed
+            if model == 'conv2former-n'} == {('forward', 32), ('forward', 64)}
+    assert {model.split(',')[0] for model, mode, _ in timed
+            if mode == 'optimizer'} == {'conv2former-n'}
+    failed = [row['failed'] for row in rows
+              if row['mode'] == 'forward' and not row['samples']]
+    assert len(failed) == 2
+    assert failed[0].startswith("cannot build 'MlpMixer:base'")
+
+
+def test_first_model_that_fails_on_a_gpu_does_not_end_the_others(monkeypatch):
+
+    class Candidate:
+
+        def __init__(self, name, case):
+            if name == 'bad':
+                raise RuntimeError('no graph')
+            self.step = None
+
+        def results(self):
+            return dict(out=torch.ones(1))
+
+    monkeypatch.setattr(benchmark, 'Candidate', Candidate)
+    monkeypatch.setattr(benchmark, 'gpu_memory', lambda path: 0)
+    monkeypatch.setattr(benchmark, 'roofline_seconds', lambda *_: None)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'H200')
+    steps, facts = benchmark.prepare(
+        ['bad', 'good'], CASE._replace(device='cuda'), False)
+    assert [*steps] == ['good']
+    assert facts['bad']['failed'] == 'RuntimeError: no graph'
 
 
 def test_file_of_an_earlier_run_does_not_outlive_the_beginning(
@@ -358,6 +403,27 @@ def test_plot_is_written_from_json(tmp_path, capsys):
     assert '1120x1120' in capsys.readouterr().out
 
 
+def test_plot_of_as_many_pixels_at_each_size_has_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot_benchmark, 'plot_bars', None)
+    drawn = []
+    monkeypatch.setattr(
+        plot_benchmark.plt.Axes, 'plot',
+        lambda _, x, y, *args, **kwargs: drawn.append((x, y)))
+    plot_benchmark.plot(
+        [make_row('a', height=side, width=side, batch=batch)
+         for side, batch in ((448, 2), (224, 8))], tmp_path / 'lines.png')
+    assert [x for x, _ in drawn] == [(224**2, 448**2)] * 2
+
+
+def test_same_model_and_case_of_two_files_are_not_drawn_as_one(tmp_path):
+    files = [tmp_path / 'a.json', tmp_path / 'b.json']
+    for file in files:
+        file.write_text(json.dumps(dict(machine={}, rows=[make_row('m')])))
+    with pytest.raises(SystemExit, match='a.json. and .*b.json. both have m '):
+        plot_benchmark.main([*map(str, files), '--plot',
+                             str(tmp_path / 'x.png')])
+
+
 def test_plot_of_single_cases_has_bars(tmp_path):
     picture = tmp_path / 'bars.png'
     rows = [make_row('a'), make_row('b'), make_row('a', mode='forward')]
@@ -399,6 +465,8 @@ def test_picture_that_cannot_be_written_is_told_first(name, expected,
 @pytest.fixture
 def checkout(tmp_path):
     """What gpu_checks.sh needs of this one, and no more."""
+    tmp_path = tmp_path / "a path that 's odd"
+    tmp_path.mkdir()
     for name in 'setup.py', 'README.md', 'mmconv2former':
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / 'tools').mkdir()
@@ -445,8 +513,8 @@ case "$1 $2" in
     *plot*) echo "plotting $2" && exit 1 ;;
     *benchmark.main*) grep -q ^growth || exit 0
         [ -z "$HANGS" ] || sleep 60
-        touch {out}/growth.json ;;
-    -c*) echo {checkout}/site ;;
+        touch "{out}/growth.json" ;;
+    -c*) echo "{checkout}/site" ;;
 esac
 """)
     python.chmod(0o755)
@@ -472,10 +540,12 @@ def test_gpu_checks_end_with_the_summary(stand_in):
         'environment passed', 'kernels_of_growth passed', 'growth passed']
 
 
-def test_gpu_checks_that_are_stopped_say_what_is_missing(stand_in):
+@pytest.mark.parametrize('alone', [[], ['--foreground']])
+def test_gpu_checks_that_are_stopped_say_what_is_missing(stand_in, alone):
+    """By a signal to all of their processes, or to the script alone."""
     command, env, _ = stand_in
-    done = subprocess.run(['timeout', '3', *command],
+    done = subprocess.run(['timeout', *alone, '3', *command],
                           env=dict(env, HANGS='1'), capture_output=True,
-                          text=True, timeout=60)
+                          text=True, timeout=30)
     assert steps_in(done.stdout.splitlines()[-3:]) == [
         'environment passed', 'kernels_of_growth passed', 'growth NOT']

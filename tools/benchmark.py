@@ -55,6 +55,7 @@ from torch.utils import collect_env
 
 from benchmark_models import (
     PATHS,
+    BuildError,
     arch_of,
     build_model,
     official_forward,
@@ -219,20 +220,31 @@ def worst(found: dict[str, float],
     return found[name], allowed[name], name
 
 
-def optimizer_steps(names: list[str], case: Case) -> Steps:
-    """Steps of AdamW for each model, with the groups of two constructors."""
+def optimizer_steps(names: list[str],
+                    case: Case) -> tuple[Steps, dict[str, dict]]:
+    """Steps of AdamW for each model, with the groups of two constructors.
+
+    Returns:
+        tuple[Steps, dict]: As :func:`prepare`.
+    """
     MMLogger.get_current_instance().setLevel('WARNING')  # tables of groups
     constructors = (
         ('mmpretrain', 'mmpretrain.LearningRateDecayOptimWrapperConstructor',
          dict(layer_decay_rate=0.9)),
         ('ours', 'mmconv2former.LayerDecayOptimWrapperConstructor',
          dict(decay_rate=0.9)))
-    steps = {}
+    steps, facts = {}, {}
     for name, (whose, constructor, options), extra in itertools.product(
             dict.fromkeys(name.partition('@')[0] for name in names),
             constructors, ({}, dict(fused=True))):
-        model = build_model(name, case.task == 'backbone', 0.,
-                            (case.height, case.width)).to(case.device)
+        if name in facts:  # failed
+            continue
+        try:
+            model = build_model(name, case.task == 'backbone', 0.,
+                                (case.height, case.width)).to(case.device)
+        except BuildError as error:
+            facts[name] = dict(failed=str(error))
+            continue
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         adamw = dict(type='AdamW', lr=1e-6, weight_decay=0.05, **extra)
@@ -242,12 +254,13 @@ def optimizer_steps(names: list[str], case: Case) -> Steps:
             paramwise_cfg=dict(options, norm_decay_mult=0.))
         try:
             optimizer = build_optim_wrapper(model, wrapper).optimizer
-        except (AttributeError, NotImplementedError) as error:
-            raise SystemExit(f"--mode optimizer: '{name}' has no layer depths "
-                             'to group by; leave it out') from error
+        except (AttributeError, NotImplementedError):
+            facts[name] = dict(failed='has no layer depths to group by')
+            continue
         groups = f'{len(optimizer.param_groups)} groups'
-        steps[', '.join([name, whose, groups, *extra])] = optimizer.step
-    return steps
+        label = ', '.join([name, whose, groups, *extra])
+        steps[label], facts[label] = optimizer.step, {}
+    return steps, facts
 
 
 def resident(key: str) -> int:
@@ -388,7 +401,7 @@ def prepare(names: list[str], case: Case,
     tolerance = max(TOLERANCES[case.dtype], TOLERANCES[case.weights_dtype])
     on_gpu, before = case.device == 'cuda', 0
     if on_gpu:  # what libraries allocate once is not the first model's
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        with contextlib.suppress(Exception):  # it fails below once more
             Candidate(names[0], case).results()
     for name in names:
         if on_gpu:
@@ -400,6 +413,10 @@ def prepare(names: list[str], case: Case,
                 facts[name].update(measure_memory(candidate, before))
         except torch.cuda.OutOfMemoryError:
             facts[name]['failed'] = OUT_OF_MEMORY
+            continue
+        except BuildError as error:
+            print(error, file=sys.stderr, flush=True)
+            facts[name]['failed'] = str(error)
             continue
         # Those of Triton and of CUDA have no common base. The other models,
         # and what was measured before, shall not be lost.
@@ -520,8 +537,7 @@ def run_case(case: Case,
         torch.compiler.reset()  # a second size shall not be a dynamic shape
         gc.collect()  # compiled models are cycles
     if case.mode == 'optimizer':
-        steps = optimizer_steps(args.models, case)
-        facts = {name: {} for name in steps}
+        steps, facts = optimizer_steps(args.models, case)
     else:
         steps, facts = prepare(args.models, case, args.memory)
     samples = time_steps(steps, case.device, args)
@@ -677,6 +693,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     results = dict(machine=describe_machine(args.device), rows=[])
     if args.json:
+        if args.json.is_dir():
+            raise SystemExit(f"--json '{args.json}' is a folder: name a file")
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             # What is found there later comes from this run.
@@ -698,7 +716,7 @@ def main(argv: list[str] | None = None) -> None:
     if 'optimizer' in args.mode:  # knows neither batch nor autocast
         cases.insert(
             0, Case(args.task, 'optimizer', 'fp32', 1, 224, 224, args.device))
-    for case in cases:
+    for case in dict.fromkeys(cases):
         rows, steps = run_case(case, args)
         results['rows'] += rows
         write(results, args.json)  # what a run has is not lost

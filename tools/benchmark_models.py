@@ -153,6 +153,10 @@ def _build_mmpretrain(name: str, dense: bool, drop_path: float,
     return Classifier(backbone, Pool(), pooled.shape[1])
 
 
+class BuildError(ValueError):
+    """A model that cannot be built."""
+
+
 def build_model(name: str, dense: bool, drop_path: float,
                 size: tuple[int, int]) -> nn.Module:
     """Build a model on the CPU, with the same weights every time.
@@ -168,7 +172,7 @@ def build_model(name: str, dense: bool, drop_path: float,
         nn.Module: The model.
 
     Raises:
-        SystemExit: If there is no such model or it refuses the size.
+        BuildError: If there is no such model or it refuses the size.
     """
     name = name.partition('@')[0]
     torch.manual_seed(0)
@@ -180,7 +184,7 @@ def build_model(name: str, dense: bool, drop_path: float,
     # What the backbones of mmpretrain raise for a setting that they lack.
     except (AssertionError, ImportError, KeyError, RuntimeError, TypeError,
             ValueError) as error:
-        raise SystemExit(f"cannot build '{name}': {error}") from error
+        raise BuildError(f"cannot build '{name}': {error}") from error
 
 
 @contextlib.contextmanager

@@ -32,6 +32,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 runs=$root/work_dirs/gpu_checks
 out=$runs/results
 known=(tiny operators digits sizes growth compiled amp)
+base=$(command -v -- "${PYTHON:-python3}") || {
+    echo "gpu_checks.sh: there is no ${PYTHON:-python3}; set PYTHON to a" \
+        'python that has torch' >&2
+    exit 1
+}
+[[ $base == /* ]] || base=$PWD/$base
 only=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -40,7 +46,10 @@ while [ $# -gt 0 ]; do
                 echo "gpu_checks.sh: --wheels '${2-}' is no folder" >&2
                 exit 2
             fi
-            PIP_FIND_LINKS=$(realpath -- "$2")
+            # As an address, for pip takes a space for the end of a path.
+            PIP_FIND_LINKS=$("$base" -c '
+import pathlib, sys
+print(pathlib.Path(sys.argv[1]).resolve().as_uri())' "$2")
             export PIP_FIND_LINKS PIP_NO_INDEX=1
             shift 2
             ;;
@@ -73,7 +82,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-"${PYTHON:-python3}" - <<'PY' || exit 1
+"$base" - <<'PY' || exit 1
 import sys
 
 try:
@@ -104,17 +113,31 @@ step() {
     local name=$1 start=$SECONDS result=passed
     shift
     printf '==> %s\n' "$name"
-    "$@" >"$out/$name.log" 2>&1 || {
+    # Traps wait for what runs in the foreground, not for a wait.
+    "$@" >"$out/$name.log" 2>&1 &
+    wait $! || {
         result=FAILED
         tail -n 20 "$out/$name.log"
     }
     printf '%s\t%s\t%d s\n' "$name" $result $((SECONDS - start)) >>"$summary"
 }
 
+# stop PID...: end processes, and all that they have started
+stop() {
+    local pid
+    for pid in "$@"; do
+        # shellcheck disable=SC2046 # one word for each
+        stop $(cat "/proc/$pid/task/"*/children 2>/dev/null)
+        kill "$pid" 2>/dev/null || true
+    done
+}
+
 # finish STATUS: print what was measured and how the steps ended
 finish() {
     local file name status=$1
     trap - TERM INT
+    # shellcheck disable=SC2046 # one word for each
+    stop $(jobs -p)
     for file in "$out"/*.json; do
         # What is older comes from another run, or from another tool.
         if [ "$file" -nt "$started" ]; then
@@ -342,13 +365,13 @@ recipes() {
 }
 
 amp() {
-    if [ ! -d "$runs/data" ]; then
-        "$python" tools/make_mini_dataset.py imagenet "$runs/data/imagenet"
-        "$python" tools/make_mini_dataset.py coco "$runs/data/coco" \
-            --images 32
-        "$python" tools/make_mini_dataset.py ade20k "$runs/data/ade" \
-            --images 32
-    fi
+    local data=$runs/data
+    [ -d "$data/imagenet" ] ||
+        "$python" tools/make_mini_dataset.py imagenet "$data/imagenet"
+    [ -d "$data/coco" ] ||
+        "$python" tools/make_mini_dataset.py coco "$data/coco" --images 32
+    [ -d "$data/ade" ] ||
+        "$python" tools/make_mini_dataset.py ade20k "$data/ade" --images 32
     cd "$runs"  # where the configs look for data/
     together recipes fp16 -- recipes bf16
 }
@@ -357,7 +380,8 @@ amp() {
 # command that fails
 run() {
     step "$1" bash -euo pipefail -c "
-        root='$root' out='$out' runs='$runs' python='$python' base='$base'
+        root=${root@Q} out=${out@Q} runs=${runs@Q} python=${python@Q}
+        base=${base@Q}
         $(declare -f environment together operators benchmarks \
             compile_kernels kernels_of_tiny kernels_of_sizes \
             kernels_of_growth tiny sizes compiled growth train_digits digits \
@@ -365,7 +389,6 @@ run() {
         $*"
 }
 
-base=${PYTHON:-python3}
 python=$root/.venv-gpu/bin/python
 if wanted amp; then run environment with_ops; else run environment no_ops; fi
 if grep -q FAILED "$summary"; then finish 1; fi
@@ -384,7 +407,8 @@ fi
         if wanted $name; then run kernels_of_$name & fi
     done
     wait
-)
+) &
+wait $! || true
 for name in sizes growth compiled; do
     if wanted $name; then run $name; fi
 done

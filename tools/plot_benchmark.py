@@ -14,6 +14,7 @@ work is a level line. Where no case was measured at several, it shows bars.
 import argparse
 import itertools
 import json
+import math
 from pathlib import Path
 from statistics import median
 
@@ -155,6 +156,16 @@ def plot_bars(rows: list[dict], path: Path) -> None:
     plt.close(fig)
 
 
+def _swept(rows: list[dict], fixed: tuple[str, ...],
+           swept: tuple[str, ...]) -> list[list[dict]]:
+    """Rows that differ in what is swept alone."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(values(row, fixed), []).append(row)
+    return [group for group in groups.values()
+            if len({values(row, swept) for row in group}) > 1]
+
+
 def plot(rows: list[dict], path: Path) -> None:
     """Plot time and memory per pixel, a line for each model.
 
@@ -174,13 +185,9 @@ def plot(rows: list[dict], path: Path) -> None:
     swept, fixed = ('height', 'width'), ('batch', )
     if not by_size:
         swept, fixed = fixed, swept
-    groups = {}
-    for row in rows:
-        groups.setdefault(values(row, WHAT + fixed), []).append(row)
-    groups = [
-        group for group in groups.values()
-        if len({values(row, swept) for row in group}) > 1
-    ]
+    # With --same-pixels each size has a batch of its own.
+    groups = _swept(rows, WHAT + fixed, swept) or (
+        _swept(rows, WHAT, swept) if by_size else [])
     if not rows:
         raise SystemExit('nothing to plot: the files have no training step '
                          'and no forward pass')
@@ -193,22 +200,24 @@ def plot(rows: list[dict], path: Path) -> None:
         layout='constrained')
     for (left, right), group in zip(axes, groups):
         ticks, lines = {}, {}
+        one_batch = len({row['batch'] for row in group}) == 1
         for row in group:
             pixels = row['batch'] * row['height'] * row['width']
             side = values(row, swept)
-            ticks[pixels] = 'x'.join(map(str, dict.fromkeys(side)))
+            place = math.prod(side)
+            ticks[place] = 'x'.join(map(str, dict.fromkeys(side)))
             lines.setdefault(row['model'], []).append((
-                pixels, 1e9 * median(row['samples']) / pixels,
+                place, 1e9 * median(row['samples']) / pixels,
                 row.get('memory_step', float('nan')) / pixels / 1e3))
         for model, points in lines.items():
-            pixels, nanoseconds, kilobytes = zip(*sorted(points))
+            places, nanoseconds, kilobytes = zip(*sorted(points))
             colour = f'C{models.index(model)}'
-            left.plot(pixels, nanoseconds, 'o-', color=colour)
-            right.plot(pixels, kilobytes, 'o-', color=colour)
+            left.plot(places, nanoseconds, 'o-', color=colour)
+            right.plot(places, kilobytes, 'o-', color=colour)
         for axis, unit in ((left, 'time of a step, ns per pixel'),
                            (right, 'memory of a step, kB per pixel')):
             axis.set(
-                title=describe(group[0], batch=by_size, size=not by_size),
+                title=describe(group[0], batch=one_batch, size=not by_size),
                 ylabel=unit,
                 xlabel='pixels' if by_size else 'images in the batch',
                 xscale='log')
@@ -290,7 +299,16 @@ def main(argv: list[str] | None = None) -> None:
     found = [read(path) for path in args.files]
     print('\n\n'.join(map(report, found)))
     if args.plot:
-        rows = [row for results in found for row in results['rows']]
+        rows, files = [], {}
+        for file, results in zip(args.files, found):
+            for row in results['rows']:
+                key = row['model'], values(row, CASE)
+                if files.setdefault(key, file) != file:
+                    raise SystemExit(
+                        f"--plot: '{files[key]}' and '{file}' both have "
+                        f'{row["model"]} ({describe(row)}), which would be '
+                        'drawn as one; plot them one by one')
+                rows.append(row)
         try:
             plot(rows, args.plot)
         except OSError as error:
