@@ -250,10 +250,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             depth, total = depth_of(name)
             scale = self.paramwise_cfg['decay_rate']**(total - 1 - depth)
             lr = single.pop('lr', self.base_lr) * scale
-            single.setdefault('weight_decay', self.base_wd or 0.)
+            if self.base_wd is not None:  # else that of the optimizer holds
+                single.setdefault('weight_decay', self.base_wd)
             for applied in ('lr_mult', 'decay_mult'):
                 single.pop(applied, None)
-            key = (depth, -single['weight_decay'], lr, repr(single))
+            key = (depth, -single.get('weight_decay', 0.), lr, repr(single))
             group = groups.setdefault(
                 key,
                 dict(params=[], names=[], layer=depth, lr=lr,

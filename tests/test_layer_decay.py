@@ -283,6 +283,13 @@ def test_backbones_anywhere_in_a_model_decay():
         'stages.1.1.attn.v.weight')] == [.5**7, .5**6, .5]
 
 
+def test_default_weight_decay_of_the_optimizer_holds():
+    optim_wrapper = build(Model(), optimizer=dict(type='AdamW', lr=LR),
+                          decay_rate=.5)
+    assert {group['weight_decay']
+            for group in optim_wrapper.optimizer.param_groups} == {.01}
+
+
 def test_layers_that_share_weights_learn_once():
     model = Model()
     model.other = nn.Linear(32, 10)

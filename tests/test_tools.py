@@ -687,6 +687,10 @@ def test_last_checkpoint_is_found_where_the_work_dir_was_moved(tool, tmp_path):
     note.write_text('/gone/epoch_2.pth')
     assert train.latest_checkpoint(str(tmp_path)) == str(
         tmp_path / 'epoch_2.pth')
+    note.unlink()  # where only the checkpoints were copied
+    with pytest.raises(SystemExit, match='no file last_checkpoint in .*PATH, '
+                       r'of epoch_1\.pth, epoch_2\.pth'):
+        train.latest_checkpoint(str(tmp_path))
 
 
 def test_missing_checkpoint_to_resume_is_refused(tool):
@@ -938,6 +942,14 @@ def test_augmenting_instance_segmentation_is_refused(tool, config):
     with pytest.raises(SystemExit, match='instance segmentation.*a larger'):
         options_of_test(tool, f'detection/{config}_conv2former_t_coco.py',
                         '--tta')
+
+
+def test_masks_that_are_not_there_do_not_forbid_augmenting(tool):
+    """A detector made of a config with masks can be augmented."""
+    with pytest.raises(SystemExit, match='no tta_model and tta_pipeline'):
+        options_of_test(
+            tool, 'detection/mask_rcnn_conv2former_t_coco.py', '--tta',
+            '--cfg-options', 'model.roi_head.mask_head=None')
 
 
 def test_augmenting_without_a_pipeline_is_refused(tool):

@@ -100,8 +100,8 @@ def _fuse(runner: Runner, path: str) -> None:
 
 def _augment(cfg: Config) -> None:
     """Wrap the model and exchange the pipeline for --tta."""
-    if 'mask_head' in cfg.model or 'mask_head' in cfg.model.get(
-            'roi_head', {}):
+    if any(part and part.get('mask_head')
+           for part in (cfg.model, cfg.model.get('roi_head'))):
         raise SystemExit(
             '--tta: mmdet merges the boxes of augmented images but not their '
             'masks, so it cannot be used with instance segmentation. Test '

@@ -148,18 +148,25 @@ def latest_checkpoint(work_dir: str) -> str | None:
 
     Raises:
         SystemExit: If there are checkpoints, and mmengine's note of the last
-            one does not name one of them.
+            one is missing or does not name one of them.
     """
     path = find_latest_checkpoint(work_dir)
-    if path is None or os.path.isfile(path):
+    if path is not None and os.path.isfile(path):
         return path
-    beside = os.path.join(work_dir, os.path.basename(path))
-    if os.path.isfile(beside):
-        return beside
     found = sorted(file.name for file in Path(work_dir).glob('*.pth'))
+    if path is None:
+        if not any(name.startswith(('epoch_', 'iter_')) for name in found):
+            return None
+        reason = (f"there is no file last_checkpoint in '{work_dir}', but "
+                  'there are checkpoints')
+    else:
+        beside = os.path.join(work_dir, os.path.basename(path))
+        if os.path.isfile(beside):
+            return beside
+        reason = (f"the file last_checkpoint in '{work_dir}' names the "
+                  f"checkpoint '{path}', which does not exist")
     raise SystemExit(
-        f"the file last_checkpoint in '{work_dir}' names the checkpoint "
-        f"'{path}', which does not exist: give one with --resume PATH" +
+        f'{reason}: give one with --resume PATH' +
         (f', of {", ".join(found)} there' if found else ''))
 
 
