@@ -72,8 +72,11 @@ class _Watched:
             obstacle = 'hooks are registered for all modules'
         for m in self.modules:
             settings.append(m.training)
-            # Numbers that kernels are given: of batch norm and drop path.
-            settings += [m.__dict__[key] for key in ('momentum', 'eps', 'rate')
+            # Numbers that kernels are given, of batch norm and drop path, and
+            # which kernels in what precision.
+            settings += [m.__dict__[key]
+                         for key in ('momentum', 'eps', 'rate', 'fused',
+                                     'residual_in_fp32')
                          if key in m.__dict__]
             for p in m._parameters.values():
                 if p is not None:

@@ -195,6 +195,17 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """
 
     def _validate_cfg(self) -> None:
+        custom = self.paramwise_cfg.get('custom_keys')
+        scaled = [key for key in self.paramwise_cfg
+                  if key.endswith('decay_mult')]
+        if isinstance(custom, dict):
+            scaled += [f'custom_keys[{name!r}].decay_mult'
+                       for name, settings in custom.items()
+                       if 'decay_mult' in settings]
+        if scaled and self.base_wd is None:
+            raise ValueError(f'{scaled[0]} of paramwise_cfg needs '
+                             'weight_decay in the optimizer config, got '
+                             f'{dict(self.optimizer_cfg)}')
         super()._validate_cfg()
         unknown = sorted(set(self.paramwise_cfg) - set(_KEYS))
         if unknown:

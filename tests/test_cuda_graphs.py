@@ -647,6 +647,10 @@ def test_switch_and_deterministic_algorithms_have_graphs_of_their_own(
         check(5)
     finally:
         torch.use_deterministic_algorithms(False)
+    graphed.stages[0][0].fused = not graphed.stages[0][0].fused
+    check(6)
+    graphed.residual_in_fp32 = True
+    check(7)
 
 
 def test_eps_that_changes_is_seen(models, device):

@@ -360,6 +360,17 @@ def test_decay_rate_of_one_leaves_the_base_rate_everywhere():
     assert {group['lr'] for group in groups} == {LR}
 
 
+@pytest.mark.parametrize('options, name', [
+    (dict(norm_decay_mult=0.), 'norm_decay_mult'),
+    (dict(custom_keys={'head': dict(decay_mult=0.)}),
+     r"custom_keys\['head'\]\.decay_mult")])
+def test_multipliers_of_a_weight_decay_that_is_not_set_are_refused(
+        options, name):
+    with pytest.raises(ValueError, match=(
+            f'{name} of paramwise_cfg needs weight_decay in the optimizer')):
+        build(Model(), dict(type='AdamW', lr=LR), decay_rate=.5, **options)
+
+
 def test_optimizers_without_weight_decay_work():
     groups = build(Model(), dict(type='SGD', lr=LR),
                    decay_rate=.5).optimizer.param_groups

@@ -59,11 +59,9 @@ custom_imports = dict(
     imports=['mmconv2former', 'record_hook'], allow_failed_imports=False)
 custom_hooks = [dict(type='Record')]
 train_dataloader = dict(
-    batch_size=4, num_workers=0, persistent_workers=False,
-    dataset=dict(data_root={data!r}))
+    batch_size=4, num_workers=0, dataset=dict(data_root={data!r}))
 val_dataloader = dict(
-    batch_size=4, num_workers=0, persistent_workers=False,
-    dataset=dict(data_root={data!r}))
+    batch_size=4, num_workers=0, dataset=dict(data_root={data!r}))
 test_dataloader = val_dataloader
 train_cfg = dict(max_epochs=2, val_interval=1)
 param_scheduler = [dict(type='ConstantLR', factor=1.)]
@@ -101,8 +99,7 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=(
         'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
 test_dataloader = dict(
-    num_workers=0, persistent_workers=False,
-    dataset=dict(data_root={data!r}, pipeline=test_pipeline))
+    num_workers=0, dataset=dict(data_root={data!r}, pipeline=test_pipeline))
 test_evaluator = dict(
     ann_file={data!r} + '/annotations/instances_val2017.json')
 """
@@ -229,8 +226,12 @@ def test_resume_goes_on_without_the_pretrained_file(digits, two_processes):
     log = run(
         sys.executable, ROOT / 'tools/train.py', 'gone.py', '--work-dir',
         'work', '--resume', '--cfg-options', 'train_cfg.max_epochs=3',
-        cwd=digits)
+        'optim_wrapper.optimizer.lr=7', cwd=digits)
     assert 'resumed epoch: 2' in log
+    # mmengine goes on with the rate of the checkpoint.
+    assert re.search(r'The checkpoint overrules the config: lr of the '
+                     r'optimizer 0\.001 \(config: 7\.0\); end of .* 2 '
+                     r'\(config: 3\).*load_from=\S*work/epoch_2\.pth\n', log)
     assert 'Epoch(train) [3]' in log and 'Epoch(train) [2]' not in log
     assert (digits / 'work/epoch_3.pth').is_file()
 
@@ -656,6 +657,31 @@ def test_settings_keep_the_spaces_of_paths(tool, value, expected):
     assert args.cfg_options == dict(key=expected)
 
 
+@pytest.mark.parametrize('value', [
+    "[dict(type='A', size=(8, 8))]", "[{'type': 'A', 'size': (8, 8)}]"])
+def test_settings_may_be_dicts(tool, value):
+    args = tool('train').parse_args(['a.py', '--cfg-options', f'key={value}'])
+    assert args.cfg_options == dict(key=[dict(type='A', size=(8, 8))])
+
+
+@pytest.mark.parametrize('value', ["[dict(type='A']", '[{type: A}]'])
+def test_settings_that_are_no_dicts_are_told(tool, value, capsys):
+    with pytest.raises(SystemExit):
+        tool('train').parse_args(['a.py', '--cfg-options', f'key={value}'])
+    error = capsys.readouterr().err
+    assert f'--cfg-options: {value} is not as Python writes dicts' in error
+
+
+@pytest.mark.parametrize('setting, reason', [
+    ('param_scheduler.7.end=5', 'Index 7 exceeds the length of list'),
+    ('param_scheduler.0=5', "'int' object has no attribute 'items'"),
+    ('train_cfg.by_epoch.a=5', 'by_epoch is a dict in the child config')])
+def test_settings_that_the_config_has_no_place_for_are_told(
+        tool, setting, reason):
+    with pytest.raises(SystemExit, match=f'^--cfg-options .*: .*{reason}'):
+        train_config(tool, '--cfg-options', setting)
+
+
 def test_setting_with_half_a_list_is_told(tool, capsys):
     with pytest.raises(SystemExit):
         tool('test').main(['c.py', 'c.pth', '--cfg-options', 'a=[1,2'])
@@ -670,27 +696,6 @@ def test_config_that_lacks_a_part_is_told(tool, name, part):
     message = refusal(tool(name).main, config, *['a.pth'] * (name == 'test'),
                       '--cfg-options', f'{part}=None')
     assert message.endswith(f'has no {part}')
-
-
-def test_last_checkpoint_is_found_where_the_work_dir_was_moved(tool, tmp_path):
-    train = tool('train')
-    note = tmp_path / 'last_checkpoint'
-    assert train.latest_checkpoint(str(tmp_path)) is None
-    note.write_text('/gone/epoch_2.pth')
-    (tmp_path / 'epoch_1.pth').touch()
-    with pytest.raises(SystemExit, match=r'--resume PATH, of epoch_1\.pth'):
-        train.latest_checkpoint(str(tmp_path))
-    note.write_text('')  # of a process that was killed
-    with pytest.raises(SystemExit, match="names the checkpoint ''"):
-        train.latest_checkpoint(str(tmp_path))
-    (tmp_path / 'epoch_2.pth').touch()
-    note.write_text('/gone/epoch_2.pth')
-    assert train.latest_checkpoint(str(tmp_path)) == str(
-        tmp_path / 'epoch_2.pth')
-    note.unlink()  # where only the checkpoints were copied
-    with pytest.raises(SystemExit, match='no file last_checkpoint in .*PATH, '
-                       r'of epoch_1\.pth, epoch_2\.pth'):
-        train.latest_checkpoint(str(tmp_path))
 
 
 def test_missing_checkpoint_to_resume_is_refused(tool):
@@ -836,7 +841,6 @@ def test_scaled_and_decayed_rates_reach_the_optimizer(
             str(config), '--work-dir', name, *options, '--cfg-options',
             f'experiment_name={name}',
             'model.backbone.init_cfg=None', 'train_dataloader.num_workers=0',
-            'train_dataloader.persistent_workers=False',
             'train_dataloader.dataset.pipeline.2.scale=(128,64)',
             'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
             'optim_wrapper.accumulative_counts=4', 'val_cfg=None',
@@ -861,6 +865,13 @@ def test_scaled_and_decayed_rates_reach_the_optimizer(
 def test_sharding_needs_several_processes(tool):
     with pytest.raises(SystemExit, match='dist_train.sh'):
         train_config(tool, '--fsdp')
+
+
+def test_sharding_of_averaged_weights_is_refused(tool):
+    hook = "[dict(type='EMAHook')]"
+    with pytest.raises(SystemExit, match='--fsdp cannot train with EMAHook'):
+        train_config(tool, '--fsdp', '--launcher', 'pytorch', '--cfg-options',
+                     f'custom_hooks={hook}')
 
 
 def test_slurm_without_a_gpu_is_refused(tool):

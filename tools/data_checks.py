@@ -134,6 +134,9 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
             class folders as classes, or if the type of the data set has
             classes of its own.
     """
+    if isinstance(cfg, dict) and not cfg.get('num_workers'):
+        # torch refuses to keep workers where there are none.
+        cfg = {**cfg, 'persistent_workers': False}
     try:
         return build(cfg, *args, **kwargs)
     except (AssertionError, KeyError, RuntimeError, TypeError,

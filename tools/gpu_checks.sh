@@ -157,10 +157,17 @@ finish() {
 }
 trap 'finish 1' TERM INT
 
+# interpreter PYTHON: which one that is, of an environment or not
+interpreter() {
+    "$1" -c 'import sys; print(sys.base_prefix, sys.version)' || echo unusable
+}
+
 environment() {
     local site pins
-    if [ ! -x .venv-gpu/bin/python ]; then
-        "$base" -m venv .venv-gpu ||
+    # Of another python it would not find that one's torch.
+    if [ ! -x .venv-gpu/bin/python ] ||
+        [ "$(interpreter "$python")" != "$(interpreter "$base")" ]; then
+        "$base" -m venv --clear .venv-gpu ||
             "$base" -m venv --clear --without-pip .venv-gpu
     fi
     site=$("$python" -c '
@@ -382,7 +389,7 @@ run() {
     step "$1" bash -euo pipefail -c "
         root=${root@Q} out=${out@Q} runs=${runs@Q} python=${python@Q}
         base=${base@Q}
-        $(declare -f environment together operators benchmarks \
+        $(declare -f interpreter environment together operators benchmarks \
             compile_kernels kernels_of_tiny kernels_of_sizes \
             kernels_of_growth tiny sizes compiled growth train_digits digits \
             recipes amp)

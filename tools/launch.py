@@ -45,12 +45,20 @@ torch.serialization.add_safe_globals(safe_globals())
 
 
 class _SettingsAction(DictAction):
-    """mmengine's reading of KEY=VALUE, which ends in a traceback without '='
-    or with half a list, and takes the spaces out of paths."""
+    """mmengine's reading of KEY=VALUE, which ends in a traceback without '=',
+    with half a list or with dicts, and takes the spaces out of paths."""
 
     @staticmethod
     def _parse_iterable(val: str) -> Any:
         text = val.strip('\'"')
+        if text.startswith(('{', 'dict(')) or text.startswith(
+                ('[', '(')) and ('{' in text or 'dict(' in text):
+            try:
+                return Config.fromstring(f'value = {text}', '.py').value
+            except (SyntaxError, NameError) as error:
+                raise ValueError(
+                    f'{text} is not as Python writes dicts: {error}'
+                ) from error
         if ' ' in text and ',' not in text and text[0] not in '([':
             return text
         return DictAction._parse_iterable(val)
@@ -63,7 +71,7 @@ class _SettingsAction(DictAction):
                              f"'{value}'")
         try:
             super().__call__(parser, namespace, values, option_string)
-        except AssertionError as error:
+        except (AssertionError, ValueError) as error:
             parser.error(f'{option_string}: {error}')
 
 
@@ -115,14 +123,20 @@ def read_config(args: argparse.Namespace) -> Config:
 
     Raises:
         SystemExit: If there is no such file, or --cfg-options has a key that
-            looks like a slip.
+            looks like a slip or does not fit the config.
     """
     if not osp.isfile(args.config):
         raise SystemExit(_no_config(args.config))
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
         _check_keys(args.cfg_options, cfg)
-        cfg.merge_from_dict(args.cfg_options)
+        try:
+            cfg.merge_from_dict(args.cfg_options)
+        except (AttributeError, KeyError, TypeError) as error:
+            # A list has no such index, or what is there has no keys.
+            raise SystemExit(
+                f'--cfg-options {" ".join(args.cfg_options)}: '
+                f'{error.args[0]}') from error
     if 'launcher' in args:
         cfg.launcher = args.launcher
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -369,24 +383,6 @@ def _describe_weights(weights: dict[str, Tensor]) -> str:
     arch = infer_arch({key.removeprefix('backbone.'): value
                        for key, value in weights.items()})
     return f'The file holds {describe_arch(arch)}. ' if arch['depths'] else ''
-
-
-def check_resumable(path: str) -> None:
-    """Check that training can go on from a checkpoint.
-
-    Args:
-        path (str): File or URL.
-
-    Raises:
-        SystemExit: If it has weights alone, or cannot be read.
-    """
-    checkpoint = read_file(path, 'the checkpoint to resume')
-    missing = {'meta', 'optimizer', 'state_dict'} - {*checkpoint}
-    if missing:
-        raise SystemExit(
-            f"the checkpoint to resume, '{path}', has no "
-            f'{" and no ".join(sorted(missing))}, as a training saves them; '
-            f'to start from its weights: --cfg-options load_from={path}')
 
 
 def evaluators(cfg: Config, part: str) -> list[ConfigDict]:

@@ -26,6 +26,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from data_error import DataError
+from make_mini_dataset import positive
 
 matplotlib.use('Agg')  # pictures go to files: no screen is needed
 
@@ -466,13 +467,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out',
         type=Path,
-        help='page to write; defaults to WORK_DIRS/digits/report.html')
+        help='page to write, or a folder for it; defaults to '
+        'WORK_DIRS/digits/report.html')
     parser.add_argument(
         '--compare',
         action='store_true',
         help='add the dense models trained from scratch')
     parser.add_argument(
-        '--scenes', type=int, default=6, help='number of scenes shown')
+        '--scenes', type=positive, default=6, help='number of scenes shown')
     parser.add_argument(
         '--picture',
         type=Path,
@@ -491,6 +493,8 @@ def make_report(args: argparse.Namespace) -> None:
         DataError: If what a run has left cannot be read.
     """
     out = args.out or args.work_dirs / 'digits/report.html'
+    if out.is_dir():
+        out /= 'report.html'
     seconds = read_seconds(args.work_dirs / 'digits/seconds.tsv')
     rows = make_rows(args.work_dirs, seconds, args.compare)
     names = [f'{i:04}.png' for i in range(args.scenes)]

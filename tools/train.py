@@ -2,15 +2,14 @@
 import argparse
 import logging
 import os
-from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
 import data_checks
 import launch
+import resume
 from amp import BoxesInFloat32, CPUAmpOptimWrapper
 from data_error import one_message
 from fsdp import ShardedStrategy
@@ -117,6 +116,11 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         if cfg.launcher == 'none':
             raise SystemExit('--fsdp shards over several processes: start '
                              'them with dist_train.sh or slurm_train.sh')
+        if any(data_checks.type_name(hook) == 'EMAHook'
+               for hook in cfg.get('custom_hooks') or []):
+            raise SystemExit('--fsdp cannot train with EMAHook, which copies '
+                             'the whole model: take it out of custom_hooks, '
+                             'or train without --fsdp')
         cfg.runner_type = 'FlexibleRunner'
         cfg.strategy = {
             **cfg.get('strategy', {}), 'type': ShardedStrategy.__name__
@@ -126,48 +130,15 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.auto_scale_lr = {**auto, 'enable': True}
     checkpoint = args.resume
     if checkpoint == 'auto':
-        checkpoint = latest_checkpoint(cfg.work_dir)
+        checkpoint = resume.latest_checkpoint(cfg.work_dir)
     if checkpoint is not None:
-        launch.check_resumable(checkpoint)
+        resume.check_resumable(checkpoint, cfg)
         cfg.resume = True
         cfg.load_from = checkpoint
         # The checkpoint has all weights: those of init_cfg are not needed.
         for part, _ in pretrained_parts(cfg):
             cfg.model[part].init_cfg = None
     return cfg
-
-
-def latest_checkpoint(work_dir: str) -> str | None:
-    """The checkpoint that training goes on from.
-
-    Args:
-        work_dir (str): Folder of the run, which may have been moved.
-
-    Returns:
-        str | None: Path of the file, or None if there is none.
-
-    Raises:
-        SystemExit: If there are checkpoints, and mmengine's note of the last
-            one is missing or does not name one of them.
-    """
-    path = find_latest_checkpoint(work_dir)
-    if path is not None and os.path.isfile(path):
-        return path
-    found = sorted(file.name for file in Path(work_dir).glob('*.pth'))
-    if path is None:
-        if not any(name.startswith(('epoch_', 'iter_')) for name in found):
-            return None
-        reason = (f"there is no file last_checkpoint in '{work_dir}', but "
-                  'there are checkpoints')
-    else:
-        beside = os.path.join(work_dir, os.path.basename(path))
-        if os.path.isfile(beside):
-            return beside
-        reason = (f"the file last_checkpoint in '{work_dir}' names the "
-                  f"checkpoint '{path}', which does not exist")
-    raise SystemExit(
-        f'{reason}: give one with --resume PATH' +
-        (f', of {", ".join(found)} there' if found else ''))
 
 
 def fit_lr(cfg: Config) -> tuple[int, str] | None:
@@ -213,6 +184,8 @@ def fit_lr(cfg: Config) -> tuple[int, str] | None:
         return logging.INFO, text + f'It has been scaled to {scaled:g}.'
     if batch == base:
         return None
+    if cfg.get('resume'):
+        return logging.WARNING, text + 'That of the checkpoint goes on.'
     return logging.WARNING, text + (
         f'Linear scaling would make it {scaled:g}: add --auto-scale-lr, or '
         'set optim_wrapper.optimizer.lr.')
@@ -314,6 +287,8 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.optim_wrapper.get('dtype') == 'bfloat16' or \
                 cfg.optim_wrapper.get('type') == CPUAmpOptimWrapper.__name__:
             runner.register_hook(BoxesInFloat32())
+        if cfg.get('resume'):
+            runner.register_hook(resume.ResumedSettings())
         if cfg.get('resume') and cfg.get('load_from') and isinstance(
                 runner.model, nn.Module):  # FlexibleRunner builds it later
             launch.check_weights(runner.model, cfg.load_from)

@@ -1,0 +1,133 @@
+"""What tools/train.py --resume goes on from, and with what."""
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import LinearLR, OptimWrapper
+
+
+@pytest.fixture
+def resume(load_tool):
+    return load_tool('resume')
+
+
+def test_last_checkpoint_is_found_where_the_work_dir_was_moved(
+        resume, tmp_path):
+    note = tmp_path / 'last_checkpoint'
+    assert resume.latest_checkpoint(str(tmp_path)) is None
+    note.write_text('/gone/epoch_2.pth')
+    (tmp_path / 'epoch_1.pth').touch()
+    with pytest.raises(SystemExit, match=r'--resume PATH, of epoch_1\.pth'):
+        resume.latest_checkpoint(str(tmp_path))
+    note.write_text('')  # of a process that was killed
+    with pytest.raises(SystemExit, match="names the checkpoint ''"):
+        resume.latest_checkpoint(str(tmp_path))
+    (tmp_path / 'epoch_2.pth').touch()
+    note.write_text('/gone/epoch_2.pth')
+    assert resume.latest_checkpoint(str(tmp_path)) == str(
+        tmp_path / 'epoch_2.pth')
+    note.unlink()  # where only the checkpoints were copied
+    with pytest.raises(SystemExit, match='no file last_checkpoint in .*PATH, '
+                       r'of epoch_1\.pth, epoch_2\.pth'):
+        resume.latest_checkpoint(str(tmp_path))
+
+
+def start(type='AdamW', end=10, max_iters=20, **settings):
+    """A runner as the hook sees it."""
+    settings = dict(lr=0.1) | settings
+    model = torch.nn.Linear(2, 2)
+    wrapper = OptimWrapper(
+        getattr(torch.optim, type)([
+            dict(params=[model.weight], lr=settings['lr'] / 2, lr_scale=.5),
+            dict(params=[model.bias]),
+        ], **settings))
+    return SimpleNamespace(
+        cfg=Config(dict(load_from='a.pth',
+                        train_cfg=dict(max_iters=max_iters))),
+        optim_wrapper=wrapper, logger=logging.getLogger('resume'),
+        param_schedulers=[LinearLR(wrapper, 0.5, end=end, by_epoch=False)])
+
+
+def checkpoint(runner, iteration=2):
+    """What mmengine would save of it after some iterations."""
+    for _ in range(iteration):
+        runner.optim_wrapper.step()
+        runner.param_schedulers[0].step()
+    return dict(
+        meta=dict(epoch=0, iter=iteration),
+        optimizer=runner.optim_wrapper.state_dict(),
+        param_schedulers=[runner.param_schedulers[0].state_dict()])
+
+
+def warnings(resume, runner, saved, caplog):
+    with caplog.at_level(logging.WARNING, 'resume'):
+        resume.ResumedSettings().after_load_checkpoint(runner, saved)
+    return caplog.messages
+
+
+def test_resuming_with_the_same_settings_says_nothing(resume, caplog):
+    assert not warnings(resume, start(), checkpoint(start()), caplog)
+
+
+def test_settings_that_the_checkpoint_overrules_are_told(resume, caplog):
+    message, = warnings(
+        resume, start(lr=0.2, end=30, max_iters=40, weight_decay=0.3),
+        checkpoint(start(weight_decay=0.4)), caplog)
+    assert 'lr of the optimizer 0.1 (config: 0.2); ' in message
+    assert 'weight_decay of the optimizer 0.4 (config: 0.3); ' in message
+    assert 'end of param_scheduler.0 10 (config: 30); ' in message
+    assert 'total_iters of param_scheduler.0 9 (config: 29). ' in message
+    assert message.endswith('--cfg-options load_from=a.pth')
+    assert len(message.split(';')) == 4
+
+
+def test_training_that_has_ended_is_told(resume, caplog):
+    message, = warnings(resume, start(), checkpoint(start(), 20), caplog)
+    assert message == ('Nothing is left to train: train_cfg.max_iters is 20, '
+                       'and the checkpoint has seen 20')
+
+
+def test_another_optimizer_is_refused(resume, caplog):
+    saved = checkpoint(start('SGD', momentum=0.9))
+    with pytest.raises(SystemExit, match=(
+            'another optimizer than AdamW: it has dampening, momentum, '
+            'nesterov and no amsgrad, betas, .*eps.* start without --resume')):
+        warnings(resume, start(), saved, caplog)
+
+
+def test_settings_of_other_versions_of_torch_are_no_other_optimizer(
+        resume, caplog):
+    saved = checkpoint(start())
+    for group in saved['optimizer']['param_groups']:
+        del group['fused']
+    assert not warnings(resume, start(), saved, caplog)
+
+
+@pytest.mark.parametrize('made, here', [(True, False), (False, True)])
+def test_sharded_training_is_resumed_as_such_only(resume, tmp_path, made,
+                                                  here):
+    path = str(tmp_path / 'a.pth')
+    params = ['weight'] if made else [0]
+    torch.save(dict(meta={}, state_dict=dict(weight=torch.ones(1)),
+                    optimizer=dict(state={}, param_groups=[
+                        dict(params=params)])), path)
+    kinds = {False: Config({}),
+             True: Config(dict(strategy=dict(type='ShardedStrategy')))}
+    resume.check_resumable(path, kinds[made])
+    word = {False: 'without', True: 'with'}
+    with pytest.raises(SystemExit, match=(
+            f'was made {word[made]} --fsdp, and this run is {word[here]} it')):
+        resume.check_resumable(path, kinds[here])
+
+
+def test_whole_checkpoints_beside_a_damaged_one_are_named(resume, tmp_path):
+    for name in 'epoch_1.pth', 'epoch_2.pth':
+        torch.save(dict(meta={}, optimizer={}, state_dict={}),
+                   tmp_path / name)
+    path = tmp_path / 'epoch_2.pth'
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match=(
+            r'epoch_2\.pth is damaged .* for --resume PATH: epoch_1\.pth$')):
+        resume.check_resumable(str(path), Config({}))

@@ -1,0 +1,176 @@
+"""Going on from a checkpoint: from which, whether it can be, and with what.
+
+mmengine takes the settings of the optimizer and of the schedules from the
+checkpoint, whatever the config says; :class:`ResumedSettings` tells which.
+"""
+import os
+from collections.abc import Iterator, Set
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner, find_latest_checkpoint
+
+import data_checks
+import launch
+from fsdp import ShardedStrategy
+
+# What the groups of an optimizer have besides its settings.
+_NOT_SETTINGS = {'params', 'param_names', 'names', 'layer', 'lr_scale', 'lr',
+                 'initial_lr'}
+# What a schedule keeps of where it stands.
+_PROGRESS = {'last_step', 'base_values', 'verbose'}
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint that training goes on from.
+
+    Args:
+        work_dir (str): Folder of the run, which may have been moved.
+
+    Returns:
+        str | None: Path of the file, or None if there is none.
+
+    Raises:
+        SystemExit: If there are checkpoints, and mmengine's note of the last
+            one is missing or does not name one of them.
+    """
+    path = find_latest_checkpoint(work_dir)
+    if path is not None and os.path.isfile(path):
+        return path
+    found = _checkpoints(Path(work_dir))
+    if path is None:
+        if not any(name.startswith(('epoch_', 'iter_')) for name in found):
+            return None
+        reason = (f"there is no file last_checkpoint in '{work_dir}', but "
+                  'there are checkpoints')
+    else:
+        beside = os.path.join(work_dir, os.path.basename(path))
+        if os.path.isfile(beside):
+            return beside
+        reason = (f"the file last_checkpoint in '{work_dir}' names the "
+                  f"checkpoint '{path}', which does not exist")
+    raise SystemExit(
+        f'{reason}: give one with --resume PATH' +
+        (f', of {", ".join(found)} there' if found else ''))
+
+
+def _checkpoints(folder: Path, but: Set[str] = frozenset()) -> list[str]:
+    """Names of the files that may be checkpoints."""
+    return sorted({file.name for file in folder.glob('*.pth')} - but)
+
+
+def check_resumable(path: str, cfg: Config) -> None:
+    """Check that training can go on from a checkpoint.
+
+    Args:
+        path (str): File or URL.
+        cfg (Config): The config, with what --fsdp adds.
+
+    Raises:
+        SystemExit: If it has weights alone, cannot be read, or was made with
+            --fsdp and is resumed without it, or the other way round.
+    """
+    try:
+        checkpoint = launch.read_file(path, 'the checkpoint to resume')
+    except SystemExit as error:
+        others = _checkpoints(Path(path).parent, {Path(path).name})
+        raise SystemExit(
+            f'{error}. Others are beside it, for --resume PATH: '
+            f'{", ".join(others)}' if others else error.code) from error
+    missing = {'meta', 'optimizer', 'state_dict'} - {*checkpoint}
+    if missing:
+        raise SystemExit(
+            f"the checkpoint to resume, '{path}', has no "
+            f'{" and no ".join(sorted(missing))}, as a training saves them; '
+            f'to start from its weights: --cfg-options load_from={path}')
+    # torch numbers the parameters; sharded ones go by their names.
+    saved = any(
+        isinstance(p, str)
+        for group in checkpoint['optimizer'].get('param_groups', ())
+        for p in group['params'])
+    sharded = data_checks.type_name(
+        cfg.get('strategy') or {}) == ShardedStrategy.__name__
+    if saved != sharded:
+        made, here = ('with', 'without') if saved else ('without', 'with')
+        raise SystemExit(
+            f"the checkpoint to resume, '{path}', was made {made} --fsdp, and "
+            f'this run is {here} it. Resume {made} --fsdp, or start from its '
+            f'weights: --cfg-options load_from={path}')
+
+
+class ResumedSettings(Hook):
+    """Tell where the checkpoint that is resumed overrules the config."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Compare, before mmengine takes over what the checkpoint has.
+
+        Args:
+            runner (Runner): The runner, with optimizer and schedules of the
+                config.
+            checkpoint (dict): The checkpoint.
+
+        Raises:
+            SystemExit: If it was trained with another optimizer.
+        """
+        anew = ('without --resume, from its weights: --cfg-options '
+                f'load_from={runner.cfg.load_from}')
+        kept = [*_optimizer_settings(runner, checkpoint, anew),
+                *_schedule_settings(runner, checkpoint)]
+        if kept:
+            runner.logger.warning(
+                'The checkpoint overrules the config: ' + '; '.join(kept) +
+                f'. To train with what the config says, start {anew}')
+        for unit in 'epoch', 'iter':
+            last = runner.cfg.train_cfg.get(f'max_{unit}s')
+            done = checkpoint['meta'].get(unit)
+            if last is not None and done is not None and done >= last:
+                runner.logger.warning(
+                    f'Nothing is left to train: train_cfg.max_{unit}s is '
+                    f'{last}, and the checkpoint has seen {done}')
+
+
+def _optimizer_settings(runner: Runner, checkpoint: dict,
+                        anew: str) -> Iterator[str]:
+    """Settings of the optimizer that are others in the checkpoint."""
+    saved = checkpoint['optimizer'].get('param_groups')
+    own = runner.optim_wrapper.param_groups
+    if saved is None or not isinstance(own, list):  # several optimizers
+        return
+    optimizer = runner.optim_wrapper.optimizer
+    names = {*saved[0]} - _NOT_SETTINGS
+    # Versions of torch add settings, so that one of the two may have more.
+    more, less = names - {*optimizer.defaults}, {*optimizer.defaults} - names
+    less -= _NOT_SETTINGS
+    if more and less:
+        raise SystemExit(
+            'the checkpoint was trained with another optimizer than '
+            f'{type(optimizer).__name__}: it has {", ".join(sorted(more))} '
+            f'and no {", ".join(sorted(less))}. Resume with the optimizer '
+            f'that it was trained with, or start {anew}')
+    for theirs, ours in zip(saved, own):
+        rates = [
+            group.get('initial_lr', group['lr']) / group.get('lr_scale', 1.)
+            for group in (theirs, ours)
+        ]
+        different = [('lr', *rates)] if abs(
+            rates[0] - rates[1]) > 1e-6 * rates[1] else []
+        different += [(key, theirs[key], ours[key]) for key in sorted(names)
+                      if key in ours and theirs[key] != ours[key]]
+        for key, value, instead in different:
+            yield f'{key} of the optimizer {value} (config: {instead})'
+        if different:
+            return
+
+
+def _schedule_settings(runner: Runner, checkpoint: dict) -> Iterator[str]:
+    """Settings of the schedules that are others in the checkpoint."""
+    saved, own = checkpoint.get('param_schedulers'), runner.param_schedulers
+    if not isinstance(saved, list) or not isinstance(own, list):
+        return
+    for i, (theirs, schedule) in enumerate(zip(saved, own)):
+        ours = schedule.state_dict()
+        for key in sorted({*theirs} & {*ours} - _PROGRESS):
+            if not key.startswith('_') and theirs[key] != ours[key]:
+                yield (f'{key} of param_scheduler.{i} {theirs[key]} '
+                       f'(config: {ours[key]})')
