@@ -178,6 +178,14 @@ def build(base, data, part='train', **settings):
     return data_checks.build_loader(Runner.build_dataloader, loader)
 
 
+def loader_of(pictures, **settings):
+    """A data loader of these pictures."""
+    cfg = Config.fromfile(write_config(IN1K, pictures))
+    init_default_scope(cfg.default_scope)
+    return data_checks.build_loader(
+        Runner.build_dataloader, {**cfg.train_dataloader, **settings})
+
+
 def check(base, data, part='train', sizes=None, exact=True, **settings):
     loader = build(base, data, part, **settings)
     data_checks.check_loader(loader, sizes or {}, exact)
@@ -783,6 +791,28 @@ def test_classifier_may_have_more_classes_than_the_data(pictures):
     with pytest.raises(
             DataError, match='2 classes.*model.head.num_cla'):
         check(IN1K, pictures, sizes={'model.head.num_classes': 1}, exact=False)
+
+
+@pytest.mark.parametrize('options, count', [
+    (dict(batch_size=6), 1), (dict(batch_size=7, drop_last=False), 1)])
+def test_data_of_at_least_one_batch_is_taken(options, count, pictures):
+    loader = loader_of(pictures, **{'drop_last': True, **options})
+    data_checks.check_loader(loader, {}, exact=False)
+    assert len(loader) == count
+
+
+def test_data_of_less_than_a_batch_is_told_before_training(pictures):
+    loader = loader_of(pictures, batch_size=7, drop_last=True)
+    with pytest.raises(DataError, match=(
+            '6 images for a process, and drop_last=True leaves out what is '
+            'less than a batch of 7: make batch_size smaller')):
+        data_checks.check_loader(loader, {}, exact=False)
+
+
+def test_samplers_without_end_need_no_whole_batch(pictures):
+    loader = loader_of(pictures, batch_size=7, drop_last=True,
+                       sampler=dict(type='InfiniteSampler'))
+    data_checks.check_loader(loader, {}, exact=False)
 
 
 def test_length_of_one_hot_labels_is_a_size_of_the_model():

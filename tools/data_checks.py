@@ -298,6 +298,14 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
         loads = list(wrap_loads(getattr(data_set, 'pipeline', None), limit,
                                 getattr(data_set, 'ignore_index', 255)))
         _check_sample(data_set, loads)
+    # A sampler without end has a length too.
+    if loader.drop_last and not len(loader) \
+            and 'Infinite' not in type(loader.sampler).__name__:
+        raise DataError(
+            f'{", ".join(map(describe, found))}: there are '
+            f'{len(loader.sampler)} images for a process, and drop_last=True '
+            f'leaves out what is less than a batch of {loader.batch_size}: '
+            'make batch_size smaller, or drop_last=False')
 
 
 def check_agreement(first: Any, second: Any) -> None:
