@@ -88,7 +88,7 @@ class Stem(nn.Sequential):
         if self.fused and fused_stem.available(x, self):
             return fused_stem.stem(x, self)
         if len(self) > 2 and type(self[2]) is nn.Identity \
-                and self[0].bias is not None:
+                and getattr(self[0], 'bias', None) is not None:
             raise RuntimeError(
                 'the batch norms of the stem, which come after GELU, were '
                 'folded into the convolutions before it, as by '

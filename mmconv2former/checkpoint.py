@@ -316,7 +316,7 @@ def find_prefix(weights: dict[str, Tensor],
     raise CheckpointError(
         f'Conv2Former is in the file under {", ".join(map(repr, found))}; '
         "name one: init_cfg=dict(type='Pretrained', checkpoint=..., "
-        f'prefix={found[0]!r})' +
+        f'prefix={found[0]!r}), or --prefix of tools/convert_checkpoint.py' +
         ('' if prefix is None else f' instead of prefix={prefix!r}'))
 
 
@@ -408,7 +408,10 @@ def load_backbone(backbone: nn.Module,
             theirs[name] = value
         else:
             others.append(name.removeprefix(prefix.removesuffix('backbone.')))
-    ours = backbone.state_dict()
+    # Of the counts of batch norms, which files of old versions of torch do not
+    # have, nothing depends.
+    ours = {key: value for key, value in backbone.state_dict().items()
+            if key in theirs or not key.endswith('num_batches_tracked')}
     problems = _misfits(theirs, ours, len(backbone.stages))
     if problems:
         file, model = (describe_arch(arch)

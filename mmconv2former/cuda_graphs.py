@@ -24,6 +24,7 @@ from .dispatch import (
     has_global_hooks,
     is_capturing,
     is_intercepted,
+    is_transformed,
     log_once,
 )
 
@@ -153,7 +154,7 @@ class CUDAGraphs:
             RuntimeError: If the module does what cannot be recorded.
         """
         # Busy: the module is run to be recorded.
-        if self.busy or not self.can_record(x):
+        if self.busy or is_transformed() or not self.can_record(x):
             return None
         with self.lock:
             if self.watched is not None \

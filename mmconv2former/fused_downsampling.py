@@ -81,7 +81,8 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
     """
     # On GPUs torch's own norm gives each pixel 128 threads, most of them idle,
     # and under autocast reads and writes fp32.
-    if dispatch.kernels_for(x) is torch_kernels or dispatch.find_obstacle(x):
+    # Kernels are asked for, and so compiled, where nothing else is in the way.
+    if dispatch.find_obstacle(x) or dispatch.kernels_for(x) is torch_kernels:
         return conv(norm(x))
     if not _is_unmodified(x, norm, conv) or norm.weight is None \
             and any(t.requires_grad for t in (x, conv.weight, conv.bias)):
@@ -98,6 +99,7 @@ def _is_unmodified(x: Tensor, norm: nn.Module, conv: nn.Module) -> bool:
     c, device = x.shape[1], x.device
     return (is_plain(norm, LayerNorm2d) and is_plain(conv, nn.Conv2d)
             and norm.normalized_shape == (c, )
+            and (norm.weight is None) == (norm.bias is None)
             and all(p is None or is_readable(p, device) and p.shape == (c, )
                     for p in (norm.weight, norm.bias))
             and is_readable(conv.weight, device)

@@ -277,7 +277,8 @@ def _is_unmodified_stem(layers: Sequence[nn.Module]) -> bool:
 
 
 def _has_usual_moments(norm: nn.BatchNorm2d) -> bool:
-    return (norm.weight is not None and norm.running_mean is not None
+    return (norm.weight is not None and norm.bias is not None
+            and norm.running_mean is not None
             and norm.num_batches_tracked is not None
             and norm.track_running_stats and norm.momentum is not None)
 
@@ -411,9 +412,9 @@ def available(x: Tensor, layers: nn.Sequential) -> bool:
     Returns:
         bool: On GPUs with Triton, in 16 bits, for the stem as it was built.
     """
-    if not x.is_cuda or torch.compiler.is_compiling() or dispatch.kernels_for(
-            x) is not getattr(dispatch.TRITON, 'functions', None) \
-            or dispatch.find_obstacle(x):
+    if not x.is_cuda or torch.compiler.is_compiling() \
+            or dispatch.find_obstacle(x) or dispatch.kernels_for(
+                x) is not getattr(dispatch.TRITON, 'functions', None):
         return False
     obstacle = ''
     if product_dtype(x).itemsize != 2:

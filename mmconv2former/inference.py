@@ -1,4 +1,5 @@
 """Fewer operations at inference, with the same result."""
+from collections import Counter
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -36,15 +37,15 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     :class:`Conv2FormerNeck`, and nothing else can, it takes up the affine part
     of the neck's norm, which the features between the two then lack. Output
     norms stay, and so do those of the stem and of downsampling where a layer
-    beside them was replaced or has hooks.
+    beside them was replaced, has hooks, or has another place in the model too.
 
     The new weights are calculated in double precision and have the type and
     the device of the old ones. Fuse first and convert afterwards, to bfloat16
     rather than float16, which loses small layer scales. The first call keeps
     the weights a second time, as the kernels take them, until they change;
-    changes through ``.data`` go unnoticed. A fused model cannot be trained,
-    and its weights have other names: the weights of a model as it was trained
-    have to be loaded before.
+    changes through ``.data`` or by ``torch.distributed`` go unnoticed. A fused
+    model cannot be trained, and its weights have other names: the weights of
+    a model as it was trained have to be loaded before.
 
     Args:
         model (nn.Module): A Conv2Former, or a model with any number of them,
@@ -93,15 +94,23 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
                 'changed, or has hooks, and cannot be folded: put the '
                 'original one back, with the weights that the other stands '
                 'for')
+    shared = _shared(modules)
     with torch.no_grad():
         for backbone in backbones:
-            _fold_backbone(backbone)
+            _fold_backbone(backbone, shared)
         for m in modules:
             neck = getattr(m, 'neck', None)
             if isinstance(neck, Conv2FormerNeck) and _has_fc_alone(m) \
-                    and sum(neck in p.children() for p in modules) == 1:
-                neck.norm = _fold_norm(neck.norm, m.head.fc)
+                    and not shared & {neck, m.head}:
+                neck.norm = _fold_norm(neck.norm, m.head.fc, shared)
     return model.eval()
+
+
+def _shared(modules: list[nn.Module]) -> set[nn.Module]:
+    """Modules with several places: what one place has folded into them, they
+    would do in the others too."""
+    places = Counter(child for m in modules for child in m._modules.values())
+    return {m for m, count in places.items() if count > 1}
 
 
 def _has_fc_alone(classifier: nn.Module) -> bool:
@@ -116,10 +125,10 @@ def _has_fc_alone(classifier: nn.Module) -> bool:
             and parts(head) == {'fc'})
 
 
-def _fold_backbone(backbone: Conv2Former) -> None:
-    _fold_stem(backbone.downsample_layers[0])
+def _fold_backbone(backbone: Conv2Former, shared: set[nn.Module]) -> None:
+    _fold_stem(backbone.downsample_layers[0], shared)
     for downsample in backbone.downsample_layers[1:]:
-        downsample[0] = _fold_norm(*downsample)
+        downsample[0] = _fold_norm(*downsample, shared)
     blocks = [(stage, i, block) for stage in backbone.stages
               for i, block in enumerate(stage) if isinstance(block, Block)]
     for stage, i, block in blocks:
@@ -140,34 +149,37 @@ def _refuse_unfolded(_: nn.Module, state_dict: dict[str, Tensor], prefix: str,
             'new model, and call fuse_for_inference after that')
 
 
-def _takes_affine(layer: nn.Module, padding: int = 0) -> bool:
+def _takes_affine(layer: nn.Module, shared: set[nn.Module],
+                  padding: int = 0) -> bool:
     """Whether an affine map in front of a layer can become part of it."""
-    return dispatch.is_plain(layer, nn.Linear) or (
+    return layer not in shared and (dispatch.is_plain(layer, nn.Linear) or (
         dispatch.is_plain(layer, nn.Conv2d) and layer.groups == 1
         and layer.padding == (padding, padding)
-        and layer.padding_mode == 'zeros')
+        and layer.padding_mode == 'zeros'))
 
 
-def _fold_norm(norm: nn.Module, layer: nn.Module) -> nn.Module:
+def _fold_norm(norm: nn.Module, layer: nn.Module,
+               shared: set[nn.Module]) -> nn.Module:
     """Move the affine part of a norm into the layer behind it, if it can."""
     if not dispatch.is_plain(norm, LayerNorm2d) or norm.weight is None \
-            or not _takes_affine(layer):
+            or norm.bias is None or not _takes_affine(layer, shared):
         return norm
     _set(layer, *_after_affine(layer, norm.weight, norm.bias))
     return LayerNorm2d(*norm.normalized_shape, norm.eps, affine=False)
 
 
-def _fold_stem(stem: nn.Sequential) -> None:
+def _fold_stem(stem: nn.Sequential, shared: set[nn.Module]) -> None:
     """Move the batch norms, which follow GELU, into the convolutions."""
     if len(stem) == 1:  # the patch embedding has none
         return
     gelu, norm, conv, _, last_norm, last_conv = range(1, 7)
-    if _is_affine(stem[last_norm]) and _takes_affine(stem[last_conv]):
+    if _is_affine(stem[last_norm]) \
+            and _takes_affine(stem[last_conv], shared):
         weights = _after_affine(stem[last_conv], *_affine(stem[last_norm]))
         _set(stem[last_conv], *weights)
         stem[last_norm] = nn.Identity()
     if _is_affine(stem[norm]) and dispatch.is_gelu(stem[gelu]) \
-            and _takes_affine(stem[conv], padding=1):
+            and _takes_affine(stem[conv], shared, padding=1):
         # This convolution pads with zeros behind the norm. In front of it
         # they are what the norm makes zeros of.
         scale, shift = _affine(stem[norm])
@@ -183,7 +195,7 @@ def _fold_stem(stem: nn.Sequential) -> None:
 def _is_affine(norm: nn.Module) -> bool:
     """Whether a layer is a batch norm with all that :func:`_affine` reads."""
     return (isinstance(norm, _BatchNorm) and norm.weight is not None
-            and norm.running_mean is not None
+            and norm.bias is not None and norm.running_mean is not None
             and not dispatch.is_intercepted(norm))
 
 
@@ -268,7 +280,7 @@ class FoldedBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         attn, mlp = block.attn, block.mlp
-        self.fusion = attn.fusion
+        self.fusion, self.fused = attn.fusion, block.fused
         self.eps = attn.norm.eps, mlp.norm.eps
         self.zv = _after_norm(attn.norm, attn.att[0], attn.v)
         self.depthwise = attn.att[2]
@@ -307,7 +319,8 @@ class FoldedBlock(nn.Module):
                     'than weights: change the model before that. int8 is for '
                     'tools/quantize.py, after tools/export.py --fuse')
         # The fast operators have no gradients.
-        if self.fusion == 'hadamard' and not x.requires_grad \
+        if self.fused and self.fusion == 'hadamard' \
+                and not x.requires_grad \
                 and dispatch.available(x, self._modified):
             return self._fused(x)
         if not dispatch.is_autocast(x):
@@ -335,11 +348,12 @@ class FoldedBlock(nn.Module):
             or any(p.is_inference() for p in parameters))
         if keep:
             state = [(id(p), p.data_ptr(), p._version) for p in parameters]
-            state.append(dispatch.product_dtype(x))
+            state += dispatch.product_dtype(x), id(dispatch.kernels_for(x))
             if x.is_cuda:  # others would have to wait for its copies
                 state.append(torch.cuda.current_stream(x.device))
-            if self._prepared and self._prepared[0] == state:
-                return self._prepared[1]
+            kept = self._prepared  # which another thread may replace
+            if kept and kept[0] == state:
+                return kept[1]
         prepared = prepare(x, branches, pack=keep)
         if keep:
             # With the parameters and their memory, whose place no others can

@@ -269,7 +269,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             group = groups.setdefault(
                 key,
                 dict(params=[], names=[], layer=depth, lr=lr,
-                     lr_scale=lr / self.base_lr, **single))
+                     lr_scale=lr / self.base_lr if self.base_lr else scale,
+                     **single))
             group['params'].append(param)
             group['names'].append(name)
         params.extend(groups[key] for key in sorted(groups))

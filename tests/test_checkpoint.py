@@ -460,7 +460,10 @@ def test_conversion_of_the_backbone_alone_and_of_our_own_file(tmp_path):
 @pytest.mark.parametrize('content, options, message', [
     (dict(state_dict=GOOD, args=Evil()), (), r'pickled \S*exec'),
     (backbone_part(GOOD), (), 'no whole classification head.*--backbone-only'),
-    (without('stages.2.1.mlp.pos'), (), 'missing: stages.2.1.mlp.pos.weight'),
+    (without('stages.2.1.mlp.pos'), (),
+     '^[^ ]*a.pth does not fit .*missing: stages.2.1.mlp.pos.weight'),
+    ({**GOOD, 'downsample_layers.0.6.weight': torch.ones(8, 4, 3, 3)}, (),
+     'the stem is of another kind'),
 ])
 def test_a_failed_conversion_leaves_nothing_behind(
         content, options, message, tmp_path):
@@ -470,6 +473,26 @@ def test_a_failed_conversion_leaves_nothing_behind(
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint.convert(src, dst)
     assert list(dst.parent.iterdir()) == []
+
+
+def test_conversion_takes_one_of_several_by_its_prefix(tmp_path):
+    src, dst = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    torch.save({**prefixed(GOOD, 'teacher.backbone.'),
+                **prefixed(OTHER, 'student.backbone.')}, src)
+    with pytest.raises(CheckpointError, match='or --prefix of tools/convert'):
+        convert_checkpoint.convert(src, dst, backbone_only=True)
+    subprocess.run([sys.executable, CONVERT, src, dst, '--backbone-only',
+                    '--prefix', 'student.backbone'], check=True)
+    weights, _ = model_weights(read_checkpoint(str(dst)))
+    key = 'stages.0.0.attn.v.bias'
+    assert torch.equal(weights['backbone.' + key], OTHER[key])
+
+
+def test_conversion_takes_models_of_any_mlp_ratio(tmp_path):
+    src, dst = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    torch.save(Conv2Former(MINI, mlp_ratio=3).state_dict(), src)
+    convert_checkpoint.convert(src, dst, backbone_only=True)
+    assert dst.is_file()
 
 
 def test_conversion_errors_are_one_message_without_traceback(tmp_path):
@@ -605,6 +628,18 @@ def test_urls_and_paths_from_home_are_found(tmp_path, monkeypatch):
 def test_directory_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'no checkpoint.*a folder\)'):
         find_checkpoint(str(tmp_path))
+
+
+def test_counts_of_batch_norms_may_be_missing(tmp_path, log):
+    path = str(tmp_path / 'weights.pth')
+    torch.save({key: value for key, value in GOOD.items()
+                if not key.endswith('num_batches_tracked')}, path)
+    backbone = Conv2Former(MINI)
+    load_backbone(backbone, path)
+    key = 'downsample_layers.0.2.running_var'
+    assert torch.equal(backbone.state_dict()[key], GOOD[key])
+    count = len(backbone.state_dict()) - 2
+    assert f'loaded {count} of {count} backbone tensors' in log[-1]
 
 
 def test_model_of_another_mlp_ratio_is_told_what_to_compare(tmp_path):

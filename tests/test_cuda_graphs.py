@@ -653,6 +653,23 @@ def test_switch_and_deterministic_algorithms_have_graphs_of_their_own(
     check(7)
 
 
+def test_transforms_of_torch_run_without_graphs(models, device):
+    eager, graphed = (model.eval() for model in models())
+    x = images(device)
+    for _ in range(4):
+        graphed(x)
+    found = []
+    for model in eager, graphed:
+
+        def loss(parameters, model=model):
+            outs = torch.func.functional_call(model, parameters, (x, ))
+            return sum(out.square().mean() for out in outs)
+
+        found.append(torch.func.grad(loss)(dict(model.named_parameters())))
+    assert recorded(graphed) == 1
+    assert_same(found[1].values(), found[0].values())
+
+
 def test_eps_that_changes_is_seen(models, device):
     eager, graphed = models()
     x = images(device)

@@ -1102,6 +1102,15 @@ def test_residual_stays_in_fp32_if_asked():
             assert model(x)[0].dtype == dtype
 
 
+def test_switch_leaves_the_kernels_alone(monkeypatch):
+    monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+    # Which would compile them.
+    monkeypatch.setattr(dispatch, 'kernels_for', None)
+    monkeypatch.setattr(dispatch, '_cpp_obstacle', None)
+    model = Conv2Former(dict(depths=[1, 1], dims=[8, 16], kernel_size=5))
+    model(torch.randn(1, 3, 32, 32))[0].sum().backward()
+
+
 def test_norm_of_the_downsampling_has_the_precision_of_products(monkeypatch):
     kernels = SimpleNamespace(**vars(torch_kernels))
     monkeypatch.setattr(dispatch, 'kernels_for', lambda _: kernels)
@@ -1289,6 +1298,8 @@ def test_gpus_without_what_triton_needs_get_the_kernels_of_torch(
     lambda layers: layers.__setitem__(
         1, torch.nn.Conv2d(8, 12, (2, 3), (2, 3))),
     lambda layers: layers.__setitem__(0, operators.LayerNorm2d(4)),
+    lambda layers: layers[0].register_parameter('bias', None),
+    lambda layers: layers[0].register_parameter('weight', None),
     lambda layers: setattr(layers[0], 'weight', nn.Parameter(
         layers[0].weight.detach().to('meta')))])
 def test_other_layers_of_a_downsampling_are_recognised(change):

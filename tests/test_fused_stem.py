@@ -149,7 +149,8 @@ def test_gelu_of_cpus_is_the_layer(hooked):
 
 @pytest.mark.parametrize('change', [
     lambda norm: norm.register_forward_hook(lambda *_: None),
-    lambda norm: setattr(norm, 'momentum', None)])
+    lambda norm: setattr(norm, 'momentum', None),
+    lambda norm: norm.register_parameter('bias', None)])
 def test_other_batch_norms_run_as_they_are(change):
     norm = nn.BatchNorm2d(5)
     x = torch.randn(3, 5, 4, 7)

@@ -324,6 +324,10 @@ def test_foreign_layers_are_refused_before_anything_is_changed(layer):
         1, nn.Conv2d(16, 24, 3, stride=2, padding=1)),
     lambda layers: nn.utils.parametrize.register_parametrization(
         layers[1][1], 'weight', nn.Tanh()),
+    lambda layers: layers[0][2].register_parameter('bias', None),
+    lambda layers: layers[0][5].register_parameter('bias', None),
+    lambda layers: layers[1][0].register_parameter('bias', None),
+    lambda layers: layers[1][0].register_parameter('weight', None),
 ])
 def test_other_layers_of_stem_and_downsampling_compute_the_same(change):
     model = classifier()
@@ -462,6 +466,46 @@ def test_necks_that_are_shared_or_have_other_readers_keep_their_norm():
         for out, true in zip([m(image) for m in fuse_for_inference(both)],
                              expected):
             assert difference(out, true) < 1e-5
+
+
+@pytest.mark.parametrize('part', [
+    'backbone.downsample_layers.0.3', 'backbone.downsample_layers.0.6',
+    'backbone.downsample_layers.1.1', 'backbone.downsample_layers.1',
+    'backbone.stages.1.0.attn.proj', 'backbone.stages.1.0', 'head.fc', 'head'])
+def test_parts_that_models_share_are_folded_for_none_or_all(part):
+    model, other = classifier(), classifier()
+    for norm in other.modules():  # those of the two are different
+        if isinstance(norm, (nn.LayerNorm, nn.BatchNorm2d)):
+            nn.init.normal_(norm.weight, 1., .2)
+            nn.init.normal_(norm.bias)
+    where, _, name = part.rpartition('.')
+    setattr(other.get_submodule(where), name, model.get_submodule(part))
+    both = nn.ModuleList([model, other]).eval()
+    image = official.image(65, 50)
+    with torch.no_grad():
+        expected = [m(image) for m in both]
+        assert difference(*expected) > 1e-3
+        for out, true in zip([m(image) for m in fuse_for_inference(both)],
+                             expected):
+            assert difference(out, true) < 1e-5
+
+
+def test_plain_path_that_is_asked_for_stays_plain(monkeypatch):
+    folded = fused(classifier(fused=False))
+    monkeypatch.setattr(FoldedBlock, '_fused', None)
+    folded(official.image(32, 32))
+
+
+def test_prepared_weights_are_for_the_kernels_that_take_them():
+
+    class Other(torch.Tensor):
+        pass
+
+    folded, image = fused(classifier()), official.image(32, 32)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        expected = folded(image)
+        out = folded(image.as_subclass(Other))
+    assert difference(out.as_subclass(torch.Tensor), expected) < .05
 
 
 def test_heads_with_further_layers_keep_the_norm_of_the_neck():

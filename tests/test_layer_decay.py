@@ -371,6 +371,14 @@ def test_multipliers_of_a_weight_decay_that_is_not_set_are_refused(
         build(Model(), dict(type='AdamW', lr=LR), decay_rate=.5, **options)
 
 
+def test_learning_rate_may_begin_at_nothing():
+    groups = build(Model(), dict(type='AdamW', lr=0.), decay_rate=.5
+                   ).optimizer.param_groups
+    assert [group['lr_scale'] for group in groups] == [
+        group['lr_scale'] for group in build(
+            Model(), decay_rate=.5).optimizer.param_groups]
+
+
 def test_optimizers_without_weight_decay_work():
     groups = build(Model(), dict(type='SGD', lr=LR),
                    decay_rate=.5).optimizer.param_groups

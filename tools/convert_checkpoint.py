@@ -39,6 +39,10 @@ def parse_args():
     parser.add_argument(
         '--backbone-only', action='store_true', help='leave the head out')
     parser.add_argument(
+        '--prefix',
+        help='what precedes the names of the backbone in SRC, where it has '
+        'several, such as student.backbone.')
+    parser.add_argument(
         '--trust-pickle',
         action='store_true',
         help='unpickle any object in SRC; this can run code that SRC holds')
@@ -54,7 +58,7 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def convert(src, dst, backbone_only=False, trust_pickle=False):
+def convert(src, dst, backbone_only=False, trust_pickle=False, prefix=None):
     """Convert a checkpoint and prove that the result loads.
 
     Args:
@@ -62,6 +66,8 @@ def convert(src, dst, backbone_only=False, trust_pickle=False):
         dst (Path): The file to write; untouched if anything fails.
         backbone_only (bool): Whether to leave the head out.
         trust_pickle (bool): Whether to unpickle objects of ``src``.
+        prefix (str, optional): What precedes the names of the backbone in
+            ``src``. Defaults to None, which finds it.
 
     Returns:
         dict: ``arch`` (str), ``tensors`` (int), ``kind`` (str) and the
@@ -88,13 +94,17 @@ def convert(src, dst, backbone_only=False, trust_pickle=False):
         state_dict = {
             key: value.detach().clone()
             for key, value in rename_classifier(
-                weights, with_head=not backbone_only).items()
+                weights, not backbone_only, prefix).items()
         }
     inner = {
         key[len('backbone.'):]: value
         for key, value in state_dict.items() if key.startswith('backbone.')
     }
     arch = infer_arch(inner)
+    if arch['stem'] is None:
+        raise CheckpointError(
+            f'{src}: the stem is of another kind than those of Conv2Former, '
+            'whose last convolution is 2, 4 or 16 pixels wide')
     meta = dict(
         arch={key: list(value) if isinstance(value, tuple) else value
               for key, value in arch.items()},
@@ -105,7 +115,11 @@ def convert(src, dst, backbone_only=False, trust_pickle=False):
     os.close(handle)
     try:
         torch.save(dict(meta=meta, state_dict=state_dict), name)
-        prove(name, arch, backbone_only)
+        try:
+            prove(name, arch, backbone_only)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(name, str(src))
+                                  ) from error
         digest = sha256(name)
         os.chmod(name, 0o644)
         os.replace(name, dst)
@@ -124,7 +138,10 @@ def prove(path, arch, backbone_only):
     """Load a converted file strictly into the modules that it is for."""
     weights, _ = model_weights(read_checkpoint(path))
     stem = weights['backbone.downsample_layers.0.0.weight']
-    load_backbone(Conv2Former(arch, in_channels=stem.shape[1]), path)
+    hidden, dim, *_ = weights['backbone.stages.0.0.mlp.fc1.weight'].shape
+    load_backbone(
+        Conv2Former(arch, in_channels=stem.shape[1], mlp_ratio=hidden / dim),
+        path)
     if not backbone_only:
         neck = Conv2FormerNeck(arch['dims'][-1],
                                len(weights['neck.norm.weight']))
@@ -135,7 +152,7 @@ def main():
     args = parse_args()
     try:
         report = convert(args.src, args.dst, args.backbone_only,
-                         args.trust_pickle)
+                         args.trust_pickle, args.prefix)
     except (CheckpointError, OSError) as error:
         sys.exit(f'error: {error}')
     print(f'{report["arch"]}: {report["tensors"]} tensors '
