@@ -210,7 +210,7 @@ def _fetched(path: str) -> Iterator[str]:
 def _other_kind(path: str) -> str:
     """What a file is that torch does not read, and what to do; '' if unknown.
     """
-    if path.endswith('.safetensors'):
+    if path.endswith('.safetensors') or _is_safetensors(path):
         return ('in the format of safetensors. Convert it once: torch.save('
                 'safetensors.torch.load_file(SRC), DST)')
     if not os.path.isfile(path):
@@ -223,6 +223,16 @@ def _other_kind(path: str) -> str:
                 name.endswith('/data.pkl') for name in file.namelist())
     return ('an archive of other files. Unpack it, and name the checkpoint '
             'in it') if is_archive else ''
+
+
+def _is_safetensors(path: str) -> bool:
+    """Whether a file begins as those do: with the length of a JSON object."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, 'rb') as file:
+        start = file.read(9)
+    return start[8:] == b'{' and 8 + int.from_bytes(
+        start[:8], 'little') <= os.path.getsize(path)
 
 
 def _reason(error: Exception) -> list[str]:

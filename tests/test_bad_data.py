@@ -418,7 +418,7 @@ def test_pictures_of_nothing_may_be_a_part_of_the_data(coco, copy):
     inner.filter_cfg = None
     nothing = {**inner, 'ann_file': 'annotations/instances_val2017.json',
                'data_prefix': dict(img='val2017/')}
-    loader = type('Loader', (), dict(dataset=DATASETS.build(
+    loader = type('Loader', (), dict(drop_last=False, dataset=DATASETS.build(
         dict(type='ConcatDataset', datasets=[inner, nothing]))))
     objects = [bool(info['instances']) for info in map(
         loader.dataset.get_data_info, range(len(loader.dataset)))]
@@ -1151,6 +1151,28 @@ def test_label_map_of_colours_is_refused(ade20k, copy):
         check(ADE20K, data)
 
 
+@pytest.mark.parametrize('size', [(7, 1), (1, 5)])
+def test_label_maps_keep_sides_of_one_pixel(size, ade20k, copy):
+    data = copy(ade20k)
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+    for folder in 'images', 'annotations':
+        path = sorted((data / folder / 'training').iterdir())[0]
+        Image.new('L' if folder == 'annotations' else 'RGB', size).save(path)
+    sample = check(ADE20K, data, pipeline=pipeline).dataset[0]
+    assert sample['gt_seg_map'].shape == sample['img'].shape[:2] == size[::-1]
+
+
+def test_label_map_with_a_side_of_one_pixel_of_another_size_is_named(
+        ade20k, copy, monkeypatch):
+    monkeypatch.setattr(data_checks, 'SAMPLE', 0)
+    data = copy(ade20k)
+    path = sorted((data / 'annotations/training').iterdir())[0]
+    Image.new('L', (1, 5)).save(path)
+    data_set = check(ADE20K, data).dataset
+    with pytest.raises(DataError, match=f"'{path}' is .* high, and its image"):
+        data_set[0]
+
+
 def damage(path, how):
     content = path.read_bytes()
     path.write_bytes({
@@ -1231,7 +1253,7 @@ def test_wrapped_data_sets_are_checked_once(ade20k, copy):
         dict(
             type='RepeatDataset', times=2,
             dataset=dict(type='ConcatDataset', datasets=[inner, inner])))
-    loader = type('Loader', (), dict(dataset=data_set))
+    loader = type('Loader', (), dict(dataset=data_set, drop_last=False))
     for _ in range(2):
         data_checks.check_loader(loader, {}, True)
     for leaf in data_set.dataset.datasets:

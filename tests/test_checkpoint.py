@@ -301,6 +301,8 @@ def test_files_of_another_kind_are_called_so(tmp_path):
     # What the library writes: a length, a header in JSON, numbers.
     (tmp_path / 'a.safetensors').write_bytes(
         (16).to_bytes(8, 'little') + b'{"weight": null}' + bytes(64))
+    shutil.copy(tmp_path / 'a.safetensors', tmp_path / 'named.pth')
+    cases['named.pth'] = cases['a.safetensors']
     for kind in 'tar', 'zip':
         shutil.make_archive(tmp_path / 'archive', kind, tmp_path, inner.name)
         cases[f'archive.{kind}'] = 'an archive of other files. Unpack it'

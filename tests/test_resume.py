@@ -18,13 +18,16 @@ def test_last_checkpoint_is_found_where_the_work_dir_was_moved(
     note = tmp_path / 'last_checkpoint'
     assert resume.latest_checkpoint(str(tmp_path)) is None
     note.write_text('/gone/epoch_2.pth')
-    (tmp_path / 'epoch_1.pth').touch()
+    (tmp_path / 'epoch_1.pth').write_bytes(b'of a process that was killed')
+    with pytest.raises(SystemExit, match='none that is whole .* without --re'):
+        resume.latest_checkpoint(str(tmp_path))
+    torch.save({}, tmp_path / 'epoch_1.pth')
     with pytest.raises(SystemExit, match=r'--resume PATH, of epoch_1\.pth'):
         resume.latest_checkpoint(str(tmp_path))
     note.write_text('')  # of a process that was killed
     with pytest.raises(SystemExit, match="names the checkpoint ''"):
         resume.latest_checkpoint(str(tmp_path))
-    (tmp_path / 'epoch_2.pth').touch()
+    torch.save({}, tmp_path / 'epoch_2.pth')
     note.write_text('/gone/epoch_2.pth')
     assert resume.latest_checkpoint(str(tmp_path)) == str(
         tmp_path / 'epoch_2.pth')

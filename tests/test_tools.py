@@ -862,6 +862,29 @@ def test_scaled_and_decayed_rates_reach_the_optimizer(
             assert scaled[key] == pytest.approx(plain[key] / 2)
 
 
+@pytest.mark.parametrize('setting, text', [
+    ("[dict(type='OneCycleLR',eta_max=1e-3)]",
+     'param_scheduler.0: OneCycleLR has one rate for all groups'),
+    ("[dict(type='PolyLR',eta_min=1e-5)]",
+     'param_scheduler.0: eta_min=1e-05 is one rate for all groups')])
+def test_schedules_that_undo_the_layer_decay_are_told(tool, setting, text):
+    cfg = train_config(
+        tool, '--cfg-options', f'param_scheduler={setting}',
+        config='segmentation/upernet_conv2former_t_ade20k.py')
+    found, = tool('train').flat_schedules(cfg)
+    assert found.startswith(text)
+    for rate in 1., .9:
+        cfg.optim_wrapper.paramwise_cfg.decay_rate = rate
+        assert len(tool('train').flat_schedules(cfg)) == (rate != 1)
+    cfg.optim_wrapper.pop('constructor')
+    assert not tool('train').flat_schedules(cfg)
+
+
+def test_no_schedule_of_the_configs_undoes_the_layer_decay(tool):
+    for path in CONFIGS.glob('*/*.py'):
+        assert not tool('train').flat_schedules(Config.fromfile(path)), path
+
+
 def test_sharding_needs_several_processes(tool):
     with pytest.raises(SystemExit, match='dist_train.sh'):
         train_config(tool, '--fsdp')
@@ -1118,6 +1141,18 @@ def test_slurm_tests_with_what_the_environment_sets(slurm):
             '--kill-on-bad-exit=1 --time=1:00 --account=us python') in printed
     assert printed.endswith(
         'test.py c.py p.pth --out o.pkl --launcher slurm')
+
+
+@pytest.mark.parametrize('missing', ['NODE_RANK', 'MASTER_ADDR'])
+def test_several_machines_have_to_be_told_where_they_meet(missing, tmp_path):
+    env = {**os.environ, 'NNODES': '2', 'NODE_RANK': '1',
+           'MASTER_ADDR': '10.0.0.1', missing: ''}
+    done = subprocess.run(
+        ['bash', ROOT / 'tools/dist_train.sh', 'c.py', '8'], env=env,
+        capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f'NNODES=2 machines need {missing}: a NODE_RANK from 0 to 1' in \
+        done.stderr
 
 
 def test_several_machines_meet_where_they_are_told(tmp_path):

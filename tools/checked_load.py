@@ -57,7 +57,8 @@ class CheckedLoad(BaseTransform):
         except _UNREADABLE as error:
             if path is None:  # no file of its own, but the annotations
                 raise
-            reason = f'it is damaged ({error}). Put a good copy there'
+            reason = (f'it is damaged, or in a format that the loader does '
+                      f'not know ({error}). Put a good copy there')
             if isinstance(error, FileNotFoundError):
                 reason = 'it does not exist. Put a good copy there'
             elif isinstance(error, PermissionError):
@@ -72,11 +73,16 @@ class CheckedLoad(BaseTransform):
     def _check_labels(self, path: str, results: dict) -> None:
         """Look for labels that are no classes, and compare the size."""
         labels = results['gt_seg_map']
+        shape = results.get('ori_shape')  # that of the image as loaded
+        if labels.ndim < 2:  # mmseg takes out sides of one pixel
+            labels = np.atleast_2d(labels)
+            if shape is not None and labels.size == shape[0] * shape[1]:
+                labels = labels.reshape(shape[:2])
+            results['gt_seg_map'] = labels
         if labels.ndim != 2:
             raise DataError(
                 f"the label map '{path}' has {labels.shape[-1]} channels. It "
                 'must have one, which holds numbers of classes')
-        shape = results.get('ori_shape')  # that of the image as loaded
         if shape is not None and tuple(shape[:2]) != labels.shape:
             raise _other_size(results, shape[:2], labels)
         wide = self._wide_labels(path)

@@ -384,12 +384,13 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"'{path}' is a folder, and the model would be "
                              'written there; name another file with --out')
     backbone = getattr(model, 'backbone', model)
-    report = export(
-        model, outputs, paths,
-        getattr(backbone, 'in_channels', 3), args.opset, args.fuse)
+    channels = getattr(backbone, 'in_channels', 3)
+    report = export(model, outputs, paths, channels, args.opset, args.fuse)
     settings = preprocessing(cfg)
     order = 'RGB' if settings.get('to_rgb') or settings.get(
         'bgr_to_rgb') else 'BGR'
+    if channels != 3:  # which mmpretrain leaves as they are
+        order = f'{channels} channels in the order of the loader'
     print('\n'.join(report))
     print(f'pixels: {order}, mean {settings.get("mean")}, standard deviation '
           f'{settings.get("std")}')

@@ -4,6 +4,7 @@ mmengine takes the settings of the optimizer and of the schedules from the
 checkpoint, whatever the config says; :class:`ResumedSettings` tells which.
 """
 import os
+import zipfile
 from collections.abc import Iterator, Set
 from pathlib import Path
 
@@ -33,12 +34,12 @@ def latest_checkpoint(work_dir: str) -> str | None:
 
     Raises:
         SystemExit: If there are checkpoints, and mmengine's note of the last
-            one is missing or does not name one of them.
+            one is missing, or if it does not name one of them.
     """
     path = find_latest_checkpoint(work_dir)
     if path is not None and os.path.isfile(path):
         return path
-    found = _checkpoints(Path(work_dir))
+    found = [file.name for file in Path(work_dir).glob('*.pth')]
     if path is None:
         if not any(name.startswith(('epoch_', 'iter_')) for name in found):
             return None
@@ -50,14 +51,16 @@ def latest_checkpoint(work_dir: str) -> str | None:
             return beside
         reason = (f"the file last_checkpoint in '{work_dir}' names the "
                   f"checkpoint '{path}', which does not exist")
-    raise SystemExit(
-        f'{reason}: give one with --resume PATH' +
-        (f', of {", ".join(found)} there' if found else ''))
+    whole = _checkpoints(Path(work_dir))
+    raise SystemExit(f'{reason}: ' + (
+        f'give one with --resume PATH, of {", ".join(whole)} there' if whole
+        else 'none that is whole is left there, so start without --resume'))
 
 
 def _checkpoints(folder: Path, but: Set[str] = frozenset()) -> list[str]:
-    """Names of the files that may be checkpoints."""
-    return sorted({file.name for file in folder.glob('*.pth')} - but)
+    """Names of the checkpoints that were written to their end."""
+    return sorted({file.name for file in folder.glob('*.pth')
+                   if zipfile.is_zipfile(file)} - but)
 
 
 def check_resumable(path: str, cfg: Config) -> None:

@@ -9,6 +9,17 @@ gpus=$1
 script=$2
 shift 2
 
+if [ "${NNODES:-1}" != 1 ]; then
+    # Otherwise each machine waits for the others to come to it.
+    for name in NODE_RANK MASTER_ADDR; do
+        if [ -z "${!name:-}" ]; then
+            echo "$0: NNODES=$NNODES machines need $name: a NODE_RANK from 0" \
+                "to $((NNODES - 1)) for each, and for all the MASTER_ADDR of" \
+                'the first' >&2
+            exit 2
+        fi
+    done
+fi
 if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
     meet=(--standalone)
 else

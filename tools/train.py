@@ -3,7 +3,7 @@ import argparse
 import logging
 import os
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from torch import nn
 
@@ -248,9 +248,7 @@ def check_schedule(cfg: Config) -> None:
         SystemExit: If a schedule begins when training has ended, of which
             mmengine would say so in other words after all has been built.
     """
-    schedules = cfg.get('param_scheduler') or []
-    if isinstance(schedules, dict):
-        schedules = [schedules]
+    schedules = _schedules(cfg).values()
     for unit, by_epoch in ('epochs', True), ('iters', False):
         last = (cfg.get('train_cfg') or {}).get(f'max_{unit}')
         begins = [s.get('begin', 0) for s in schedules  # and go on to the end
@@ -260,6 +258,41 @@ def check_schedule(cfg: Config) -> None:
                 f'train_cfg.max_{unit}={last}: the schedule of the learning '
                 f'rate begins after {max(begins)} {unit} of warm-up. Train '
                 'for longer, or set another param_scheduler')
+
+
+def flat_schedules(cfg: Config) -> list[str]:
+    """Warnings of schedules that give all groups one rate.
+
+    Args:
+        cfg (Config): The config.
+
+    Returns:
+        list[str]: A line for each that takes away the layer decay.
+    """
+    rate = (cfg.optim_wrapper.get('paramwise_cfg') or {}).get('decay_rate', 1)
+    if rate == 1 or 'Decay' not in str(cfg.optim_wrapper.get('constructor')):
+        return []
+    found = []
+    for where, schedule in _schedules(cfg).items():
+        kind = data_checks.type_name(schedule)
+        if kind.startswith('OneCycle'):
+            found.append(
+                f'{where}: {kind} has one rate for all groups, so that there '
+                'is no layer decay; take LinearLR and CosineAnnealingLR')
+        elif schedule.get('eta_min'):
+            found.append(
+                f'{where}: eta_min={schedule.eta_min} is one rate for all '
+                'groups, so that the layer decay is lost towards the end; '
+                'eta_min=0, or eta_min_ratio of CosineAnnealingLR, keeps it')
+    return found
+
+
+def _schedules(cfg: Config) -> dict[str, ConfigDict]:
+    """The schedules of the optimizer by the names of their settings."""
+    schedules = cfg.get('param_scheduler') or []
+    if isinstance(schedules, dict):
+        return dict(param_scheduler=schedules)
+    return {f'param_scheduler.{i}': part for i, part in enumerate(schedules)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -281,6 +314,8 @@ def main(argv: list[str] | None = None) -> None:
         runner = launch.build_runner(cfg)
         if note is not None:
             runner.logger.log(*note)
+        for text in flat_schedules(cfg):
+            runner.logger.warning(text)
         if args.resume == 'auto' and not cfg.get('resume'):
             runner.logger.warning(f'--resume: no checkpoint in {cfg.work_dir};'
                                   ' training begins anew')

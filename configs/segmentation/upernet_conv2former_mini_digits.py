@@ -152,7 +152,7 @@ default_hooks = dict(
         type='CheckpointHook',
         by_epoch=False,
         interval=max_iters,
-        max_keep_ckpts=1),
+        max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'))
 env_cfg = dict(
