@@ -137,6 +137,16 @@ model = dict(
     assert capsys.readouterr().out.count('largest difference') == 2
 
 
+def test_other_channels_than_three_have_the_order_of_the_loader(
+        tool, make, tmp_path, capsys):
+    config, checkpoint, _ = make('four', CLASSIFIER.replace(
+        f'dict({ARCH})', f'dict({ARCH}, in_channels=4)'))
+    tool.main([config, checkpoint, '--format', 'torch', '--out',
+               str(tmp_path / 'model')])
+    assert 'pixels: 4 channels in the order of the loader, mean [' in \
+        capsys.readouterr().out
+
+
 @pytest.mark.parametrize('wrong', [
     lambda out: out + 2e-4 * out.abs().max(),
     lambda out: out * float('nan'),
