@@ -585,6 +585,20 @@ def test_configs_need_not_say_that_nothing_is_resumed(tool, in_digits,
     assert steps == [False]
 
 
+@pytest.mark.parametrize('is_first', [True, False])
+def test_run_in_the_folder_of_an_earlier_one_is_told(
+        is_first, tool, in_digits, tmp_path, monkeypatch, caplog):
+    train = tool('train')
+    monkeypatch.setattr(
+        train.launch, 'build_runner', lambda cfg: SimpleNamespace(
+            logger=logging.getLogger('earlier'), train=lambda: None))
+    if not is_first:
+        (tmp_path / 'last_checkpoint').write_text('epoch_2.pth')
+    with caplog.at_level(logging.WARNING, 'earlier'):
+        train.main(['digits.py', '--work-dir', str(tmp_path)])
+    assert ('has checkpoints of an earlier run' in caplog.text) != is_first
+
+
 def test_missing_weights_to_start_from_are_told(tool, in_digits, tmp_path):
     message = refusal(
         tool('train').main, 'digits.py', '--work-dir', tmp_path,

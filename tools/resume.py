@@ -117,7 +117,7 @@ class ResumedSettings(Hook):
             SystemExit: If it was trained with another optimizer.
         """
         anew = ('without --resume, from its weights: --cfg-options '
-                f'load_from={runner.cfg.load_from}')
+                f'load_from={runner.cfg.get("load_from") or "PATH"}')
         kept = [*_optimizer_settings(runner, checkpoint, anew),
                 *_schedule_settings(runner, checkpoint)]
         if kept:
@@ -136,9 +136,9 @@ class ResumedSettings(Hook):
 def _optimizer_settings(runner: Runner, checkpoint: dict,
                         anew: str) -> Iterator[str]:
     """Settings of the optimizer that are others in the checkpoint."""
-    saved = checkpoint['optimizer'].get('param_groups')
+    saved = checkpoint.get('optimizer', {}).get('param_groups')
     own = runner.optim_wrapper.param_groups
-    if saved is None or not isinstance(own, list):  # several optimizers
+    if not saved or not isinstance(own, list):  # none, or several optimizers
         return
     optimizer = runner.optim_wrapper.optimizer
     names = {*saved[0]} - _NOT_SETTINGS

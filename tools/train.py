@@ -310,6 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     launch.check_data(cfg, ('train', 'val'))
     launch.check_writable(cfg.work_dir, '--work-dir')
     note = fit_lr(cfg)
+    earlier = os.path.isfile(os.path.join(cfg.work_dir, 'last_checkpoint'))
     with one_message():
         runner = launch.build_runner(cfg)
         if note is not None:
@@ -319,6 +320,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.resume == 'auto' and not cfg.get('resume'):
             runner.logger.warning(f'--resume: no checkpoint in {cfg.work_dir};'
                                   ' training begins anew')
+        if earlier and not cfg.get('resume'):
+            runner.logger.warning(
+                f'{cfg.work_dir} has checkpoints of an earlier run, which '
+                'those of this one replace; --resume would go on from there')
         if cfg.optim_wrapper.get('dtype') == 'bfloat16' or \
                 cfg.optim_wrapper.get('type') == CPUAmpOptimWrapper.__name__:
             runner.register_hook(BoxesInFloat32())
