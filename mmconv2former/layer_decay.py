@@ -9,6 +9,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .checkpoint import CheckpointError
 from .registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 # The multipliers of mmengine's constructor, which does that part of the work.
@@ -120,7 +121,7 @@ def _check_groups(optimizer: Optimizer, state_dict: dict) -> None:
         for where, names in (('the checkpoint', saved_names - own_names),
                              ('this model', own_names - saved_names))
         if names)
-    raise ValueError(
+    raise CheckpointError(
         'the parameter groups of the checkpoint are not those of this '
         'config, so its optimizer state cannot be resumed. Resume with the '
         'paramwise_cfg, weight decay and model that it was trained with, or '
@@ -138,7 +139,7 @@ def _check_shapes(own: list[dict], saved: list[dict], state: dict) -> None:
             for value in state.get(number, {}).values():
                 if isinstance(value, Tensor) and value.ndim \
                         and value.shape != p.shape:
-                    raise ValueError(
+                    raise CheckpointError(
                         f'the checkpoint was trained with {name} of shape '
                         f'{tuple(value.shape)}, and here it has '
                         f'{tuple(p.shape)}, so its optimizer state cannot be '

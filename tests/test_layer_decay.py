@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmconv2former import Conv2Former, LayerDecayOptimWrapperConstructor
+from mmconv2former.checkpoint import CheckpointError
 from mmconv2former.layer_decay import describe_groups
 
 MINI = dict(depths=[1, 1, 2, 1], dims=[8, 16, 24, 32], kernel_size=3)
@@ -328,8 +329,9 @@ def test_resuming_with_other_groups_names_both_sets(change):
     options = dict(decay_rate=.5, num_layers=6)
     saved = build(Model(), **options).state_dict()
     other = build(Model(), **{**options, **change})
-    with pytest.raises(ValueError, match=r'(?s)cannot be resumed.*In the che'
-                       r'ckpoint:\n.*layer.*In this config:\n.*layer'):
+    with pytest.raises(CheckpointError, match=(
+            r'(?s)cannot be resumed.*In the checkpoint:\n.*layer.*In this '
+            r'config:\n.*layer')):
         other.load_state_dict(saved)
 
 
@@ -340,8 +342,8 @@ def test_resuming_with_parameters_of_another_shape_is_refused():
     train_a_step(model, optim_wrapper)
     wider = Model(Conv2Former(MINI, mlp_ratio=2, out_norm=True,
                               out_indices=(0, 1, 2, 3)))
-    with pytest.raises(ValueError, match='was trained with backbone.stages.0.'
-                       '0.mlp.fc1.* of shape'):
+    with pytest.raises(CheckpointError, match=(
+            'was trained with backbone.stages.0.0.mlp.fc1.* of shape')):
         build(wider, decay_rate=.5, num_layers=6).load_state_dict(
             optim_wrapper.state_dict())
 
@@ -394,14 +396,15 @@ def test_resuming_with_another_weight_decay_is_refused():
     saved = build(Model(), decay_rate=.5).state_dict()
     other = build(Model(), dict(type='AdamW', lr=LR, weight_decay=2 * WD),
                   decay_rate=.5)
-    with pytest.raises(ValueError, match='cannot be resumed'):
+    with pytest.raises(CheckpointError, match='cannot be resumed'):
         other.load_state_dict(saved)
 
 
 def test_resuming_from_training_without_decay_is_refused():
     model = Model()
     saved = torch.optim.AdamW(model.parameters(), lr=LR).state_dict()
-    with pytest.raises(ValueError, match=r'(?s)cannot be resumed.*\? +nan'):
+    with pytest.raises(CheckpointError,
+                       match=r'(?s)cannot be resumed.*\? +nan'):
         build(model, decay_rate=.5).optimizer.load_state_dict(saved)
 
 
