@@ -112,7 +112,8 @@ class CUDAGraphs:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.turn = limit, 0
-        self.lock, self.busy = threading.RLock(), False
+        self.lock = threading.RLock()
+        self.recorder: int | None = None  # the thread that is recording
         self.stream: torch.cuda.Stream | None = None
         self.watched: _Watched | None = None
         self._clear()
@@ -121,6 +122,9 @@ class CUDAGraphs:
         self.tensors: list[int] = []
         self.seen: Counter[Hashable] = Counter()
         self.recordings: dict[Hashable, _Recording] = {}
+        if self.stream is not None:
+            # It may still be using the memory, which goes back to another one.
+            self.stream.synchronize()
         self.memory: _Memory | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,8 +157,9 @@ class CUDAGraphs:
         Raises:
             RuntimeError: If the module does what cannot be recorded.
         """
-        # Busy: the module is run to be recorded.
-        if self.busy or is_transformed() or not self.can_record(x):
+        if self.recorder == threading.get_ident():
+            return None  # the module is run to be recorded
+        if is_transformed() or not self.can_record(x):
             return None
         with self.lock:
             if self.watched is not None \
@@ -182,12 +187,12 @@ class CUDAGraphs:
                 if self.seen[kind] <= WARM_UP:
                     return None
                 self.memory = self.memory or _Memory(x.device)
-                self.busy = True
+                self.recorder = threading.get_ident()
                 try:
                     with self.using_memory():
                         self.recordings[kind] = _Recording(self, module, x)
                 finally:
-                    self.busy = False
+                    self.recorder = None
                 log_once(f'CUDA graph for images of shape {tuple(x.shape)}')
             return self.recordings[kind]
 

@@ -8,6 +8,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -482,6 +483,37 @@ def test_threads_get_their_own_results(models, device):
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(run, (0, 1)))
+
+
+def test_other_threads_wait_for_a_recording(models, device, monkeypatch):
+    _, graphed = models()
+    for _ in range(2):
+        step(graphed, images(device))
+    kind = type(graphed.stages[0][0])
+    forward = kind.forward
+    recording, waiting = threading.Event(), threading.Event()
+
+    def wait_once(self, x):
+        # In the first pass of the recording, where the module has other
+        # parameters than its own.
+        if graphed.cuda_graphs.recorder and not recording.is_set():
+            recording.set()
+            waiting.wait(1)
+        return forward(self, x)
+
+    monkeypatch.setattr(kind, 'forward', wait_once)
+
+    def other():
+        recording.wait(60)
+        grads = step(graphed, images(device, seed=1))
+        waiting.set()
+        return grads
+
+    with ThreadPoolExecutor(1) as pool:
+        grads = pool.submit(other)
+        losses(graphed, images(device))
+        assert recording.is_set()
+        assert not any(grad is None for grad in grads.result(60))
 
 
 def test_weights_that_are_no_parameters_are_refused(models, device):

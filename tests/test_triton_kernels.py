@@ -294,6 +294,8 @@ def test_tensor_cores_take_what_fills_them():
     others = (11, torch.float32), (7, torch.float16), (17, torch.float16)
     for k, dtype in others:
         assert taken([(128, 56, 56, 72)], k, dtype) == [(False, False)]
+    # Channels that are no multiple of eight.
+    assert taken([(128, 56, 56, 36)]) == [(False, True)]
     # Offsets within an image are counted in 32 bits.
     assert taken([(16, 3864, 3864, 72)]) == [(False, False)]
 

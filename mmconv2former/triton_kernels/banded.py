@@ -84,7 +84,9 @@ def takes_weight_grad(shape: tuple[int, ...], kernel_size: int,
     """
     if not _is_possible(shape, kernel_size, dtype):
         return False
-    n, height, _, _ = shape
+    n, height, _, c = shape
+    if c % TILE['CHANNELS']:  # registers for the rest go to memory
+        return False
     rows = _rows(height)
     groups = ceil_div(n * ceil_div(height, rows), IMAGES)
     return n * height >= LEAST_USED['weight'] * groups * IMAGES * rows
