@@ -223,6 +223,19 @@ def test_class_that_a_coco_file_lacks_is_named_before_training(
     assert 'Epoch(train)' not in log(tmp_path)
 
 
+def test_images_of_training_that_share_an_id_are_named(coco, copy):
+    data = copy(coco)
+
+    def share(content):
+        content['images'][1]['id'] = content['images'][0]['id']
+
+    edit(data / 'annotations/instances_train2017.json', share)
+    with pytest.raises(DataError, match=(
+            r"train2017\.json' has the id \d+ twice, at entries 0 and 1 of "
+            "'images'")):
+        check(COCO, data)
+
+
 def test_categories_in_another_order_are_refused(coco, copy):
     data = copy(coco)
     edit(data / 'annotations/instances_train2017.json', reverse)
@@ -887,9 +900,15 @@ def test_class_folder_that_only_one_part_of_the_data_has_is_named(pictures):
 
 def test_classes_in_another_order_than_in_training_are_refused(pictures):
     train = check(IN1K, pictures)
-    val = check(IN1K, pictures, 'val', metainfo=dict(classes=['b', 'a']))
+    val = build(IN1K, pictures, 'val', metainfo=dict(classes=['b', 'a']))
     with pytest.raises(DataError, match='in another order'):
         data_checks.check_agreement(train, val)
+
+
+def test_class_folders_in_another_order_than_the_classes_are_named(pictures):
+    with pytest.raises(DataError, match=(
+            "in another one: 'b', 'a' in place of 'a', 'b'. Sort metainfo")):
+        check(IN1K, pictures, metainfo=dict(classes=['b', 'a']))
 
 
 def test_folders_may_have_other_names_than_their_classes(pictures):
@@ -1149,6 +1168,28 @@ def test_label_map_of_colours_is_refused(ade20k, copy):
     with pytest.raises(
             DataError, match=f"'{path}' has 3 channels"):
         check(ADE20K, data)
+
+
+@pytest.mark.parametrize('colours, is_told', [
+    ([0, 255], True), ([0, 1, 255], False), ([1], False), ([255], True)])
+def test_masks_in_black_and_white_are_told(colours, is_told, ade20k, copy,
+                                           monkeypatch):
+    data, told = copy(ade20k), []
+    monkeypatch.setattr(data_checks, 'print_log',
+                        lambda text, **_: told.append(text))
+    for path in (data / 'annotations/training').iterdir():
+        labels = np.array(Image.open(path))
+        labels[:] = np.resize(colours, labels.shape)
+        Image.fromarray(labels).save(path)
+    check(ADE20K, data, type='BaseSegDataset', reduce_zero_label=False,
+          metainfo=dict(classes=['background', 'cell']), img_suffix='.jpg',
+          seg_map_suffix='.png')
+    assert len(told) == is_told
+    if is_told:
+        share = '50%' if 0 in colours else '100%'
+        names = "'background'" if 0 in colours else 'none'
+        assert (f'of 2 classes, the 4 label maps that were looked at have '
+                f'{names}. {share} of their pixels are 255') in told[0]
 
 
 @pytest.mark.parametrize('size', [(7, 1), (1, 5)])

@@ -513,6 +513,8 @@ def test_directory_is_no_file_to_convert_to(tmp_path):
     with pytest.raises(IsADirectoryError, match='folder is a directory; name'):
         convert_checkpoint.convert(src, dst)
     assert sorted(tmp_path.iterdir()) == [src, dst]
+    with pytest.raises(IsADirectoryError, match='folder is a directory; name'):
+        convert_checkpoint.convert(dst, tmp_path / 'b.pth')
 
 
 def test_conversion_does_not_overwrite_its_source(tmp_path):

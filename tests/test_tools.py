@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,6 +317,28 @@ def test_wrong_input_ends_with_a_message_and_no_traceback(tmp_path):
     assert done.returncode == 1
     assert "config 'missing.py' does not exist" in done.stderr
     assert 'Traceback' not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('text, reason', [
+    ("_base_ = ['gone.py']", 'FileNotFoundError: .*gone.py'),
+    ("_base_ = ['mmdet::mask_rcnn/gone.py']", '.*gone.py'),
+    ("_base_ = ['mmdet::gone.py']", 'ValueError: .*mmdet::'),
+    ('model = dict(', 'SyntaxError: .*was never closed'),
+    ("custom_imports = dict(imports=['gone'])", 'ImportError: .*gone')])
+def test_config_that_cannot_be_read_is_named(tool, text, reason, tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=(
+            f"^config '{path}' cannot be read: {reason}")):
+        tool('train').main([str(path)])
+
+
+def test_folders_in_place_of_files_are_called_so(tool, tmp_path):
+    message = f"'{tmp_path}' is a folder; name a file in it"
+    assert message in refusal(tool('train').main, tmp_path)
+    assert message in refusal(
+        tool('test').main, CONFIGS / 'classification/conv2former_t_in1k.py',
+        tmp_path)
 
 
 def test_missing_config_is_answered_with_near_names(tool):
@@ -983,6 +1006,29 @@ def options_of_test(tool, config, *options):
     test = tool('test')
     args = test.parse_args([str(CONFIGS / config), __file__, *options])
     return test.merge_args(sys.modules['launch'].read_config(args), args)
+
+
+def test_label_maps_are_not_saved_in_a_pickle(tool, tmp_path):
+    path = tmp_path / 'a.pth'
+    path.touch()
+    message = refusal(
+        tool('test').main,
+        CONFIGS / 'segmentation/upernet_conv2former_t_ade20k.py', path,
+        '--out', tmp_path / 'a.pkl')
+    assert 'label maps are written, as pictures; name a folder' in message
+
+
+@pytest.mark.parametrize('topk, is_right', [
+    (1, True), ((1, 5), True), (11, False), ([1, 20], False), (None, True)])
+def test_metric_of_more_classes_than_there_are_is_told(tool, topk, is_right):
+    tool('launch')
+    check = sys.modules['launch'].data_checks.check_topk
+    metric = dict(type='Accuracy', topk=topk)
+    check(metric, {}, 'val_evaluator')
+    right = nullcontext() if is_right else pytest.raises(
+        ValueError, match=r'val_evaluator: topk=.* the model has 10: set topk')
+    with right:
+        check(metric, {'model.head.num_classes': 10}, 'val_evaluator')
 
 
 @pytest.mark.parametrize('config', ['mask_rcnn', 'cascade_mask_rcnn'])

@@ -75,7 +75,7 @@ def convert(src, dst, backbone_only=False, trust_pickle=False, prefix=None):
 
     Raises:
         FileNotFoundError: If ``src`` or the directory of ``dst`` is missing.
-        IsADirectoryError: If ``dst`` is a directory.
+        IsADirectoryError: If one of them is a directory.
         FileExistsError: If it is ``src``.
         CheckpointError: If ``src`` cannot be read or is not one Conv2Former.
     """
@@ -83,6 +83,8 @@ def convert(src, dst, backbone_only=False, trust_pickle=False, prefix=None):
                        (dst.parent, 'directory to write into')):
         if not path.exists():
             raise FileNotFoundError(f'the {what} does not exist: {path}')
+    if src.is_dir():
+        raise IsADirectoryError(f'{src} is a directory; name a file in it')
     if dst.exists() and dst.samefile(src):
         raise FileExistsError(f'{dst} is the file to convert, of which only '
                               'the weights would be left; name another one')

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
@@ -115,6 +116,25 @@ def model_sizes(cfg: ConfigDict) -> dict[str, int]:
     if one_hot and settings.get('num_classes'):
         sizes[f'{where}.num_classes'] = settings['num_classes']
     return sizes
+
+
+def check_topk(metric: dict, sizes: dict[str, int], where: str) -> None:
+    """Check that a classifier has the classes that a metric counts up to.
+
+    Args:
+        metric (dict): Config of the metric.
+        sizes (dict[str, int]): Of :func:`model_sizes`.
+        where (str): Name of the setting, such as 'val_evaluator'.
+
+    Raises:
+        DataError: If it has not; mmpretrain would say so after an epoch.
+    """
+    topk, classes = metric.get('topk') or (), min(sizes.values(), default=0)
+    most = max(topk if isinstance(topk, (list, tuple)) else [topk], default=0)
+    if type_name(metric) == 'Accuracy' and classes and most > classes:
+        raise DataError(
+            f'{where}: topk={topk} asks for the {most} best classes, and the '
+            f'model has {classes}: set topk=(1, )')
 
 
 def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
@@ -285,11 +305,13 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
             # but a number of classes are for things.
             _check_sizes(data_set, meta.get('thing_classes') or classes, sizes,
                          exact)
+            _check_order(data_set, classes)
             if hasattr(data_set, 'cat_ids') and osp.isfile(data_set.ann_file):
                 coco_checks.check_ids(
                     data_set.ann_file, set(data_set.cat_img_map),
                     coco_checks.compare_categories(data_set))
                 if not data_set.test_mode:
+                    coco_checks.check_images(data_set.ann_file)
                     coco_checks.check_objects(data_set, len(found) == 1)
         # Only mmseg computes its loss from label maps as they are.
         limit = None
@@ -386,6 +408,18 @@ def _check_names(name: str, classes: Any) -> None:
             f"text '{classes}'. Write metainfo.classes=\"[{classes}]\"")
 
 
+def _check_order(data_set: Any, classes: Any) -> None:
+    """Refuse the names of class folders in another order than the labels."""
+    folders = _class_folders(data_set)
+    if folders and folders != list(classes) \
+            and folders == sorted(map(str, classes)):
+        raise DataError(
+            f'{describe(data_set)} numbers its class folders in alphabetical '
+            f'order, and metainfo.classes has them in another one: '
+            f'{some_of(list(classes), 5)} in place of {some_of(folders, 5)}. '
+            'Sort metainfo.classes of the data sets of train, val and test')
+
+
 def _check_sizes(data_set: Any, classes: Any, sizes: dict[str, int],
                  exact: bool) -> None:
     """Compare the number of classes with those that the model is made for."""
@@ -419,6 +453,7 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad']) -> None:
     if not hasattr(data_set, 'get_data_info'):
         return
     count = min(len(data_set), SAMPLE)
+    pixels = np.zeros(256, int)  # of each label
     for i in range(count):
         info = data_set.get_data_info(i * len(data_set) // count)
         path = info.get('img_path')
@@ -441,4 +476,25 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad']) -> None:
                 labels = load(dict(info))['gt_seg_map']
                 if local:
                     check_header(info, labels)
+                pixels += np.bincount(labels.ravel(), minlength=256)
+                ignored = load.ignore_index
                 break
+    if pixels.any():
+        _tell_lone_class(data_set, pixels, ignored, count)
+
+
+def _tell_lone_class(data_set: Any, pixels: np.ndarray, ignored: int,
+                     count: int) -> None:
+    """Warn where nothing can be learned but one class, as from masks of 0 and
+    255, and the measures would be perfect."""
+    classes = data_set.metainfo.get('classes') or ()
+    found = [label for label in np.flatnonzero(pixels) if label != ignored]
+    share = pixels[ignored] / pixels.sum() if ignored < 256 else 0
+    if share and len(found) < 2 <= len(classes):
+        names = [classes[label] for label in found if label < len(classes)]
+        print_log(
+            f'{describe(data_set)}: of {len(classes)} classes, the {count} '
+            f'label maps that were looked at have {some_of(names) or "none"}. '
+            f'{share:.0%} of their pixels are {ignored}, which is ignored. If '
+            'that is a class, write its number, counted from 0, in its place',
+            logger='current', level=logging.WARNING)

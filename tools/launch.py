@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config.utils import ConfigParsingError
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -122,12 +123,19 @@ def read_config(args: argparse.Namespace) -> Config:
         Config: The config; its work_dir is set.
 
     Raises:
-        SystemExit: If there is no such file, or --cfg-options has a key that
-            looks like a slip or does not fit the config.
+        SystemExit: If there is no such file or it cannot be read, or
+            --cfg-options has a key that looks like a slip or does not fit the
+            config.
     """
     if not osp.isfile(args.config):
         raise SystemExit(_no_config(args.config))
-    cfg = Config.fromfile(args.config)
+    try:
+        cfg = Config.fromfile(args.config)
+    except (AssertionError, ConfigParsingError, ImportError, OSError,
+            SyntaxError, ValueError) as error:
+        # A base that is missing, most often.
+        raise SystemExit(f"config '{args.config}' cannot be read: "
+                         f'{type(error).__name__}: {error}') from error
     if args.cfg_options is not None:
         _check_keys(args.cfg_options, cfg)
         try:
@@ -160,6 +168,8 @@ def _check_keys(options: dict, cfg: Config) -> None:
 
 def _no_config(path: str) -> str:
     """The message for a config that does not exist, with near names."""
+    if osp.isdir(path):
+        return f"config '{path}' is a folder; name a file in it"
     known = {}
     for folder in (Path(path).parent, *CONFIGS.glob('*')):
         for found in sorted(folder.glob('*.py')):
@@ -303,6 +313,8 @@ def check_file(path: str, what: str) -> None:
     Raises:
         SystemExit: If there is no such file.
     """
+    if osp.isdir(path):
+        raise SystemExit(f"{what} '{path}' is a folder; name a file in it")
     if '://' not in path and not osp.isfile(path):
         raise SystemExit(f"{what} '{path}' does not exist: give a path from "
                          f'{os.getcwd()}, a full one, or a URL')
@@ -491,6 +503,7 @@ def build_runner(cfg: Config) -> Runner:
         def build_and_compare(loop: Any) -> Any:
             loop = build_loop(loop)
             for metric in evaluators(cfg, part):
+                data_checks.check_topk(metric, sizes, f'{part}_evaluator')
                 coco_checks.check_metric(metric, loop.dataloader,
                                          f'{part}_evaluator')
             return loop

@@ -122,6 +122,9 @@ def _dump(cfg: Config, out: str) -> None:
     metrics = launch.evaluators(cfg, 'test')
     scope = cfg.get('default_scope')
     if scope == 'mmseg':
+        if out.endswith(('.pkl', '.pickle')) or osp.isfile(out):
+            raise SystemExit(f"--out '{out}': of segmentation label maps are "
+                             'written, as pictures; name a folder for them')
         launch.check_writable(out, '--out')
         # mmseg's metric writes label maps; a pickle would hold every logit.
         for metric in metrics:
