@@ -917,6 +917,14 @@ def test_schedules_that_undo_the_layer_decay_are_told(tool, setting, text):
     assert not tool('train').flat_schedules(cfg)
 
 
+def test_schedules_of_a_momentum_may_end_above_nothing(tool):
+    cfg = train_config(
+        tool, '--cfg-options', "param_scheduler=[dict(type="
+        "'CosineAnnealingMomentum',eta_min=0.85)]",
+        config='segmentation/upernet_conv2former_t_ade20k.py')
+    assert not tool('train').flat_schedules(cfg)
+
+
 def test_no_schedule_of_the_configs_undoes_the_layer_decay(tool):
     for path in CONFIGS.glob('*/*.py'):
         assert not tool('train').flat_schedules(Config.fromfile(path)), path

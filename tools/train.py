@@ -275,6 +275,8 @@ def flat_schedules(cfg: Config) -> list[str]:
     found = []
     for where, schedule in _schedules(cfg).items():
         kind = data_checks.type_name(schedule)
+        if not kind.endswith('LR'):  # of a momentum
+            continue
         if kind.startswith('OneCycle'):
             found.append(
                 f'{where}: {kind} has one rate for all groups, so that there '
