@@ -210,10 +210,11 @@ def _fetched(path: str) -> Iterator[str]:
 def _other_kind(path: str) -> str:
     """What a file is that torch does not read, and what to do; '' if unknown.
     """
-    if path.endswith('.safetensors') or _is_safetensors(path):
+    is_here = os.path.isfile(path)
+    if path.endswith('.safetensors') or is_here and _is_safetensors(path):
         return ('in the format of safetensors. Convert it once: torch.save('
                 'safetensors.torch.load_file(SRC), DST)')
-    if not os.path.isfile(path):
+    if not is_here:
         return ''
     # First, for zipfile finds files at the end of others.
     is_archive = tarfile.is_tarfile(path)
@@ -227,8 +228,6 @@ def _other_kind(path: str) -> str:
 
 def _is_safetensors(path: str) -> bool:
     """Whether a file begins as those do: with the length of a JSON object."""
-    if not os.path.isfile(path):
-        return False
     with open(path, 'rb') as file:
         start = file.read(9)
     return start[8:] == b'{' and 8 + int.from_bytes(
@@ -326,8 +325,9 @@ def find_prefix(weights: dict[str, Tensor],
     raise CheckpointError(
         f'Conv2Former is in the file under {", ".join(map(repr, found))}; '
         "name one: init_cfg=dict(type='Pretrained', checkpoint=..., "
-        f'prefix={found[0]!r}), or --prefix of tools/convert_checkpoint.py' +
-        ('' if prefix is None else f' instead of prefix={prefix!r}'))
+        f'prefix={found[0]!r})' +
+        ('' if prefix is None else f' instead of prefix={prefix!r}') +
+        ', or --prefix of tools/convert_checkpoint.py')
 
 
 def infer_arch(weights: dict[str, Tensor]) -> dict:

@@ -826,6 +826,8 @@ def test_samplers_without_end_need_no_whole_batch(pictures):
     loader = loader_of(pictures, batch_size=7, drop_last=True,
                        sampler=dict(type='InfiniteSampler'))
     data_checks.check_loader(loader, {}, exact=False)
+    assert not len(loader)  # as it says
+    assert len(next(iter(loader))['data_samples']) == 7
 
 
 def test_length_of_one_hot_labels_is_a_size_of_the_model():

@@ -1,6 +1,6 @@
 """Convert an official Conv2Former checkpoint to the names of OpenMMLab.
 
-    python tools/convert_checkpoint.py SRC DST [--backbone-only]
+    python tools/convert_checkpoint.py SRC DST [options]
 
 DST holds tensors only, under ``backbone.``, ``neck.`` and ``head.`` as
 mmpretrain's ImageClassifier names them; it works as ``load_from`` of a

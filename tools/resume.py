@@ -3,6 +3,7 @@
 mmengine takes the settings of the optimizer and of the schedules from the
 checkpoint, whatever the config says; :class:`ResumedSettings` tells which.
 """
+import math
 import os
 import zipfile
 from collections.abc import Iterator, Set
@@ -11,6 +12,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, find_latest_checkpoint
+from torch.optim import Optimizer
 
 import data_checks
 import launch
@@ -118,8 +120,14 @@ class ResumedSettings(Hook):
         """
         anew = ('without --resume, from its weights: --cfg-options '
                 f'load_from={runner.cfg.get("load_from") or "PATH"}')
-        kept = [*_optimizer_settings(runner, checkpoint, anew),
-                *_schedule_settings(runner, checkpoint)]
+        # Of several optimizers they are by name.
+        saved = checkpoint.get('optimizer', {}).get('param_groups')
+        kept = []
+        if saved and isinstance(runner.optim_wrapper.param_groups, list):
+            _check_optimizer(runner.optim_wrapper.optimizer, saved, anew)
+            kept += _optimizer_settings(
+                runner.optim_wrapper.param_groups, saved)
+        kept += _schedule_settings(runner, checkpoint)
         if kept:
             runner.logger.warning(
                 'The checkpoint overrules the config: ' + '; '.join(kept) +
@@ -133,37 +141,39 @@ class ResumedSettings(Hook):
                     f'{last}, and the checkpoint has seen {done}')
 
 
-def _optimizer_settings(runner: Runner, checkpoint: dict,
-                        anew: str) -> Iterator[str]:
-    """Settings of the optimizer that are others in the checkpoint."""
-    saved = checkpoint.get('optimizer', {}).get('param_groups')
-    own = runner.optim_wrapper.param_groups
-    if not saved or not isinstance(own, list):  # none, or several optimizers
-        return
-    optimizer = runner.optim_wrapper.optimizer
+def _check_optimizer(optimizer: Optimizer, saved: list[dict],
+                     anew: str) -> None:
+    """Refuse the groups of another optimizer, whose state would be missed."""
     names = {*saved[0]} - _NOT_SETTINGS
+    known = {*optimizer.defaults} - _NOT_SETTINGS
     # Versions of torch add settings, so that one of the two may have more.
-    more, less = names - {*optimizer.defaults}, {*optimizer.defaults} - names
-    less -= _NOT_SETTINGS
-    if more and less:
+    if names - known and known - names:
         raise SystemExit(
             'the checkpoint was trained with another optimizer than '
-            f'{type(optimizer).__name__}: it has {", ".join(sorted(more))} '
-            f'and no {", ".join(sorted(less))}. Resume with the optimizer '
+            f'{type(optimizer).__name__}: it has '
+            f'{", ".join(sorted(names - known))} and no '
+            f'{", ".join(sorted(known - names))}. Resume with the optimizer '
             f'that it was trained with, or start {anew}')
+
+
+def _optimizer_settings(own: list[dict], saved: list[dict]) -> list[str]:
+    """Settings of the optimizer that are others in the checkpoint, in the
+    first group where there are any."""
     for theirs, ours in zip(saved, own):
-        rates = [
+        rate, own_rate = (
             group.get('initial_lr', group['lr']) / group.get('lr_scale', 1.)
-            for group in (theirs, ours)
+            for group in (theirs, ours))
+        different = [
+            (key, theirs[key], ours[key])
+            for key in sorted({*theirs} & {*ours} - _NOT_SETTINGS)
+            if theirs[key] != ours[key]
         ]
-        different = [('lr', *rates)] if abs(
-            rates[0] - rates[1]) > 1e-6 * rates[1] else []
-        different += [(key, theirs[key], ours[key]) for key in sorted(names)
-                      if key in ours and theirs[key] != ours[key]]
-        for key, value, instead in different:
-            yield f'{key} of the optimizer {value} (config: {instead})'
+        if not math.isclose(rate, own_rate, rel_tol=1e-6):
+            different.insert(0, ('lr', rate, own_rate))
         if different:
-            return
+            return [f'{key} of the optimizer {value} (config: {instead})'
+                    for key, value, instead in different]
+    return []
 
 
 def _schedule_settings(runner: Runner, checkpoint: dict) -> Iterator[str]:

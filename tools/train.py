@@ -331,9 +331,9 @@ def main(argv: list[str] | None = None) -> None:
             runner.register_hook(BoxesInFloat32())
         if cfg.get('resume'):
             runner.register_hook(resume.ResumedSettings())
-        if cfg.get('resume') and cfg.get('load_from') and isinstance(
-                runner.model, nn.Module):  # FlexibleRunner builds it later
-            launch.check_weights(runner.model, cfg.load_from)
+            if cfg.get('load_from') and isinstance(
+                    runner.model, nn.Module):  # FlexibleRunner builds it later
+                launch.check_weights(runner.model, cfg.load_from)
         try:
             runner.train()
         except CheckpointError as error:  # of an init_cfg
