@@ -1194,6 +1194,18 @@ def test_masks_in_black_and_white_are_told(colours, is_told, ade20k, copy,
                 f'{names}. {share} of their pixels are 255') in told[0]
 
 
+def test_label_maps_of_other_types_are_not_counted(ade20k, copy, monkeypatch):
+    told = []
+    monkeypatch.setattr(data_checks, 'print_log',
+                        lambda text, **_: told.append(text))
+    monkeypatch.setattr(
+        checked_load.CheckedLoad, '__call__', lambda self, info: dict(
+            gt_seg_map=np.full((2, 2), 65535), **info))
+    monkeypatch.setattr(data_checks, 'check_header', lambda *_: None)
+    check(ADE20K, copy(ade20k))
+    assert not told
+
+
 @pytest.mark.parametrize('size', [(7, 1), (1, 5)])
 def test_label_maps_keep_sides_of_one_pixel(size, ade20k, copy):
     data = copy(ade20k)

@@ -476,8 +476,9 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad']) -> None:
                 labels = load(dict(info))['gt_seg_map']
                 if local:
                     check_header(info, labels)
-                pixels += np.bincount(labels.ravel(), minlength=256)
-                ignored = load.ignore_index
+                if labels.dtype == np.uint8:  # as mmseg's own loader gives
+                    pixels += np.bincount(labels.ravel(), minlength=256)
+                    ignored = load.ignore_index
                 break
     if pixels.any():
         _tell_lone_class(data_set, pixels, ignored, count)
