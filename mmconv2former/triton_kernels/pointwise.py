@@ -126,7 +126,7 @@ def _operands_of(parameters: Sequence[Tensor], dtype: torch.dtype,
                  scale: Tensor | None) -> tuple[list, list, tuple[int, ...]]:
     """The pointers of the kernel for a branch, its operands, and the sizes."""
     *linears, dw_weight, dw_bias, out_weight, out_bias = (
-        p.detach().contiguous() for p in parameters)
+        p.contiguous() for p in parameters)
     weight0, bias0, weight1, bias1 = *linears, *(4 - len(linears)) * (None, )
     rows0, columns = weight0.shape[:2]
     rows1 = 0 if weight1 is None else len(weight1)
@@ -135,11 +135,11 @@ def _operands_of(parameters: Sequence[Tensor], dtype: torch.dtype,
     in_weight = weight0.new_empty((rows0 + rows1, columns), dtype=dtype)
     in_bias = bias0.new_empty(rows0 + rows1, dtype=dtype)
     out = out_weight.new_empty((out_rows, c), dtype=dtype)
-    copied_bias = out_bias.new_empty(out_rows, dtype=dtype)
+    copied_bias = torch.empty_like(out_bias, dtype=dtype)
     taps = dw_weight.new_empty((k, k, c, 1), dtype=torch.float32)
     scaled = None
     if scale is not None:
-        scale, scaled = scale.detach().contiguous(), torch.empty_like(out)
+        scale, scaled = scale.contiguous(), torch.empty_like(out)
     return ([weight0, weight1, bias0, bias1, dw_weight, out_weight, out_bias,
              scale, in_weight, in_bias, taps, out, copied_bias, scaled],
             [in_weight, in_bias, taps.permute(2, 3, 0, 1), dw_bias, out,
