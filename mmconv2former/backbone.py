@@ -132,6 +132,16 @@ def _children(module: nn.Module, *names: str) -> list[nn.Module]:
     return [modules[name] for name in names]
 
 
+def _branch(norm: nn.Module, scale: Tensor, layers: Iterable[nn.Module],
+            keep: Tensor | None) -> Branch:
+    parameters = []
+    for layer in (norm, *layers):
+        own = layer._parameters
+        parameters += own['weight'], own['bias']
+    parameters.insert(2, scale)
+    return Branch(parameters, norm.eps, keep)
+
+
 class ConvModulation(nn.Module):
     """``W_proj(fuse(DW_k(GELU(W_a LN(x))), W_v LN(x)))`` (paper, eq. 3-5).
 
@@ -161,7 +171,7 @@ class ConvModulation(nn.Module):
         """As :func:`mmconv2former.fused_block.fused_block` takes it."""
         norm, att, v, proj = _children(self, 'norm', 'att', 'v', 'proj')
         z, _, depthwise = att._modules.values()
-        return Branch(norm, (z, v, depthwise, proj), scale, keep)
+        return _branch(norm, scale, (z, v, depthwise, proj), keep)
 
 
 class MLP(nn.Module):
@@ -187,7 +197,7 @@ class MLP(nn.Module):
     def branch(self, scale: Tensor, keep: Tensor | None) -> Branch:
         """As :func:`mmconv2former.fused_block.fused_block` takes it."""
         norm, *layers = _children(self, 'norm', 'fc1', 'pos', 'fc2')
-        return Branch(norm, layers, scale, keep)
+        return _branch(norm, scale, layers, keep)
 
 
 class Block(nn.Module):

@@ -22,7 +22,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import dispatch
 from .dispatch import (
@@ -31,7 +31,7 @@ from .dispatch import (
     refuse_second_derivatives,
     without_autocast,
 )
-from .operators import LayerNorm2d, at_least_fp32
+from .operators import at_least_fp32
 from .products import (
     linear,
     linear_grad_input,
@@ -46,17 +46,17 @@ class Branch(NamedTuple):
     """What a residual branch consists of, but for its middle.
 
     Attributes:
-        norm (LayerNorm2d): The layer norm.
-        layers (tuple[nn.Module]): The first linear layers, whose outputs stand
-            side by side (two of (C, C) for 'gate', one of (O, C) for
-            'position'), the depthwise convolution, and the last linear layer,
-            (C, C) or (C, O). Linear layers may be 1x1 convolutions.
-        scale (Tensor): Layer scale, (C, ).
+        parameters (list[Tensor]): Weight and bias of the layer norm, the layer
+            scale, (C, ), and weight and bias of each layer: of the first
+            linear layers, whose outputs stand side by side (two of (C, C) for
+            'gate', one of (O, C) for 'position'), of the depthwise
+            convolution, and of the last linear layer, (C, C) or (C, O).
+            Linear layers may be 1x1 convolutions.
+        eps (float): Of the layer norm.
         keep (Tensor, optional): Drop path, (N, 1, 1, 1).
     """
-    norm: LayerNorm2d
-    layers: tuple[nn.Module, ...]
-    scale: Tensor
+    parameters: list[Tensor]
+    eps: float
     keep: Tensor | None
 
 
@@ -313,12 +313,6 @@ class BlockFunction(torch.autograd.Function):
             return _whole(outs), None, None, None, None, *chain(*grads)
 
 
-def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Parameters of a layer; as attributes they take ten times as long."""
-    parameters = layer._parameters
-    return parameters['weight'], parameters['bias']
-
-
 def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
     """The residual branches of a block, with less work where nothing wants
     gradients.
@@ -330,31 +324,26 @@ def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
     Returns:
         Tensor: (N, H, W, C).
     """
-    branches = modulation, mlp
-    layers = [[p for layer in branch.layers
-               for p in _weight_and_bias(layer)] for branch in branches]
-    own, others = (
-        (*_weight_and_bias(branch.norm), branch.scale, *parameters)
-        for branch, parameters in zip(branches, layers))
+    (own, eps, keep), (others, mlp_eps, mlp_keep) = modulation, mlp
     if torch.is_grad_enabled() and any(
             t.requires_grad for t in (x, *own, *others)):
-        return BlockFunction.apply(
-            x, modulation.keep, mlp.keep,
-            (modulation.norm.eps, mlp.norm.eps), len(own), *own, *others)
+        return BlockFunction.apply(x, keep, mlp_keep, (eps, mlp_eps), len(own),
+                                   *own, *others)
+    layers = own[3:], others[3:]
     scales = [_absorb_scale(x, branch, parameters)
-              for branch, parameters in zip(branches, layers)]
+              for branch, parameters in zip((modulation, mlp), layers)]
+    weights = prepare(x, layers)
     return infer(x, *(
-        InferenceBranch(*_weight_and_bias(branch.norm), branch.norm.eps,
-                        weights, scale, branch.keep)
-        for branch, weights, scale in zip(branches, prepare(x, layers),
-                                          scales)))
+        InferenceBranch(*branch.parameters[:2], branch.eps, w, scale,
+                        branch.keep)
+        for branch, w, scale in zip((modulation, mlp), weights, scales)))
 
 
 def _absorb_scale(x: Tensor, branch: Branch,
                   parameters: list[Tensor]) -> Tensor | None:
     """Multiply the last parameters of a branch by the layer scale, in the
     list, where that costs nothing; returns the scale where not."""
-    scale, (weight, bias) = branch.scale, parameters[-2:]
+    scale, (weight, bias) = branch.parameters[2], parameters[-2:]
     if branch.keep is not None or x.device.type != 'cpu' \
             or x.numel() <= weight.numel() \
             or product_dtype(x) != torch.bfloat16:

@@ -1,5 +1,6 @@
 """Digits: the data, the three configs and the report."""
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -370,7 +371,7 @@ def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
     monkeypatch.setattr(sys, 'argv', [
         'report.py', '--work-dirs',
         str(work_dirs), '--data',
-        str(data), '--compare', '--picture',
+        str(data), '--compare', '--scenes', '1000', '--picture',
         str(tmp_path / 'docs/digits.png')
     ])
     report.main()
@@ -387,6 +388,20 @@ def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
     picture = cv2.imread(str(tmp_path / 'docs/digits.png'))
     assert picture.std() > 10
     assert (tmp_path / 'docs/digits.png').stat().st_size < 300_000
+
+    (tmp_path / 'file').touch()
+    for option, path, message in (
+            ('--picture', 'docs', 'docs is a folder: name a PNG'),
+            ('--picture', 'file/a.png', 'cannot be written: .*file'),
+            ('--out', 'file/a.html', 'cannot be written: .*file'),
+            ('--data', 'docs', 'no scenes in .*quickstart.sh')):
+        monkeypatch.setattr(sys, 'argv', [
+            'report.py', '--work-dirs', str(work_dirs), '--data', str(data),
+            '--scenes', '1', option, str(tmp_path / path)])
+        with pytest.raises(SystemExit) as end:
+            report.main()
+        told = capsys.readouterr().err or str(end.value)
+        assert re.search(message, told), told
 
 
 @pytest.mark.parametrize('seconds, missing', [

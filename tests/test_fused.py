@@ -582,11 +582,12 @@ def test_plain_path_calls_every_layer():
     'attn', 'attn.norm', 'attn.att', 'attn.att.1', 'attn.proj', 'mlp',
     'mlp.pos', 'drop_path'])
 def test_hooks_of_every_module_of_a_block_are_called(name, register):
-    model = Conv2Former(TINY)
+    model, x = Conv2Former(TINY), torch.randn(1, 3, 32, 32)
+    model(x)
     called = []
     register(model.stages[0][0].get_submodule(name),
              lambda *_: called.append(1))
-    model(torch.randn(1, 3, 32, 32))
+    model(x)
     assert set(called) == {1}
 
 
@@ -627,9 +628,9 @@ def test_hooks_of_all_modules_are_called_for_each():
 def test_blocks_changed_in_ways_that_work_compute_the_same(change,
                                                            monkeypatch):
     torch.manual_seed(0)
-    model = block(8, 5).float()
+    model, x = block(8, 5).float(), torch.randn(2, 8, 6, 7)
+    assert came_from_fused_path(model(x))
     change(model)
-    x = torch.randn(2, 8, 6, 7)
     out = model(x)
     assert not came_from_fused_path(out)
     monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
@@ -644,10 +645,11 @@ def test_blocks_changed_in_ways_that_work_compute_the_same(change,
     (lambda block: setattr(block.mlp.fc1, 'bias', nn.Parameter(
         torch.ones(31))), 'expected bias')])
 def test_layers_that_do_not_fit_are_errors_of_torch(change, error):
-    model = block(8, 5).float()
+    model, x = block(8, 5).float(), torch.randn(2, 8, 6, 7)
+    model(x)
     change(model)
     with pytest.raises(RuntimeError, match=error):
-        model(torch.randn(2, 8, 6, 7))
+        model(x)
 
 
 @pytest.mark.parametrize('name', ['attn.att.2', 'mlp.pos'])
@@ -657,6 +659,7 @@ def test_layers_that_do_not_fit_are_errors_of_torch(change, error):
 def test_depthwise_convolutions_of_other_options_are_recognised(name, option,
                                                                 value):
     model = block(8, 5)
+    assert model.modified(8, torch.device('cpu')) is None
     layer = model.get_submodule(name)
     setattr(layer, option, value)
     assert model.modified(8, torch.device('cpu')) is layer
@@ -664,14 +667,27 @@ def test_depthwise_convolutions_of_other_options_are_recognised(name, option,
 
 def test_gelu_of_tanh_is_recognised():
     model = block(8, 5)
-    model.attn.att[1] = nn.GELU('tanh')
+    assert model.modified(8, torch.device('cpu')) is None
+    model.attn.att[1].approximate = 'tanh'
     assert model.modified(8, torch.device('cpu')) is model.attn.att[1]
 
 
 def test_further_layers_of_a_branch_are_recognised():
     model = block(8, 5)
+    assert model.modified(8, torch.device('cpu')) is None
     model.attn.att.append(nn.Identity())
     assert model.modified(8, torch.device('cpu')) is model.attn.att
+
+
+def test_weights_cut_in_place_are_recognised():
+    model = block(8, 5)
+    assert model.modified(8, torch.device('cpu')) is None
+    model.mlp.fc2.weight.data = model.mlp.fc2.weight.data[:4]
+    assert model.modified(8, torch.device('cpu')) is model.mlp.fc2
+    model = block(8, 5)
+    assert model.modified(8, torch.device('cpu')) is None
+    assert model.modified(4, torch.device('cpu')) is model.attn.norm
+    assert model.modified(8, torch.device('meta')) is model.attn.norm
 
 
 @pytest.mark.parametrize('capability, has_bf16, has_fp16, emulated', [
@@ -827,6 +843,7 @@ def test_branches_of_other_classes_are_called():
             return 0 * super().forward(x)
 
     model = Conv2Former(TINY)
+    assert takes_fused(model)
     block = model.stages[0][0]
     block.mlp = Other(8, 4.)
     assert not takes_fused(model)

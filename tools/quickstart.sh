@@ -35,7 +35,11 @@ while [ $# -gt 0 ]; do
             shift $(($# < 2 ? $# : 2))
             ;;
         --picture)
-            report+=("$1" "$(realpath -m -- "${2:?--picture needs a file}")")
+            if [ -z "${2-}" ] || [ -d "$2" ]; then
+                echo "quickstart.sh: --picture needs a file, got '${2-}'" >&2
+                exit 2
+            fi
+            report+=("$1" "$(realpath -m -- "$2")")
             shift 2
             ;;
         -h | --help)

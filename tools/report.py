@@ -479,7 +479,10 @@ def parse_args() -> argparse.Namespace:
         '--picture',
         type=Path,
         help='write all three tasks in one PNG too, such as docs/digits.png')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.picture and args.picture.is_dir():
+        parser.error(f'--picture {args.picture} is a folder: name a PNG in it')
+    return args
 
 
 def make_report(args: argparse.Namespace) -> None:
@@ -497,7 +500,10 @@ def make_report(args: argparse.Namespace) -> None:
         out /= 'report.html'
     seconds = read_seconds(args.work_dirs / 'digits/seconds.tsv')
     rows = make_rows(args.work_dirs, seconds, args.compare)
-    names = [f'{i:04}.png' for i in range(args.scenes)]
+    names = [path.name for path in sorted(
+        (args.data / 'scenes/val').glob('*.png'))][:args.scenes]
+    if not names:
+        raise FileNotFoundError(f'no scenes in {args.data / "scenes/val"}')
     pictures = {
         'Training loss':
         to_png(paint_losses(args.work_dirs, args.compare), 110),
@@ -507,11 +513,11 @@ def make_report(args: argparse.Namespace) -> None:
         to_png(paint_scenes(args.work_dirs, args.data, names), 110),
     }
     write_page(out, rows, pictures)
+    print(format_text(rows))
     if args.picture:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
         overview = paint_overview(args.work_dirs, args.data, names[:3])
         args.picture.write_bytes(to_png(overview, 100))
-    print(format_text(rows))
     print(f'report: {out}')
 
 
@@ -525,6 +531,8 @@ def main() -> None:
             f'there is no report to make: {error}. Run bash '
             f'tools/quickstart.sh{compare} first, or say with --work-dirs and '
             '--data where its runs and data are') from error
+    except OSError as error:
+        raise SystemExit(f'the report cannot be written: {error}') from error
 
 
 if __name__ == '__main__':

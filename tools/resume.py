@@ -138,7 +138,9 @@ class ResumedSettings(Hook):
             if last is not None and done is not None and done >= last:
                 runner.logger.warning(
                     f'Nothing is left to train: train_cfg.max_{unit}s is '
-                    f'{last}, and the checkpoint has seen {done}')
+                    f'{last}, and the checkpoint has seen {done}. Validation '
+                    'that was cut short is not made up for; tools/test.py '
+                    'evaluates the checkpoint')
 
 
 def _check_optimizer(optimizer: Optimizer, saved: list[dict],
