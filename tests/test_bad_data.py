@@ -982,6 +982,18 @@ def test_folder_without_class_folders_is_named(kind, metainfo, pictures):
         check(IN1K, pictures, type=kind, metainfo=metainfo)
 
 
+@pytest.mark.parametrize('line', ['a/1.jpg', 'a/1.jpg,0', '', 'a/1.jpg cat'])
+def test_lines_of_a_list_in_another_form_are_named(line, pictures):
+    (pictures / 'train.txt').write_text(f'a/0.jpg 0\n{line}\nb/0.jpg 1\n')
+    with pytest.raises(DataError, match=(
+            f"line 2 of {pictures}/train.txt is '{line}'; expected the pa")):
+        data_checks.build_loader(Runner.build_dataloader, dict(
+            dataset=dict(
+                type='mmpretrain.CustomDataset', data_root=str(pictures),
+                ann_file='train.txt', data_prefix='train',
+                metainfo=dict(classes=['a', 'b']))))
+
+
 def test_class_folders_without_images_are_refused(pictures):
     with pytest.raises(DataError, match='has no images. Compare'):
         check(IN1K, pictures, extensions=['.tiff'])

@@ -517,6 +517,17 @@ def test_directory_is_no_file_to_convert_to(tmp_path):
         convert_checkpoint.convert(dst, tmp_path / 'b.pth')
 
 
+def test_weights_that_are_no_numbers_are_not_converted(tmp_path):
+    src, dst = tmp_path / 'a.pth', tmp_path / 'b.pth'
+    broken = {key: value.clone() for key, value in GOOD.items()}
+    name = next(key for key in broken if key.endswith('mlp.fc1.weight'))
+    broken[name].view(-1)[0] = float('nan')
+    torch.save(broken, src)
+    with pytest.raises(CheckpointError, match=f'1 tensors hold NaN .*{name}'):
+        convert_checkpoint.convert(src, dst)
+    assert list(tmp_path.iterdir()) == [src]
+
+
 def test_conversion_does_not_overwrite_its_source(tmp_path):
     src = tmp_path / 'a.pth'
     torch.save(GOOD, src)

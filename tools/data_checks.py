@@ -151,8 +151,8 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
     Raises:
         DataError: If an annotation file is no JSON or incomplete, if there
             is no image or no object to train on, if there are not as many
-            class folders as classes, or if the type of the data set has
-            classes of its own.
+            class folders as classes or a list of images is of another form,
+            or if the type of the data set has classes of its own.
     """
     if isinstance(cfg, dict) and not cfg.get('num_workers'):
         # torch refuses to keep workers where there are none.
@@ -188,6 +188,7 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
                       'label maps)')
         else:
             if isinstance(error, (TypeError, ValueError)):
+                _explain_lists(_unread(cfg['dataset']))
                 coco_checks.explain_entries(_unread(cfg['dataset']))
             raise
         settings = {
@@ -201,6 +202,30 @@ def _unread(cfg: ConfigDict) -> Iterator[Any]:
     """Build data sets that know paths and classes, and have read nothing."""
     for _, leaf in data_sets(cfg, ''):
         yield DATASETS.build({**leaf, 'lazy_init': True})
+
+
+def _explain_lists(unread: Iterable[Any]) -> None:
+    """mmpretrain reads a path, a space and a number from each line of a list.
+
+    Args:
+        unread (Iterable[object]): The data sets, not loaded.
+
+    Raises:
+        DataError: If a line is another one.
+    """
+    for data_set in unread:
+        path = getattr(data_set, 'ann_file', None)
+        if not getattr(data_set, 'with_label', False) or not path \
+                or not osp.isfile(path):
+            continue
+        with open(path) as lines:
+            for number, line in enumerate(lines, 1):
+                _, _, label = line.strip().rpartition(' ')
+                if not label.isdecimal() or label == line.strip():
+                    raise DataError(
+                        f'line {number} of {path} is {line.rstrip()!r}; '
+                        'expected the path of an image, a space and the '
+                        'number of its class, from 0')
 
 
 def _explain_class_folders(unread: Iterable[Any]) -> None:
