@@ -97,10 +97,10 @@ class Stem(nn.Sequential):
         x = dispatch.channels_last(x)  # as all that follows
         if not self.fused:
             return super().forward(x)
-        faster = {nn.BatchNorm2d: fused_stem.batch_norm,
-                  nn.GELU: fused_stem.gelu}
+        better = {nn.Conv2d: fused_stem.convolution, nn.GELU: fused_stem.gelu,
+                  nn.BatchNorm2d: fused_stem.batch_norm}
         for layer in self:
-            run = faster.get(type(layer))
+            run = better.get(type(layer))
             x = run(x, layer) if run else layer(x)
         return x
 

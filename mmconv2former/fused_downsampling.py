@@ -14,6 +14,7 @@ from .dispatch import (
     refuse_second_derivatives,
     without_autocast,
 )
+from .fused_stem import convolution
 from .operators import LayerNorm2d, at_least_fp32, to_nchw, to_nhwc
 from .products import linear, linear_grad_input, linear_grad_params
 
@@ -83,13 +84,13 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
     # and under autocast reads and writes fp32.
     # Kernels are asked for, and so compiled, where nothing else is in the way.
     if dispatch.find_obstacle(x) or dispatch.kernels_for(x) is torch_kernels:
-        return conv(norm(x))
+        return convolution(norm(x), conv)
     if not _is_unmodified(x, norm, conv) or norm.weight is None \
             and any(t.requires_grad for t in (x, conv.weight, conv.bias)):
         if not torch.compiler.is_compiling():
             log_once('plain operators of a downsampling, because its layers '
                      'were replaced or have hooks')
-        return conv(norm(x))
+        return convolution(norm(x), conv)
     return to_nchw(
         DownsamplingFunction.apply(to_nhwc(x), norm.weight, norm.bias,
                                    norm.eps, conv.weight, conv.bias))

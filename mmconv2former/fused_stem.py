@@ -12,7 +12,7 @@ patches that the pass before it writes. The functions down to
 :mod:`mmconv2former.triton_kernels.stem`.
 
 On CPUs only the batch norms and GELU are replaced: torch's take about twice as
-long where channels are last in memory.
+long where channels are last in memory; and convolutions that it gets wrong.
 
 Tensors are (N, H, W, C) where nothing else is said.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from . import dispatch
 from .dispatch import (
+    autocast_dtype,
     is_gelu,
     is_intercepted,
     is_plain,
@@ -393,6 +394,33 @@ def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
         return layer(x)
     # It does so for what it calls contiguous.
     return to_nchw(layer(to_nhwc(x)))
+
+
+def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """``layer(x)``, in fp32 where torch gets it wrong in bf16.
+
+    That is, on CPUs with AMX, where the result is one pixel wide
+    (https://github.com/pytorch/pytorch/issues/163347).
+
+    Args:
+        x (Tensor): (N, C, H, W).
+        layer (nn.Conv2d): The layer.
+
+    Returns:
+        Tensor: (N, C', H', W').
+    """
+    if autocast_dtype(x) != torch.bfloat16 or type(layer) is not nn.Conv2d \
+            or layer.padding_mode != 'zeros' \
+            or isinstance(layer.padding, str) or not _can_replace(x, layer):
+        return layer(x)
+    reach = layer.dilation[1] * (layer.kernel_size[1] - 1) + layer.stride[1]
+    if x.shape[3] + 2 * layer.padding[1] > reach:
+        return layer(x)
+    with torch.autocast('cpu', enabled=False):
+        bias = layer.bias if layer.bias is None else layer.bias.float()
+        out = F.conv2d(x.float(), layer.weight.float(), bias, layer.stride,
+                       layer.padding, layer.dilation, layer.groups)
+    return out.bfloat16()
 
 
 def _can_replace(x: Tensor, layer: nn.Module) -> bool:

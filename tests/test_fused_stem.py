@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmconv2former import fused_stem
+from mmconv2former import Conv2Former, fused_stem
 from mmconv2former.backbone import STEMS, Stem
 
 
@@ -255,3 +255,38 @@ def test_stem_is_as_exact_as_its_layers_on_a_gpu(name, dim, size, dtype,
         assert torch.equal(o, a)
         if o.is_floating_point():
             assert (o - t).norm() <= 2 * (p - t).norm() + 1e-6 * t.norm()
+
+
+@pytest.mark.parametrize('width, kernel_size, stride, padding', [
+    (1, 3, 2, 1), (2, 3, 2, 1), (3, 3, 2, 1), (2, 2, 2, 0), (3, 2, 2, 0),
+    (4, 2, 2, 0), (4, 4, 4, 0), (7, 4, 4, 0), (8, 4, 4, 0)])
+@pytest.mark.parametrize('autocast', [True, False])
+def test_convolutions_to_one_column_are_right_in_bf16(
+        width, kernel_size, stride, padding, autocast):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 64, kernel_size, stride, padding)
+    x = torch.randn(2, 32, 20, width).bfloat16().float()
+    layer.weight.data = layer.weight.data.bfloat16().float()
+    expected = layer(x)
+    if not autocast:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    x.requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        out = fused_stem.convolution(x, layer)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
+    out.sum().backward()
+    assert x.grad.isfinite().all() and layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('arch, height, width', [
+    (dict(depths=[1], dims=[320], kernel_size=3, stem='3conv'), 64, 24),
+    (dict(depths=[1], dims=[64], kernel_size=3), 32, 6)])
+def test_thin_images_are_right_in_bf16(arch, height, width):
+    torch.manual_seed(0)
+    model, x = Conv2Former(arch).eval(), torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        expected, = model(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            out, = model(x)
+    assert (out - expected).norm() < 0.05 * expected.norm()
