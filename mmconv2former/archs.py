@@ -108,5 +108,7 @@ def describe_arch(settings: dict) -> str:
             rest = f' with kernel_size={settings["kernel_size"]}'
     depths, dims = ('-'.join(map(str, settings[key]))
                     for key in ('depths', 'dims'))
+    stem = {'conv': '', None: ', a stem of another kind'}.get(
+        settings['stem'], f', stem {settings["stem"]}')
     return (f'arch {name}{rest} (depths {depths}, dims {dims}, kernel '
-            f'{settings["kernel_size"]})')
+            f'{settings["kernel_size"]}{stem})')

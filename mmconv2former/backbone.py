@@ -484,7 +484,7 @@ class Conv2Former(PretrainedModule):
             raise ValueError('dims must begin with 4 channels or more, of '
                              'which the first convolutions of the stem make '
                              f'half or a quarter, got {self.arch["dims"]}')
-        if fusion not in FUSIONS:
+        if not isinstance(fusion, str) or fusion not in FUSIONS:
             raise ValueError(f'unknown fusion {fusion!r}; expected one of '
                              f'{", ".join(FUSIONS)}')
         if not isinstance(mlp_ratio, (int, float)) \
@@ -512,14 +512,16 @@ class Conv2Former(PretrainedModule):
         num_stages = len(self.arch['depths'])
         if isinstance(out_indices, int):
             out_indices = (out_indices, )
-        if not isinstance(out_indices, Iterable) or not out_indices or not all(
+        indices = tuple(out_indices) if isinstance(out_indices, Iterable) \
+            else ()
+        if not indices or not all(
                 type(i) is int and -num_stages <= i < num_stages
-                for i in out_indices):
+                for i in indices):
             raise ValueError(
                 f'out_indices must name stages in {-num_stages} .. '
                 f'{num_stages - 1} of an arch with {num_stages} stages, got '
                 f'{out_indices!r}')
-        return tuple(sorted({i % num_stages for i in out_indices}))
+        return tuple(sorted({i % num_stages for i in indices}))
 
     def load_pretrained(self, checkpoint: str,
                         prefix: str | None = None) -> None:
@@ -629,10 +631,10 @@ class Conv2Former(PretrainedModule):
         if num_layers is None:
             num_layers = depths[0] if len(depths) == 1 else (
                 12 if depths[deep] > 12 else 6)
-        if num_layers < len(depths):
+        if type(num_layers) is not int or num_layers < len(depths):
             raise ValueError(
-                f'num_layers must be at least {len(depths)}, the number of '
-                f'stages, got {num_layers}')
+                f'num_layers must be an integer of at least {len(depths)}, '
+                f'the number of stages, got {num_layers!r}')
         if decay_type not in ('layer_wise', 'stage_wise'):
             raise ValueError("decay_type must be 'layer_wise' or "
                              f"'stage_wise', got {decay_type!r}")

@@ -35,6 +35,10 @@ _HEAD_LAYERS = {
 }
 # Kernel of the stem's last convolution -> name of the stem.
 _STEM_OF_KERNEL = {2: 'conv', 16: 'patch', 4: '3conv'}
+# Of an init_cfg; tensors are read to the CPU whatever map_location says.
+_PRETRAINED_KEYS = {'type', 'checkpoint', 'prefix', 'map_location'}
+# What torch.compile and FSDP put into the names of the modules they wrap.
+WRAPPER = re.compile(r'\b(_orig_mod|_fsdp_wrapped_module)\.')
 
 
 class CheckpointError(ValueError):
@@ -159,6 +163,7 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
         object: What the file holds, tensors on the CPU.
 
     Raises:
+        OSError: If there is no such file.
         CheckpointError: If the file cannot be fetched, is damaged or of
             another kind, or holds an object that is neither a tensor nor
             plain data and is not trusted.
@@ -276,7 +281,7 @@ def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
     if isinstance(weights, nn.Module):  # from a pickle that is trusted
         weights = weights.state_dict()
     tensors = {
-        key: value
+        WRAPPER.sub('', key) if isinstance(key, str) else key: value
         for key, value in (
             weights.items() if isinstance(weights, dict) else ())
         if isinstance(value, Tensor)
@@ -422,6 +427,10 @@ def load_backbone(backbone: nn.Module,
     # have, nothing depends.
     ours = {key: value for key, value in backbone.state_dict().items()
             if key in theirs or not key.endswith('num_batches_tracked')}
+    if 'stages.0.0.zv.weight' in ours:
+        raise CheckpointError(
+            f'{path} cannot be loaded after fuse_for_inference: load it into '
+            'the model before that')
     problems = _misfits(theirs, ours, len(backbone.stages))
     if problems:
         file, model = (describe_arch(arch)
@@ -432,6 +441,7 @@ def load_backbone(backbone: nn.Module,
             ('and so is the model: compare in_channels, mlp_ratio and fusion'
              if file == model else f'the model is {model}. Name the arch of '
              'the file in the config, or another file'))
+    _refuse_meta(ours, path)
     loaded = {key: value for key, value in theirs.items() if key in ours}
     backbone.load_state_dict(loaded, strict=False)
 
@@ -447,6 +457,14 @@ def load_backbone(backbone: nn.Module,
         f'{kind}' + (f', new: {", ".join(sorted(new))}' if new else '') +
         (f', ignored: {", ".join(sorted(ignored))}' if ignored else ''),
         logger='current')
+
+
+def _refuse_meta(ours: dict[str, Tensor], path: str) -> None:
+    for key, value in ours.items():
+        if value.is_meta:
+            raise CheckpointError(
+                f'{path} cannot be loaded into {key} on the meta device: give '
+                "the model memory first, with to_empty(device='cpu')")
 
 
 def _misfits(theirs: dict[str, Tensor], ours: dict[str, Tensor],
@@ -470,10 +488,16 @@ def _misfits(theirs: dict[str, Tensor], ours: dict[str, Tensor],
         for key, value in ours.items()
         if key in theirs and theirs[key].shape != value.shape
     ]
+    other_numbers = [
+        f'{key} {theirs[key].dtype} instead of {value.dtype}'
+        for key, value in ours.items() if key in theirs
+        and theirs[key].is_floating_point() != value.is_floating_point()
+    ]
     return [
         f'{len(names)} {what}: {_some(names)}'
         for names, what in ((missing, 'missing'),
                             (reshaped, 'of another shape'),
+                            (other_numbers, 'of another kind of numbers'),
                             (left_over, 'that the model lacks')) if names
     ]
 
@@ -506,6 +530,7 @@ def load_neck(neck: nn.Module,
                 weights, prefix=prefix).items() if key.startswith('neck.')
         }
     ours = neck.state_dict()
+    _refuse_meta(ours, path)
     reshaped = [
         f'{key} {tuple(theirs[key].shape)} instead of {tuple(value.shape)}'
         for key, value in ours.items() if theirs[key].shape != value.shape
@@ -565,6 +590,12 @@ class PretrainedModule(BaseModule):
                 raise CheckpointError(
                     "init_cfg=dict(type='Pretrained') needs a checkpoint, got "
                     f'{dict(cfg)}; name a file, or set init_cfg=None')
+            unknown = sorted(set(cfg) - _PRETRAINED_KEYS)
+            if unknown:
+                raise CheckpointError(
+                    f"unknown keys in init_cfg=dict(type='Pretrained'): "
+                    f'{", ".join(unknown)}; it may contain '
+                    f'{", ".join(sorted(_PRETRAINED_KEYS))}')
             self.load_pretrained(cfg['checkpoint'], cfg.get('prefix'))
         self._is_init = True
 

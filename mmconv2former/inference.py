@@ -319,8 +319,9 @@ class FoldedBlock(nn.Module):
                     'than weights: change the model before that. int8 is for '
                     'tools/quantize.py, after tools/export.py --fuse')
         # The fast operators have no gradients.
-        if self.fused and self.fusion == 'hadamard' \
-                and not x.requires_grad \
+        wants_gradients = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, *chain(*self._branches())))
+        if self.fused and self.fusion == 'hadamard' and not wants_gradients \
                 and dispatch.available(x, self._modified):
             return self._fused(x)
         if not dispatch.is_autocast(x):

@@ -1,6 +1,5 @@
 """Layer-wise learning-rate decay for classifiers, detectors, segmentors."""
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +8,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .checkpoint import CheckpointError
+from .checkpoint import WRAPPER, CheckpointError
 from .registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 # The multipliers of mmengine's constructor, which does that part of the work.
@@ -17,8 +16,6 @@ _MMENGINE_KEYS = ('custom_keys', 'bias_lr_mult', 'bias_decay_mult',
                   'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult',
                   'dcn_offset_lr_mult', 'bypass_duplicate')
 _KEYS = ('decay_rate', 'decay_type', 'num_layers') + _MMENGINE_KEYS
-# What torch.compile and FSDP put into the names of what they wrap.
-_WRAPPER = re.compile(r'\b(_orig_mod|_fsdp_wrapped_module)\.')
 
 
 @contextmanager
@@ -38,7 +35,7 @@ def _backbones(module: nn.Module,
     mmpretrain's classifiers, which ask their backbone, are passed over.
     """
     if hasattr(module, 'get_layer_depth') and not hasattr(module, 'backbone'):
-        yield _WRAPPER.sub('', prefix), module
+        yield WRAPPER.sub('', prefix), module
         return
     for name, child in module.named_children():
         yield from _backbones(child, f'{prefix}{name}.')
@@ -200,9 +197,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         scaled = [key for key in self.paramwise_cfg
                   if key.endswith('decay_mult')]
         if isinstance(custom, dict):
-            scaled += [f'custom_keys[{name!r}].decay_mult'
-                       for name, settings in custom.items()
-                       if 'decay_mult' in settings]
+            for name, settings in custom.items():
+                if not isinstance(settings, dict):
+                    raise ValueError(
+                        f'custom_keys[{name!r}] of paramwise_cfg must be a '
+                        f'dict such as dict(lr_mult=0.1), got {settings!r}')
+                if 'decay_mult' in settings:
+                    scaled.append(f'custom_keys[{name!r}].decay_mult')
         if scaled and self.base_wd is None:
             raise ValueError(f'{scaled[0]} of paramwise_cfg needs '
                              'weight_decay in the optimizer config, got '
@@ -234,7 +235,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             module (nn.Module): The model, with a backbone somewhere in it,
                 or a backbone itself.
         """
-        names = {id(p): _WRAPPER.sub('', name)
+        names = {id(p): WRAPPER.sub('', name)
                  for name, p in module.named_parameters()}
         depth_of = self._depth_map(module, [*names.values()])
         singles: list[dict] = []

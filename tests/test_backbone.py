@@ -119,6 +119,7 @@ def test_only_returned_stages_are_built_and_have_norms():
 def test_negative_and_single_out_indices_count_from_the_end():
     assert Conv2Former(MINI).out_indices == (3, )
     assert Conv2Former(MINI, out_indices=[-1, 0]).out_indices == (0, 3)
+    assert Conv2Former(MINI, out_indices=iter((0, 1))).out_indices == (0, 1)
 
 
 def test_arguments_are_not_changed():
@@ -206,6 +207,7 @@ def test_other_input_channels_and_half_precision_autocast_work():
      "unknown stem 'x'.*patch"),
     (dict(arch=dict(depths=[1], dims=[3], kernel_size=3)), r'got \(3,\)'),
     (dict(fusion='mean'), "unknown fusion 'mean'.*hadamard.*linear"),
+    (dict(fusion=['sum']), r"unknown fusion \['sum'\]"),
     (dict(kernel_size=4), 'odd positive integer, got 4'),
     (dict(kernel_size=True), 'odd positive integer, got True'),
     (dict(mlp_ratio=0), 'mlp_ratio must be a number .* got 0'),

@@ -16,7 +16,11 @@ from torch import nn
 
 import convert_checkpoint
 import official
-from mmconv2former import Conv2Former, Conv2FormerNeck
+from mmconv2former import (
+    Conv2Former,
+    Conv2FormerNeck,
+    fuse_for_inference,
+)
 from mmconv2former.archs import ARCHS, describe_arch, resolve_arch
 from mmconv2former.checkpoint import (
     CheckpointError,
@@ -193,6 +197,41 @@ def test_fewer_stages_load_from_a_whole_model(tmp_path, log):
     assert log[-1].endswith('ignored: head, later stages, pred')
 
 
+def test_weights_of_a_model_whose_blocks_were_compiled_are_read(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save({key.replace('.attn.', '._orig_mod.attn.').replace(
+        '.mlp.', '._orig_mod.mlp.'): value for key, value in GOOD.items()},
+        path)
+    backbone = Conv2Former(MINI)
+    load_backbone(backbone, path)
+    key = 'stages.0.0.attn.v.bias'
+    assert torch.equal(backbone.state_dict()[key], GOOD[key])
+
+
+def test_models_that_cannot_take_weights_say_so(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(GOOD, path)
+    with torch.device('meta'):
+        backbone = Conv2Former(MINI)
+        neck = Conv2FormerNeck(32, 1280)
+    for module in backbone, neck:
+        with pytest.raises(CheckpointError, match='meta device.*to_empty'):
+            module.load_pretrained(path)
+    folded = fuse_for_inference(Conv2Former(MINI).eval())
+    with pytest.raises(CheckpointError, match='cannot be loaded after fuse_'):
+        load_backbone(folded, path)
+
+
+def test_unknown_keys_of_init_cfg_are_named(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(GOOD, path)
+    cfg = dict(type='Pretrained', checkpoint=path, map_location='cpu')
+    Conv2Former(MINI, init_cfg=cfg).init_weights()
+    backbone = Conv2Former(MINI, init_cfg=dict(cfg, prefx='a', revise_keys=[]))
+    with pytest.raises(CheckpointError, match='prefx, revise_keys; it may co'):
+        backbone.init_weights()
+
+
 def test_one_of_several_backbones_is_named_by_prefix(tmp_path):
     path = str(tmp_path / 'weights.pth')
     torch.save({**prefixed(GOOD, 'teacher.backbone.'),
@@ -221,6 +260,10 @@ def without(key):
     (official_weights(arch={**MINI, 'kernel_size': 7}),
      r'of another shape: stages.0.0.attn.att.2.weight \(8, 1, 7, 7\) instead '
      r'of \(8, 1, 5, 5\).*kernel 7\), the model is.*kernel 5'),
+    (official_weights(arch={**MINI, 'stem': '3conv'}),
+     r'kernel 5, stem 3conv\), the model is arch .*kernel 5\)'),
+    ({key: value.to(torch.int8) for key, value in GOOD.items()},
+     'of another kind of numbers: .* torch.int8 instead of torch.float32'),
     (nn.Conv2d(3, 8, 3).state_dict(), 'not a Conv2Former.*weight, bias'),
     (dict(state_dict={}), r'no tensors in the checkpoint \(keys: none\)'),
     ([1, 2], r'no tensors in the checkpoint \(a list\)'),

@@ -451,6 +451,19 @@ def test_own_weights_can_be_loaded():
         assert torch.equal(other(image), folded(image))
 
 
+def test_parameters_that_are_to_learn_again_have_their_gradients():
+    folded = fuse_for_inference(Conv2Former(SMALL).eval())
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        expected, = folded(x)
+    weight = folded.stages[-1][0].fc1.weight.requires_grad_()
+    out, = folded(x)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert weight.grad.abs().sum() > 0
+    assert folded.stages[0][0].fc1.weight.grad is None
+
+
 def test_fused_backbones_want_no_gradients():
     folded = fuse_for_inference(Conv2Former(SMALL, out_norm=True).eval())
     assert not any(p.requires_grad for p in folded.parameters())

@@ -247,6 +247,10 @@ def test_mmpretrains_constructor_and_backbones_work_too():
     (dict(decay_rate=1.1), r'decay_rate in \(0, 1\], got 1.1'),
     (dict(decay_rate=.9, decay_type='block'), "'layer_wise' or 'stage_wise'"),
     (dict(decay_rate=.9, num_layers=3), 'at least 4, the number of stages'),
+    (dict(decay_rate=.9, num_layers=6.5), 'an integer of .* got 6.5'),
+    (dict(decay_rate=.9, num_layers='6'), "an integer of .* got '6'"),
+    (dict(decay_rate=.9, custom_keys=dict(head=.1)),
+     r"custom_keys\['head'\] of paramwise_cfg must be a dict .* got 0.1"),
 ])
 def test_bad_settings_are_named(paramwise_cfg, message):
     with pytest.raises(ValueError, match=message):
