@@ -134,12 +134,11 @@ def _children(module: nn.Module, *names: str) -> list[nn.Module]:
 
 def _branch(norm: nn.Module, scale: Tensor, layers: Iterable[nn.Module],
             keep: Tensor | None) -> Branch:
-    parameters = []
+    weights = []
     for layer in (norm, *layers):
-        own = layer._parameters
-        parameters += own['weight'], own['bias']
-    parameters.insert(2, scale)
-    return Branch(parameters, norm.eps, keep)
+        parameters = layer._parameters
+        weights += parameters['weight'], parameters['bias']
+    return Branch(*weights[:2], norm.eps, weights[2:], scale, keep)
 
 
 class ConvModulation(nn.Module):

@@ -281,7 +281,7 @@ def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
     if isinstance(weights, nn.Module):  # from a pickle that is trusted
         weights = weights.state_dict()
     tensors = {
-        WRAPPER.sub('', key) if isinstance(key, str) else key: value
+        WRAPPER.sub('', str(key)): value
         for key, value in (
             weights.items() if isinstance(weights, dict) else ())
         if isinstance(value, Tensor)

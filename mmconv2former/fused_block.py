@@ -18,6 +18,7 @@ where it is cheap beside the matrix products.
 Tensors are (N, H, W, C).
 """
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -46,30 +47,19 @@ class Branch(NamedTuple):
     """What a residual branch consists of, but for its middle.
 
     Attributes:
-        parameters (list[Tensor]): Weight and bias of the layer norm, the layer
-            scale, (C, ), and weight and bias of each layer: of the first
+        norm_weight, norm_bias (Tensor, optional): Of the layer norm, (C, );
+            for :func:`infer` also None for ones and zeros.
+        eps (float): Of the layer norm.
+        weights (Sequence[Tensor]): Weight and bias of each layer: of the first
             linear layers, whose outputs stand side by side (two of (C, C) for
             'gate', one of (O, C) for 'position'), of the depthwise
             convolution, and of the last linear layer, (C, C) or (C, O).
-            Linear layers may be 1x1 convolutions.
-        eps (float): Of the layer norm.
-        keep (Tensor, optional): Drop path, (N, 1, 1, 1).
-    """
-    parameters: list[Tensor]
-    eps: float
-    keep: Tensor | None
-
-
-class InferenceBranch(NamedTuple):
-    """A branch as :func:`infer` takes it.
-
-    Attributes:
-        norm_weight, norm_bias (Tensor, optional): (C, ); None for ones and
-            zeros.
-        eps (float): Of the layer norm.
-        weights (Sequence[Tensor]): One of those from :func:`prepare`.
-        scale (Tensor, optional): (C, ). Defaults to None, ones.
-        keep (Tensor, optional): (N, 1, 1, 1). Defaults to None, ones.
+            Linear layers may be 1x1 convolutions. For :func:`infer` one of
+            those from :func:`prepare`.
+        scale (Tensor, optional): Layer scale, (C, ); for :func:`infer` also
+            None for ones. Defaults to None.
+        keep (Tensor, optional): Drop path, (N, 1, 1, 1). Defaults to None,
+            ones.
     """
     norm_weight: Tensor | None
     norm_bias: Tensor | None
@@ -324,26 +314,26 @@ def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
     Returns:
         Tensor: (N, H, W, C).
     """
-    (own, eps, keep), (others, mlp_eps, mlp_keep) = modulation, mlp
+    branches = modulation, mlp
+    own, others = ((b.norm_weight, b.norm_bias, b.scale, *b.weights)
+                   for b in branches)
     if torch.is_grad_enabled() and any(
             t.requires_grad for t in (x, *own, *others)):
-        return BlockFunction.apply(x, keep, mlp_keep, (eps, mlp_eps), len(own),
-                                   *own, *others)
-    layers = own[3:], others[3:]
-    scales = [_absorb_scale(x, branch, parameters)
-              for branch, parameters in zip((modulation, mlp), layers)]
-    weights = prepare(x, layers)
+        return BlockFunction.apply(
+            x, modulation.keep, mlp.keep, (modulation.eps, mlp.eps), len(own),
+            *own, *others)
+    layers = [list(b.weights) for b in branches]
+    scales = list(map(partial(_absorb_scale, x), branches, layers))
     return infer(x, *(
-        InferenceBranch(*branch.parameters[:2], branch.eps, w, scale,
-                        branch.keep)
-        for branch, w, scale in zip((modulation, mlp), weights, scales)))
+        b._replace(weights=weights, scale=scale)
+        for b, weights, scale in zip(branches, prepare(x, layers), scales)))
 
 
 def _absorb_scale(x: Tensor, branch: Branch,
                   parameters: list[Tensor]) -> Tensor | None:
     """Multiply the last parameters of a branch by the layer scale, in the
     list, where that costs nothing; returns the scale where not."""
-    scale, (weight, bias) = branch.parameters[2], parameters[-2:]
+    scale, (weight, bias) = branch.scale, parameters[-2:]
     if branch.keep is not None or x.device.type != 'cpu' \
             or x.numel() <= weight.numel() \
             or product_dtype(x) != torch.bfloat16:
@@ -379,13 +369,13 @@ def prepare(x: Tensor, branches: Sequence[Sequence[Tensor]],
     return prepared
 
 
-def infer(x: Tensor, modulation: InferenceBranch,
-          mlp: InferenceBranch) -> Tensor:
+def infer(x: Tensor, modulation: Branch,
+          mlp: Branch) -> Tensor:
     """:class:`BlockFunction` without gradients.
 
     Args:
         x (Tensor): (N, H, W, C).
-        modulation, mlp (InferenceBranch): The branches, in this order.
+        modulation, mlp (Branch): The branches, in this order.
 
     Returns:
         Tensor: (N, H, W, C).
@@ -420,7 +410,7 @@ def infer(x: Tensor, modulation: InferenceBranch,
         return kernels.scale_residual(x, y, mlp_scale, mlp_keep)
 
 
-def _product_adds(x: Tensor, branch: InferenceBranch,
+def _product_adds(x: Tensor, branch: Branch,
                   dtype: torch.dtype) -> bool:
     """Whether the last product of a branch can add x itself."""
     return (branch.scale is branch.keep is None and x.dtype == dtype

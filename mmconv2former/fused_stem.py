@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from . import dispatch
 from .dispatch import (
-    autocast_dtype,
     is_gelu,
     is_intercepted,
     is_plain,
@@ -397,7 +396,7 @@ def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
 
 
 def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """``layer(x)``, in fp32 where torch gets it wrong in bf16.
+    """``layer(x)``, once more where torch gets it wrong in bf16.
 
     That is, on CPUs with AMX, where the result is one pixel wide
     (https://github.com/pytorch/pytorch/issues/163347).
@@ -409,18 +408,14 @@ def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
     Returns:
         Tensor: (N, C', H', W').
     """
-    if autocast_dtype(x) != torch.bfloat16 or type(layer) is not nn.Conv2d \
-            or layer.padding_mode != 'zeros' \
-            or isinstance(layer.padding, str) or not _can_replace(x, layer):
-        return layer(x)
-    reach = layer.dilation[1] * (layer.kernel_size[1] - 1) + layer.stride[1]
-    if x.shape[3] + 2 * layer.padding[1] > reach:
-        return layer(x)
-    with torch.autocast('cpu', enabled=False):
-        bias = layer.bias if layer.bias is None else layer.bias.float()
-        out = F.conv2d(x.float(), layer.weight.float(), bias, layer.stride,
-                       layer.padding, layer.dilation, layer.groups)
-    return out.bfloat16()
+    out = layer(x)
+    if out.dtype != torch.bfloat16 or out.shape[3] > 1 \
+            or type(layer) is not nn.Conv2d or layer.padding_mode != 'zeros' \
+            or not _can_replace(x, layer):
+        return out
+    # With zeros for another column of the result, which is cut off.
+    out = layer(F.pad(x, (0, layer.stride[1])))
+    return dispatch.channels_last(out[..., :1])
 
 
 def _can_replace(x: Tensor, layer: nn.Module) -> bool:

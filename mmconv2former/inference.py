@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import dispatch
 from .backbone import Block, Conv2Former
-from .fused_block import InferenceBranch, infer, prepare
+from .fused_block import Branch, infer, prepare
 from .neck import Conv2FormerNeck
 from .operators import (
     LayerNorm2d,
@@ -334,7 +334,7 @@ class FoldedBlock(nn.Module):
     @torch.no_grad()
     def _fused(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1).contiguous()
-        x = infer(x, *(InferenceBranch(None, None, eps, weights)
+        x = infer(x, *(Branch(None, None, eps, weights)
                        for eps, weights in zip(self.eps, self._prepare(x))))
         return x.permute(0, 3, 1, 2)
 

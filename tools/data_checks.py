@@ -3,16 +3,17 @@
 Before the first iteration, when the runner has built a data loader,
 :func:`check_loader` compares its classes with the heads and its categories
 with the classes, and looks at a sample of its files; :func:`check_agreement`
-compares it with the data of training. The files that are read later
+compares it with the data of training. What is peculiar to COCO's files is in
+:mod:`coco_checks`, to class folders and lists of images in
+:mod:`classification_checks`. The files that are read later
 :class:`checked_load.CheckedLoad` looks at: is it whole, and are its labels
 classes?
 """
 import json
 import logging
-import os
 import os.path as osp
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,13 @@ from mmengine.registry import DATASETS
 
 import coco_checks
 from checked_load import CheckedLoad, check_header, is_local, wrap_loads
+from classification_checks import (
+    check_order,
+    class_folders,
+    explain_class_folders,
+    explain_lists,
+    odd_folders,
+)
 from data_error import DataError, describe, some_of
 
 # Files of a data set that are looked at before the first iteration.
@@ -179,7 +187,10 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
             coco_checks.explain_no_images(_unread(cfg['dataset']))
             reason = no_images
         elif 'subfolders' in str(error):  # mmpretrain
-            _explain_class_folders(_unread(cfg['dataset']))
+            for data_set in _unread(cfg['dataset']):
+                _check_names(describe(data_set),
+                             data_set.metainfo.get('classes'))
+            explain_class_folders(_unread(cfg['dataset']))
             reason = no_images
         elif 'subset of classes' in str(error):  # mmseg
             reason = ('classes that its type does not have. Data of your own '
@@ -188,7 +199,7 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
                       'label maps)')
         else:
             if isinstance(error, (TypeError, ValueError)):
-                _explain_lists(_unread(cfg['dataset']))
+                explain_lists(_unread(cfg['dataset']))
                 coco_checks.explain_entries(_unread(cfg['dataset']))
             raise
         settings = {
@@ -202,108 +213,6 @@ def _unread(cfg: ConfigDict) -> Iterator[Any]:
     """Build data sets that know paths and classes, and have read nothing."""
     for _, leaf in data_sets(cfg, ''):
         yield DATASETS.build({**leaf, 'lazy_init': True})
-
-
-def _explain_lists(unread: Iterable[Any]) -> None:
-    """mmpretrain reads a path, a space and a number from each line of a list.
-
-    Args:
-        unread (Iterable[object]): The data sets, not loaded.
-
-    Raises:
-        DataError: If a line is another one.
-    """
-    for data_set in unread:
-        path = getattr(data_set, 'ann_file', None)
-        if not getattr(data_set, 'with_label', False) or not path \
-                or not osp.isfile(path):
-            continue
-        with open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                _, _, label = line.strip().rpartition(' ')
-                if not label.isdecimal() or label == line.strip():
-                    raise DataError(
-                        f'line {number} of {path} is {line.rstrip()!r}; '
-                        'expected the path of an image, a space and the '
-                        'number of its class, from 0')
-
-
-def _explain_class_folders(unread: Iterable[Any]) -> None:
-    """mmpretrain takes each folder of a data set without a list for a class.
-
-    Args:
-        unread (Iterable[object]): The data sets, not loaded.
-
-    Raises:
-        DataError: If there is none, or if there are not as many as classes.
-    """
-    for data_set in unread:
-        found = _class_folders(data_set)
-        if found is None:
-            continue
-        name, classes = describe(data_set), data_set.metainfo.get('classes')
-        _check_names(name, classes)
-        if not found:
-            raise DataError(
-                f'{name} has no class folders. Sort its images into one '
-                'folder per class, or list them with their labels in an '
-                'ann_file (docs/data.md)')
-        if classes is not None and len(found) != len(classes):
-            advice = (
-                'Add the folders that are missing, or set metainfo.classes of '
-                'the data sets of train, val and test to the names of the '
-                'folders, in alphabetical order, and model.head.num_classes '
-                'and data_preprocessor.num_classes to their number '
-                '(docs/data.md, Images in class folders)')
-            if len(found) > len(classes):
-                advice = _odd_folders(data_set, found) or advice
-            raise DataError(
-                f'{name} has {len(found)} class folders '
-                f'({some_of(found, 5)}), and there are {len(classes)} '
-                f'classes. {advice}')
-
-
-def _class_folders(data_set: Any) -> list[str] | None:
-    """Folders that mmpretrain takes for the classes of a data set.
-
-    Args:
-        data_set (object): The data set, loaded or not.
-
-    Returns:
-        list[str] | None: Their names, in the order of the labels. None if
-        the labels come from elsewhere, or if it is not on this machine.
-    """
-    folder = getattr(data_set, 'img_prefix', '')
-    if not getattr(data_set, 'with_label', False) or data_set.ann_file or \
-            not osp.isdir(folder):
-        return None
-    return sorted(entry.name for entry in os.scandir(folder)
-                  if entry.is_dir())
-
-
-def _odd_folders(data_set: Any, among: Any) -> str:
-    """Name the class folders that are most likely no classes.
-
-    Args:
-        data_set (object): The data set, loaded or not.
-        among (Collection[str]): Names of those that do not fit.
-
-    Returns:
-        str: What to do with those that are hidden, such as Jupyter's, or
-        hold no image. Empty if there are none.
-    """
-    odd = [
-        name for name in _class_folders(data_set) or ()
-        if name in among and (name.startswith('.') or not any(
-            data_set.is_valid_file(file) for _, _, files in os.walk(
-                osp.join(data_set.img_prefix, name), followlinks=True)
-            for file in files))
-    ]
-    if not odd:
-        return ''
-    return (f'Each folder in {data_set.img_prefix} counts as a class, and '
-            f'{some_of(odd, 5)} is hidden or holds no image. Delete such a '
-            'folder, or put its images there')
 
 
 def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
@@ -330,7 +239,7 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
             # but a number of classes are for things.
             _check_sizes(data_set, meta.get('thing_classes') or classes, sizes,
                          exact)
-            _check_order(data_set, classes)
+            check_order(data_set, classes)
             if hasattr(data_set, 'cat_ids') and osp.isfile(data_set.ann_file):
                 coco_checks.check_ids(
                     data_set.ann_file, set(data_set.cat_img_map),
@@ -379,14 +288,14 @@ def check_agreement(first: Any, second: Any) -> None:
         unshared = set(classes[0]).symmetric_difference(classes[1])
         # With the same folders labels are the same by any names, such as those
         # that mmpretrain has for ImageNet's.
-        folders = [unshared and _class_folders(data_set) for data_set in pair]
+        folders = [unshared and class_folders(data_set) for data_set in pair]
         are_same = folders[0] and folders[0] == folders[1]
         if all(classes) and classes[0] != classes[1] and not are_same:
             raise DataError(
                 f'{names} do not have the same classes, so that a label '
                 'means one thing here and another there: '
                 f'{_difference(*classes)}. ' +
-                (_odd_folders(one, unshared) or _odd_folders(other, unshared)
+                (odd_folders(one, unshared) or odd_folders(other, unshared)
                  or 'Add the class folders that are missing, or set '
                  'metainfo.classes of the data sets of train, val and test to '
                  'the same list of names'))
@@ -433,18 +342,6 @@ def _check_names(name: str, classes: Any) -> None:
             f"text '{classes}'. Write metainfo.classes=\"[{classes}]\"")
 
 
-def _check_order(data_set: Any, classes: Any) -> None:
-    """Refuse the names of class folders in another order than the labels."""
-    folders = _class_folders(data_set)
-    if folders and folders != list(classes) \
-            and folders == sorted(map(str, classes)):
-        raise DataError(
-            f'{describe(data_set)} numbers its class folders in alphabetical '
-            f'order, and metainfo.classes has them in another one: '
-            f'{some_of(list(classes), 5)} in place of {some_of(folders, 5)}. '
-            'Sort metainfo.classes of the data sets of train, val and test')
-
-
 def _check_sizes(data_set: Any, classes: Any, sizes: dict[str, int],
                  exact: bool) -> None:
     """Compare the number of classes with those that the model is made for."""
@@ -464,8 +361,8 @@ def _check_sizes(data_set: Any, classes: Any, sizes: dict[str, int],
             'Give the names of the classes with metainfo.classes of the '
             'data sets, or --cfg-options ' +
             ' '.join(f'{key}={count}' for key in wrong))
-        if count > min(found) and list(classes) == _class_folders(data_set):
-            advice = _odd_folders(data_set, classes) or advice
+        if count > min(found) and list(classes) == class_folders(data_set):
+            advice = odd_folders(data_set, classes) or advice
         raise DataError(
             f'{describe(data_set)} has {count} classes, and the model is made '
             'for others: ' +

@@ -494,6 +494,7 @@ def make_report(args: argparse.Namespace) -> None:
     Raises:
         FileNotFoundError: If a run or the data is missing.
         DataError: If what a run has left cannot be read.
+        OSError: If the page or the picture cannot be written.
     """
     out = args.out or args.work_dirs / 'digits/report.html'
     if out.is_dir():

@@ -22,7 +22,7 @@ from .tiling import (
     PROGRAMS,
     as_pixels,
     ceil_div,
-    empty_like,
+    contiguous_like,
     repeat,
     row_tiles,
     small_images,
@@ -673,7 +673,7 @@ def _position_input_grad_launch(
 
 def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See :func:`mmconv2former.torch_kernels.position`."""
-    out = empty_like(z)
+    out = contiguous_like(z)
     shape, (z, stride) = z.shape, as_pixels(z)
     _position_launch(shape, stride)(
         z, _taps_first(weight), bias.contiguous(), None, out, None, None)
@@ -690,7 +690,7 @@ def position_backward(
     GELU and its derivative on more columns beside each strip, and holds three
     rows of h and three of dd; it took as long.
     """
-    s = empty_like(z)
+    s = contiguous_like(z)
     dd, grad_z = torch.empty_like(s), torch.empty_like(s)
     shape, taps, c = z.shape, _taps_first(weight), z.shape[3]
     (z, stride), (grad, grad_stride) = as_pixels(z), as_pixels(grad)

@@ -16,7 +16,7 @@ from .tiling import (
     chunk_tile,
     column_place,
     column_tiles,
-    empty_like,
+    contiguous_like,
     norm_tile,
     patch_index,
     repeat,
@@ -235,7 +235,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None,
 
 
 def _patches_like(x: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    return empty_like(x, dtype) if patch == 1 else x.new_empty(
+    return contiguous_like(x, dtype) if patch == 1 else x.new_empty(
         patches_shape(x, patch), dtype=dtype)
 
 
@@ -423,7 +423,7 @@ def _layer_norm_backward(
         scale: Tensor | None = None, keep: Tensor | None = None,
         own: Tensor | None = None,
         scaled: Tensor | None = None) -> tuple[Tensor, ...]:
-    grad_x = empty_like(x)
+    grad_x = contiguous_like(x)
     normed = _patches_like(x, patch, grad.dtype)
     shape, step = x.shape, 0
     if patch == 1:
@@ -499,7 +499,7 @@ def scale_residual_norm(x: Tensor, y: Tensor, scale: Tensor | None,
                         bias: Tensor | None, eps: float,
                         dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See :func:`mmconv2former.torch_kernels.scale_residual_norm`."""
-    normed = empty_like(x, dtype)
+    normed = contiguous_like(x, dtype)
     out = _scale_residual(x, y, scale, keep, weight, bias, eps, normed)
     return out, normed
 
@@ -508,7 +508,7 @@ def _scale_residual(x: Tensor, y: Tensor, scale: Tensor | None,
                     keep: Tensor | None, weight: Tensor | None = None,
                     bias: Tensor | None = None, eps: float = 0.,
                     normed: Tensor | None = None) -> Tensor:
-    out = empty_like(x)
+    out = contiguous_like(x)
     shape, (x, x_stride), (y, y_stride) = x.shape, as_pixels(x), as_pixels(y)
     images = small_images(shape, max(x_stride, y_stride))
     scale, keep, weight, bias = map(_contiguous, (scale, keep, weight, bias))
@@ -649,7 +649,8 @@ def scaled_linear_backward(
     for inputs in zip(grad_weights, grad_biases, weights, biases, scales,
                       strict=True):
         _, _, weight, _, scale = inputs
-        outs = [empty_like(t, torch.float32) for t in (weight, scale, scale)]
+        outs = [contiguous_like(t, torch.float32)
+                for t in (weight, scale, scale)]
         tensors += (*(t.contiguous() for t in inputs), *outs)
         found += outs
     _scaled_linear_backward_launch(*(w.shape for w in weights))(*tensors)

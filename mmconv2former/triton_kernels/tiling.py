@@ -32,7 +32,7 @@ def split_count(items: int, programs: int, waves: int = 1) -> int:
     return ceil_div(items, max(share, 1))
 
 
-def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Room for a result, contiguous whatever x is.
 
     ``x.new_empty(x.shape)`` takes twice as long.
