@@ -783,14 +783,15 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
         kernels, monkeypatch, nothing_compiled):
     """Of which the first goes by Triton's own choice among the compiled."""
     stub = SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda _: 0,
+        get_current_device=lambda: 0, get_current_stream=lambda _: 7,
         get_current_target=lambda: triton.backends.compiler.GPUTarget(
             'cuda', 90, 32))
     calls = []
     compiled = triton.compiler.CompiledKernel
-    for module in (triton.runtime.jit, triton.compiler.compiler):
+    for module in (triton.runtime.jit, triton.compiler.compiler, launches):
         monkeypatch.setattr(module, 'driver', SimpleNamespace(active=stub))
-    monkeypatch.setattr(compiled, '_init_handles', lambda self: None)
+    monkeypatch.setattr(compiled, '_init_handles',
+                        lambda self: setattr(self, 'function', self.hash))
     monkeypatch.setattr(compiled, 'run', property(
         lambda self: lambda *args: calls.append((self, *args))),
         raising=False)
@@ -800,11 +801,12 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
 
     def launch(*inputs):
         kernels.scale_residual(*inputs)
-        kernel, *grid, _, _, _, _, _, _ = calls[-1][:10]
+        kernel, *where = calls[-1][:7]
+        assert where[3:] == [7, kernel.hash, kernel.packed_metadata]
         addresses = [t.data_ptr() if torch.is_tensor(t) else t
                      for t in calls[-1][10:]]
         out = addresses.pop(6)  # is new each time
-        return kernel, grid, addresses, out % 16
+        return kernel, where, addresses, out % 16
 
     first = launch(x, y, scale, keep)
     with monkeypatch.context() as patch:

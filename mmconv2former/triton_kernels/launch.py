@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 from torch.torch_version import TorchVersion
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 if TorchVersion(triton.__version__) < (3, 3):
     raise ImportError(f'found Triton {triton.__version__}; expected 3.3 or '
@@ -19,6 +20,8 @@ plan = lru_cache(maxsize=4096)
 # What Triton has compiled for each kernel with its constants, by the device
 # and the types of aligned tensors. Shared, for images of many sizes.
 COMPILED: dict[tuple[Hashable, ...], dict[tuple[Hashable, ...], Any]] = {}
+# A description of the launch, and what takes it before and after.
+NO_HOOKS = None, None, None
 
 
 class Launch:
@@ -27,6 +30,9 @@ class Launch:
     ``kernel[grid](...)`` looks at every argument, anew in each call, to choose
     among what is compiled: at types, values, and alignment of pointers. That
     takes ten microseconds. Here are left types and alignment of the tensors.
+    ``compiled[grid](...)``, the call of what is compiled, takes half of its
+    time to describe itself to the hooks of profilers, which those of torch and
+    Nsight do without; its last step is taken instead.
 
     Args:
         kernel (JITFunction): Takes pointers, scalars and constants, in this
@@ -54,7 +60,8 @@ class Launch:
         """Launch; tensors after the first may be None where the kernel allows
         it."""
         # All are on one device, the current one.
-        key, pointers, bits = [tensors[0].get_device()], [], 0
+        device = tensors[0].get_device()
+        key, pointers, bits = [device], [], 0
         for tensor in tensors:
             if tensor is None:
                 key.append(None)
@@ -69,7 +76,10 @@ class Launch:
         is_aligned = bits % 16 == 0
         compiled = self.compiled.get(key) if is_aligned else None
         if compiled is not None:
-            compiled[self.grid](*pointers, *self.tail)
+            compiled.run(
+                *self.grid, driver.active.get_current_stream(device),
+                compiled.function, compiled.packed_metadata, *NO_HOOKS,
+                *pointers, *self.tail)
             return
         compiled = self.kernel[self.grid](*tensors, *self.scalars,
                                           **self.constants)
