@@ -31,6 +31,11 @@ from .dispatch import (
 # Batches of a kind that run as ever before it is recorded, so that kinds which
 # do not come back take no memory.
 WARM_UP = 2
+# Attributes of modules: numbers that kernels are given, which kernels in what
+# precision, and what makes a layer another one.
+SETTINGS = ('training', 'momentum', 'eps', 'rate', 'fused', 'residual_in_fp32',
+            'approximate', 'stride', 'padding', 'padding_mode', 'dilation',
+            'groups')
 
 
 def _autocast(x: Tensor) -> dict[str, Any]:
@@ -66,18 +71,13 @@ class _Watched:
                    for modules, children in self.children)
 
     def look(self) -> tuple[list[int], list[Hashable], str]:
-        """Which tensors there are and where, modes and other settings, and
-        why nothing can be recorded, or ''."""
+        """Which tensors there are and where, settings, and why nothing can be
+        recorded, or ''."""
         tensors, settings, obstacle = [], [], ''
         if has_global_hooks():
             obstacle = 'hooks are registered for all modules'
         for m in self.modules:
-            settings.append(m.training)
-            # Numbers that kernels are given, of batch norm and drop path, and
-            # which kernels in what precision.
-            settings += [m.__dict__[key]
-                         for key in ('momentum', 'eps', 'rate', 'fused',
-                                     'residual_in_fp32')
+            settings += [m.__dict__[key] for key in SETTINGS
                          if key in m.__dict__]
             for p in m._parameters.values():
                 if p is not None:
@@ -168,6 +168,7 @@ class CUDAGraphs:
                          'such as those of DataParallel')
                 return None
             if self.watched is None or not self.watched.same_modules():
+                self._clear()
                 self.watched = _Watched(module)
             tensors, settings, obstacle = self.watched.look()
             if obstacle:

@@ -339,10 +339,11 @@ def test_parameters_that_nobody_uses_have_no_gradients(models, device):
     assert recorded(graphed) == 1 and graphed.extra.grad is None
 
 
-@pytest.mark.parametrize('kind, name, rate', [
-    (nn.BatchNorm2d, 'momentum', 0.), (operators.DropPath, 'rate', 0.9)])
-def test_settings_that_kernels_are_given_are_seen(kind, name, rate, models,
-                                                  device):
+@pytest.mark.parametrize('kind, name, value, rate', [
+    (nn.BatchNorm2d, 'momentum', 0., 0.),
+    (operators.DropPath, 'rate', 0., 0.9),
+    (nn.GELU, 'approximate', 'tanh', 0.)])
+def test_settings_of_layers_are_seen(kind, name, value, rate, models, device):
     eager, graphed = models(drop_path_rate=rate)
     x = images(device)
     for _ in range(4):
@@ -350,21 +351,24 @@ def test_settings_that_kernels_are_given_are_seen(kind, name, rate, models,
     for model in (eager, graphed):
         for m in model.modules():
             if isinstance(m, kind):
-                setattr(m, name, 0.)
+                setattr(m, name, value)
     for _ in range(4):
         assert_same(step(graphed, x), step(eager, x))
     assert recorded(graphed) == 2
 
 
-def test_replaced_blocks_are_seen(models, device):
+@pytest.mark.parametrize('name', ['stages.0.0', 'stages.0.0.attn.att.1'])
+def test_replaced_modules_are_seen(name, models, device):
+    """Also those without parameters, the first GELU."""
     eager, graphed = models()
     x = images(device)
     torch.manual_seed(1)
     other = Conv2Former(TINY, layer_scale_init_value=1.).to(device)
+    other.stages[0][0].attn.att[1] = nn.ReLU()
     for _ in range(4):
         step(eager, x), step(graphed, x)
     for model in (eager, graphed):
-        model.stages[0][0] = copy.deepcopy(other.stages[0][0])
+        model.set_submodule(name, copy.deepcopy(other.get_submodule(name)))
     for _ in range(4):
         assert_same(step(graphed, x), step(eager, x))
     assert recorded(graphed) == 1
