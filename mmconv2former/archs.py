@@ -28,6 +28,13 @@ ARCHS = {
     'isotropic-base-3conv':
     dict(depths=(18, ), dims=(640, ), kernel_size=11, stem='3conv'),
 }
+# Their strides, and the kernel of their last convolution, by which files of
+# weights tell them apart.
+STEMS = {
+    'conv': dict(stride=4, last_kernel=2),
+    'patch': dict(stride=16, last_kernel=16),
+    '3conv': dict(stride=16, last_kernel=4),
+}
 ARCH_ALIASES = {
     'n': 'nano',
     't': 'tiny',
@@ -48,7 +55,7 @@ def resolve_arch(arch: str | dict) -> dict:
     Args:
         arch (str | dict): A name or short form in the table of variants, or
             a dict with ``depths``, ``dims``, ``kernel_size`` and, optionally,
-            ``stem`` ('conv', 'patch' or '3conv'; defaults to 'conv').
+            ``stem``, a key of ``STEMS`` (defaults to 'conv').
 
     Returns:
         dict: ``depths`` and ``dims`` (tuples of int, one per stage),
@@ -81,9 +88,12 @@ def resolve_arch(arch: str | dict) -> dict:
         raise ValueError(
             'depths and dims need one positive integer per stage each; got '
             f'depths {depths} and dims {dims}')
+    stem = arch.get('stem', 'conv')
+    if stem not in STEMS:
+        raise ValueError(f'unknown stem {stem!r}; expected one of '
+                         f'{", ".join(STEMS)}')
     return dict(depths=tuple(depths), dims=tuple(dims),
-                kernel_size=arch['kernel_size'],
-                stem=arch.get('stem', 'conv'))
+                kernel_size=arch['kernel_size'], stem=stem)
 
 
 def describe_arch(settings: dict) -> str:

@@ -9,7 +9,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
 from . import dispatch, fused_stem
-from .archs import resolve_arch
+from .archs import STEMS, resolve_arch
 from .checkpoint import PretrainedModule, load_backbone
 from .cuda_graphs import CUDAGraphs
 from .fused_block import Branch, fused_block
@@ -55,11 +55,7 @@ def _3conv_stem(in_channels: int, dim: int) -> list[nn.Module]:
         nn.Conv2d(mid, dim, 4, stride=4, bias=False)]
 
 
-STEMS = {  # name: (stride, builder)
-    'conv': (4, _conv_stem),
-    'patch': (16, _patch_stem),
-    '3conv': (16, _3conv_stem),
-}
+STEM_LAYERS = {'conv': _conv_stem, 'patch': _patch_stem, '3conv': _3conv_stem}
 
 
 def init_convs(module: nn.Module) -> None:
@@ -422,8 +418,8 @@ class Conv2Former(PretrainedModule):
         self.norm_eval = norm_eval
         self.residual_in_fp32 = residual_in_fp32
 
-        stem_stride, build_stem = STEMS[self.arch['stem']]
-        strides = [stem_stride * 2**i for i in range(len(dims))]
+        stem = self.arch['stem']
+        strides = [STEMS[stem]['stride'] * 2**i for i in range(len(dims))]
         self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.out_strides = tuple(strides[i] for i in self.out_indices)
 
@@ -435,7 +431,7 @@ class Conv2Former(PretrainedModule):
         for i in range(self.out_indices[-1] + 1):
             self.downsample_layers.append(
                 Downsampling(dims[i - 1], dims[i], fused)
-                if i else Stem(*build_stem(in_channels, dims[0]),
+                if i else Stem(*STEM_LAYERS[stem](in_channels, dims[0]),
                                fused=fused))
             first = sum(depths[:i])
             self.stages.append(
@@ -476,9 +472,6 @@ class Conv2Former(PretrainedModule):
                 or kernel_size % 2 == 0:
             raise ValueError('kernel_size must be an odd positive integer, '
                              f'got {kernel_size!r}')
-        if self.arch['stem'] not in STEMS:
-            raise ValueError(f'unknown stem {self.arch["stem"]!r}; expected '
-                             f'one of {", ".join(STEMS)}')
         if self.arch['dims'][0] < 4:
             raise ValueError('dims must begin with 4 channels or more, of '
                              'which the first convolutions of the stem make '

@@ -18,13 +18,14 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .archs import describe_arch
+from .archs import STEMS, describe_arch
 
 OFFICIAL_PAGE = 'https://github.com/HVision-NKU/Conv2Former'
 WEIGHTS_VARIABLE = 'MMCONV2FORMER_WEIGHTS'
 
 # A tensor that every Conv2Former has; what precedes it is the prefix.
 _ANCHOR = 'stages.0.0.attn.proj.weight'
+_FUSED_ANCHOR = 'stages.0.0.zv.weight'  # after fuse_for_inference
 _BACKBONE_KEY = re.compile(r'((downsample_layers|stages)\.\d+\.|norm\d+\.)')
 _OUT_NORM_KEY = re.compile(r'norm\d+\.')
 # Layers of the official classification head -> ours.
@@ -33,8 +34,6 @@ _HEAD_LAYERS = {
     'head.2': 'neck.norm',
     'pred': 'head.fc',
 }
-# Kernel of the stem's last convolution -> name of the stem.
-_STEM_OF_KERNEL = {2: 'conv', 16: 'patch', 4: '3conv'}
 # Of an init_cfg; tensors are read to the CPU whatever map_location says.
 _PRETRAINED_KEYS = {'type', 'checkpoint', 'prefix', 'map_location'}
 # What torch.compile and FSDP put into the names of the modules they wrap.
@@ -314,7 +313,7 @@ def find_prefix(weights: dict[str, Tensor],
         key[:-len(_ANCHOR)] for key in weights
         if key == _ANCHOR or key.endswith('.' + _ANCHOR)
     ]
-    if any(key.endswith('stages.0.0.zv.weight') for key in weights):
+    if any(key.endswith(_FUSED_ANCHOR) for key in weights):
         raise CheckpointError(
             'the weights are of a Conv2Former after fuse_for_inference, which '
             'cannot be undone; take the checkpoint that was loaded before it')
@@ -342,7 +341,8 @@ def infer_arch(weights: dict[str, Tensor]) -> dict:
         weights (dict[str, Tensor]): Tensors of the backbone, without prefix.
 
     Returns:
-        dict: As :func:`mmconv2former.archs.resolve_arch`.
+        dict: As :func:`mmconv2former.archs.resolve_arch`, with None for a
+        stem of another kind.
     """
     depths: list[int] = []
     dims: list[int] = []
@@ -365,8 +365,9 @@ def infer_arch(weights: dict[str, Tensor]) -> dict:
         value for key, value in weights.items()
         if key.startswith('downsample_layers.0.') and value.ndim == 4
     ]
-    stem = _STEM_OF_KERNEL.get(stem_convs[-1].shape[-1]) if stem_convs \
-        else None
+    last_kernel = stem_convs[-1].shape[-1] if stem_convs else 0
+    stem = next((name for name, settings in STEMS.items()
+                 if settings['last_kernel'] == last_kernel), None)
     return dict(
         depths=tuple(depths),
         dims=tuple(dims),
@@ -427,7 +428,7 @@ def load_backbone(backbone: nn.Module,
     # have, nothing depends.
     ours = {key: value for key, value in backbone.state_dict().items()
             if key in theirs or not key.endswith('num_batches_tracked')}
-    if 'stages.0.0.zv.weight' in ours:
+    if _FUSED_ANCHOR in ours:
         raise CheckpointError(
             f'{path} cannot be loaded after fuse_for_inference: load it into '
             'the model before that')
@@ -521,13 +522,14 @@ def load_neck(neck: nn.Module,
         CheckpointError: If the file cannot be read, has no such head or one
             of another shape.
     """
-    path = find_checkpoint(checkpoint)
+    path = find_checkpoint(checkpoint, ('model.neck.init_cfg', ))
     with naming(path):
         weights, kind = model_weights(read_checkpoint(path))
         theirs = {
             key.removeprefix('neck.'): value
             for key, value in rename_classifier(
-                weights, prefix=prefix).items() if key.startswith('neck.')
+                weights, ('neck', ), prefix).items()
+            if key.startswith('neck.')
         }
     ours = neck.state_dict()
     _refuse_meta(ours, path)
@@ -544,6 +546,13 @@ def load_neck(neck: nn.Module,
     print_log(
         f'loaded {len(theirs)} of {len(ours)} neck tensors from {path}, '
         f'{kind}', logger='current')
+
+
+def is_pretrained(init_cfg: dict) -> bool:
+    """Whether that is mmengine's ``Pretrained``, by any of its names."""
+    kind = init_cfg.get('type', '')
+    name = getattr(kind, '__name__', kind).rpartition('.')[2]
+    return name in ('Pretrained', 'PretrainedInit')
 
 
 class PretrainedModule(BaseModule):
@@ -573,14 +582,12 @@ class PretrainedModule(BaseModule):
         first_call = not self.is_init
         init_cfg = self.init_cfg
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
-        pretrained = [
-            cfg for cfg in cfgs
-            if getattr(cfg['type'], '__name__', cfg['type']) in
-            ('Pretrained', 'PretrainedInit')
-        ]
+        pretrained = list(filter(is_pretrained, cfgs))
         self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
-        super().init_weights()
-        self.init_cfg = init_cfg
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = init_cfg
         if not first_call:
             return
         # To be called again once the file is there.
@@ -601,42 +608,45 @@ class PretrainedModule(BaseModule):
 
 
 def rename_classifier(weights: dict[str, Tensor],
-                      with_head: bool = True,
+                      parts: Sequence[str] = ('neck', 'head'),
                       prefix: str | None = None) -> dict[str, Tensor]:
     """Give the tensors of an official classifier our names.
 
     Args:
         weights (dict[str, Tensor]): Tensors with official names (or ours),
             any prefix.
-        with_head (bool): Whether to keep the head, as ``neck.*`` and
-            ``head.fc.*``. Defaults to True.
+        parts (Sequence[str]): What of the official head to keep beside the
+            backbone: 'neck', all but its linear layer, and 'head', that one.
+            Defaults to both.
         prefix (str, optional): As for :func:`find_prefix`. Defaults to None.
 
     Returns:
-        dict[str, Tensor]: Tensors under ``backbone.`` and, with the head,
-        ``neck.`` and ``head.``, as ``ImageClassifier`` names them.
+        dict[str, Tensor]: Tensors under ``backbone.`` and the names of the
+        parts, as ``ImageClassifier`` names them.
 
     Raises:
-        CheckpointError: If the tensors are not of one Conv2Former, or the
-            head is wanted and not there.
+        CheckpointError: If the tensors are not of one Conv2Former, or a part
+            is wanted and not there.
     """
     prefix = find_prefix(weights, prefix)
     outer = prefix.removesuffix('backbone.')
+    wanted = [layer for layer in _HEAD_LAYERS.values()
+              if layer.split('.')[0] in parts]
     renamed = {}
     for key, value in weights.items():
         name = key.removeprefix(prefix)
         if key.startswith(prefix) and _BACKBONE_KEY.match(name):
             renamed['backbone.' + name] = value
-        elif with_head:
+        else:
             layer, _, leaf = key.removeprefix(outer).rpartition('.')
             layer = _HEAD_LAYERS.get(layer, layer)
-            if layer in _HEAD_LAYERS.values():
+            if layer in wanted:
                 renamed[f'{layer}.{leaf}'] = value
     missing = [
-        f'{layer}.{leaf}' for layer in _HEAD_LAYERS.values()
-        for leaf in ('weight', 'bias') if f'{layer}.{leaf}' not in renamed
+        f'{layer}.{leaf}' for layer in wanted for leaf in ('weight', 'bias')
+        if f'{layer}.{leaf}' not in renamed
     ]
-    if with_head and missing:
+    if missing:
         raise CheckpointError(
             'the file has no whole classification head, missing '
             f'{_some(missing)}; take the backbone alone (--backbone-only of '

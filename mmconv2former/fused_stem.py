@@ -259,15 +259,29 @@ def _moments(z: Tensor, norm: nn.BatchNorm2d,
                   torch.rsqrt(norm.running_var + norm.eps)))
 
 
-def _is_unmodified_stem(layers: Sequence[nn.Module]) -> bool:
-    """Whether these are layers of a stem as it was built, without hooks."""
+def _is_unmodified_stem(x: Tensor, layers: Sequence[nn.Module]) -> bool:
+    """Whether these are layers of a stem as it was built, without hooks.
+
+    The kernels read their parameters, and do not look how long these are.
+    """
     kinds = [nn.Conv2d, nn.GELU, nn.BatchNorm2d] * 2 + [nn.Conv2d]
     if len(layers) != len(kinds) or not all(map(is_plain, layers, kinds)):
         return False
     convs, norms = layers[::3], layers[2::3]
-    last = convs[-1]
+    last, channels = convs[-1], [x.shape[1]]
+    for conv, norm in zip(convs, norms):
+        channels.append(conv.out_channels)
+        if not _has_usual_moments(norm) or not all(
+                dispatch.is_readable(t, x.device)
+                and t.shape == (conv.out_channels, )
+                for t in (norm.weight, norm.bias, norm.running_mean,
+                          norm.running_var)):
+            return False
     return (all(map(is_gelu, layers[1::3]))
-            and all(map(_has_usual_moments, norms))
+            and all(dispatch.is_readable(conv.weight, x.device)
+                    and conv.weight.shape == (conv.out_channels, ins,
+                                              *conv.kernel_size)
+                    for conv, ins in zip(convs, channels))
             and all(conv.bias is None and conv.groups == 1
                     and conv.dilation == (1, 1)
                     and conv.padding_mode == 'zeros'
@@ -442,11 +456,11 @@ def available(x: Tensor, layers: nn.Sequential) -> bool:
     obstacle = ''
     if product_dtype(x).itemsize != 2:
         obstacle = 'it computes in more than 16 bits'
-    elif x.shape[1] > 16:
+    elif x.shape[1] > 16:  # pixels_first holds those of a pixel at once
         obstacle = f'images have {x.shape[1]} channels'
     elif x.requires_grad:
         obstacle = 'images have gradients'
-    elif not _is_unmodified_stem(list(layers)):
+    elif not _is_unmodified_stem(x, list(layers)):
         obstacle = 'it is of other layers, or they have hooks'
     if obstacle:
         log_once(f'plain operators of the stem, because {obstacle}')

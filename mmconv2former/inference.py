@@ -1,6 +1,5 @@
 """Fewer operations at inference, with the same result."""
 from collections import Counter
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,11 +13,12 @@ from .backbone import Block, Conv2Former
 from .fused_block import Branch, infer, prepare
 from .neck import Conv2FormerNeck
 from .operators import (
+    FUSIONS,
     LayerNorm2d,
+    Pointwise,
     add_position,
-    depthwise_conv2d,
-    modulate,
-    pointwise,
+    to_nchw,
+    to_nhwc,
 )
 
 # A greater padding would leave the range of fp16, and only a batch norm that
@@ -223,27 +223,26 @@ def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
     layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
 
 
-def _linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """A linear layer with the weight (O, I, 1, 1) of a 1x1 convolution."""
-    weight = weight.flatten(1)
-    layer = nn.Linear(*weight.shape[::-1], device='meta', dtype=dtype)
+def _pointwise(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Pointwise:
+    """A layer with the weight (O, I, 1, 1) and the bias (O, )."""
+    layer = Pointwise(weight.shape[1], len(weight), device='meta', dtype=dtype)
     _set(layer, weight, bias)
     return layer
 
 
-def _after_norm(norm: nn.LayerNorm, *convs: nn.Conv2d) -> nn.Linear:
-    """1x1 convolutions side by side with the affine part of their norm."""
+def _after_norm(norm: nn.LayerNorm, *layers: Pointwise) -> Pointwise:
+    """Layers side by side with the affine part of their norm."""
     weights, biases = zip(*(
-        _after_affine(conv, norm.weight, norm.bias) for conv in convs))
-    return _linear(torch.cat(weights), torch.cat(biases),
-                   convs[0].weight.dtype)
+        _after_affine(layer, norm.weight, norm.bias) for layer in layers))
+    return _pointwise(torch.cat(weights), torch.cat(biases),
+                      layers[0].weight.dtype)
 
 
-def _scaled(conv: nn.Conv2d, scale: Tensor) -> nn.Linear:
-    """A 1x1 convolution with the layer scale behind it."""
+def _scaled(layer: Pointwise, scale: Tensor) -> Pointwise:
+    """A layer with the layer scale behind it."""
     scale = scale.double()
-    return _linear(conv.weight * scale.view(-1, 1, 1, 1), conv.bias * scale,
-                   conv.weight.dtype)
+    return _pointwise(layer.weight * scale.view(-1, 1, 1, 1),
+                      layer.bias * scale, layer.weight.dtype)
 
 
 class PaddedGELU(nn.Module):
@@ -281,6 +280,7 @@ class FoldedBlock(nn.Module):
         super().__init__()
         attn, mlp = block.attn, block.mlp
         self.fusion, self.fused = attn.fusion, block.fused
+        self.dim = len(block.layer_scale_1)
         self.eps = attn.norm.eps, mlp.norm.eps
         self.zv = _after_norm(attn.norm, attn.att[0], attn.v)
         self.depthwise = attn.att[2]
@@ -296,10 +296,12 @@ class FoldedBlock(nn.Module):
                 (self.fc1, self.pos, self.fc2))
 
     def _modified(self, _: int, device: torch.device) -> nn.Module | None:
-        """A layer whose parameters the kernels cannot read, if any."""
-        for layer in chain(*self._layers()):
-            if not all(dispatch.is_readable(p, device)
-                       for p in (layer.weight, layer.bias)):
+        """A layer that is no longer as it was made, if any."""
+        kinds = [Pointwise, nn.Conv2d, Pointwise] * 2
+        for layer, kind in zip(chain(*self._layers()), kinds):
+            if not dispatch.is_plain(layer, kind) or not all(
+                    dispatch.is_readable(p, device)
+                    for p in (layer.weight, layer.bias)):
                 return layer
         return None
 
@@ -310,33 +312,36 @@ class FoldedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        for layer in chain(*self._layers()):
-            if not dispatch.is_plain(layer, nn.Linear) \
-                    and not dispatch.is_plain(layer, nn.Conv2d):
-                raise RuntimeError(
-                    f'the {type(layer).__name__} of a block was replaced or '
-                    'got hooks after fuse_for_inference, which reads no more '
-                    'than weights: change the model before that. int8 is for '
-                    'tools/quantize.py, after tools/export.py --fuse')
-        # The fast operators have no gradients.
-        wants_gradients = torch.is_grad_enabled() and any(
-            t.requires_grad for t in (x, *chain(*self._branches())))
-        if self.fused and self.fusion == 'hadamard' and not wants_gradients \
-                and dispatch.available(x, self._modified):
+        if self.fused and self.fusion == 'hadamard' \
+                and dispatch.available(x, self._modified) \
+                and not self._wants_gradients(x):
             return self._fused(x)
-        if not dispatch.is_autocast(x):
-            return self._forward(x, x.dtype)
-        device = x.device.type
-        # Autocast would have layer norm return fp32 on GPUs.
-        with torch.autocast(device, enabled=False):
-            return self._forward(x, torch.get_autocast_dtype(device))
+        # Of the type of products, also where autocast has the norm return
+        # fp32.
+        dtype = dispatch.autocast_dtype(x)
+        for eps, middle, (first, depthwise, last) in zip(
+                self.eps, (self._modulate, add_position), self._layers()):
+            # The number, for x.shape would be traced.
+            y = F.layer_norm(to_nhwc(x), (self.dim, ), eps=eps).to(dtype)
+            y = last(middle(first(to_nchw(y)), depthwise))
+            x = x + y.to(x.dtype)
+        return x
+
+    def _modulate(self, zv: Tensor, depthwise: nn.Module) -> Tensor:
+        z, v = zv.chunk(2, 1)
+        return FUSIONS[self.fusion](depthwise(F.gelu(z)), v)
+
+    def _wants_gradients(self, x: Tensor) -> bool:
+        """Whether there are to be gradients, which fast operators lack."""
+        return torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, *chain(*self._branches())))
 
     @torch.no_grad()
     def _fused(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1).contiguous()
+        x = to_nhwc(x).contiguous()
         x = infer(x, *(Branch(None, None, eps, weights)
                        for eps, weights in zip(self.eps, self._prepare(x))))
-        return x.permute(0, 3, 1, 2)
+        return to_nchw(x)
 
     def _prepare(self, x: Tensor) -> list[list[Tensor]]:
         """What the kernels take for the weights, kept until these change."""
@@ -369,27 +374,3 @@ class FoldedBlock(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_prepared': None}
-
-    def _forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """With products in the given precision, and the sum in that of x."""
-        x = x.permute(0, 2, 3, 1)
-        for branch, eps, middle in zip(self._branches(), self.eps,
-                                       (_gate, _position)):
-            weights = [p.to(dtype) for p in branch]
-            # The number, for x.shape would be traced.
-            y = F.layer_norm(x, (self.zv.in_features, ), eps=eps).to(dtype)
-            y = middle(pointwise(y, *weights[:2]), *weights[2:4], self.fusion)
-            x = pointwise(y, *weights[4:]).to(x.dtype).add_(x)
-        return x.permute(0, 3, 1, 2)
-
-
-def _gate(zv: Tensor, weight: Tensor, bias: Tensor, fusion: str) -> Tensor:
-    """:func:`modulate` on [z|v], (N, H, W, 2C) -> (N, H, W, C)."""
-    z, v = zv.permute(0, 3, 1, 2).chunk(2, 1)
-    return modulate(z, v, weight, bias, fusion).permute(0, 2, 3, 1)
-
-
-def _position(z: Tensor, weight: Tensor, bias: Tensor, _: str) -> Tensor:
-    """:func:`add_position`, (N, H, W, C) -> (N, H, W, C)."""
-    depthwise = partial(depthwise_conv2d, weight=weight, bias=bias)
-    return add_position(z.permute(0, 3, 1, 2), depthwise).permute(0, 2, 3, 1)

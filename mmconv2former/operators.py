@@ -60,39 +60,6 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise convolution that keeps the size.
-
-    Args:
-        x (Tensor): (N, C, H, W).
-        weight (Tensor): (C, 1, k, k), k odd.
-        bias (Tensor): (C, ).
-
-    Returns:
-        Tensor: (N, C, H, W).
-    """
-    return F.conv2d(
-        x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-
-
-def modulate(z: Tensor, v: Tensor, weight: Tensor, bias: Tensor,
-             fusion: str = 'hadamard') -> Tensor:
-    """Convolutional modulation: ``fuse(DW_k(GELU(z)), v)``.
-
-    Args:
-        z (Tensor): Input of the attention branch, (N, C, H, W).
-        v (Tensor): Values, (N, C, H, W).
-        weight (Tensor): Depthwise kernel, (C, 1, k, k), k odd.
-        bias (Tensor): Bias of the depthwise convolution, (C, ).
-        fusion (str): A key of ``FUSIONS``. Defaults to 'hadamard'.
-
-    Returns:
-        Tensor: (N, C, H, W).
-    """
-    a = depthwise_conv2d(F.gelu(z), weight, bias)
-    return FUSIONS[fusion](a, v)
-
-
 def add_position(z: Tensor, depthwise: Callable[[Tensor], Tensor]) -> Tensor:
     """The middle of the MLP: ``h + GELU(DW_3(h))`` with ``h = GELU(z)``.
 

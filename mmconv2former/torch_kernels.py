@@ -154,7 +154,7 @@ def _gelu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
 
 def gate(zv: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``DW_k(GELU(z)) * v`` (``modulate`` of the plain path).
+    """``DW_k(GELU(z)) * v``, convolutional modulation but for its layers.
 
     Args:
         zv (Tensor): [z|v], (N, H, W, 2C).

@@ -6,12 +6,16 @@ import torch
 from torch import nn
 
 from mmconv2former import Conv2Former, fused_stem
-from mmconv2former.backbone import STEMS, Stem
+from mmconv2former.backbone import STEM_LAYERS, Stem
+
+
+class OtherTensor(torch.Tensor):
+    """Of which kernels do not know where its numbers are."""
 
 
 def make_stem(name='conv', dim=24, **options):
     torch.manual_seed(0)
-    stem = Stem(*STEMS[name][1](3, dim), fused=True).double()
+    stem = Stem(*STEM_LAYERS[name](3, dim), fused=True).double()
     for p in stem.parameters():
         nn.init.normal_(p, std=1. if p.ndim == 1 else p[0].numel()**-0.5)
     for norm in stem[2], stem[5]:
@@ -194,12 +198,20 @@ def test_stem_has_no_second_derivatives():
     lambda stem: setattr(stem[6], 'padding', (1, 1)),
     lambda stem: stem.__setitem__(
         6, nn.Conv2d(12, 24, (2, 4), stride=(2, 4), bias=False)),
-    lambda stem: stem.__setitem__(2, nn.BatchNorm2d(12, affine=False))])
+    lambda stem: stem.__setitem__(2, nn.BatchNorm2d(12, affine=False)),
+    # What kernels would read beyond its end, or nowhere at all.
+    lambda stem: stem.__setitem__(2, nn.BatchNorm2d(8)),
+    lambda stem: stem.__setitem__(3, nn.Conv2d(8, 12, 3, padding=1,
+                                               bias=False)),
+    lambda stem: stem[2].to('meta'), lambda stem: stem[0].to('meta'),
+    lambda stem: setattr(stem[0], 'weight', nn.Parameter(
+        stem[0].weight.as_subclass(OtherTensor)))])
 def test_stem_of_other_layers_is_recognised(change):
-    stem = make_stem()
-    assert fused_stem._is_unmodified_stem(list(stem))
+    x, stem = torch.zeros(1, 3, 32, 32), make_stem()
+    assert fused_stem._is_unmodified_stem(x, list(stem))
+    assert not fused_stem._is_unmodified_stem(x[:, :1], list(stem))
     change(stem)
-    assert not fused_stem._is_unmodified_stem(list(stem))
+    assert not fused_stem._is_unmodified_stem(x, list(stem))
 
 
 @pytest.mark.parametrize('name, value', [('track_running_stats', False),

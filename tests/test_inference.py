@@ -21,7 +21,7 @@ from mmconv2former.archs import ARCHS
 from mmconv2former.backbone import Block
 from mmconv2former.checkpoint import CheckpointError, load_backbone
 from mmconv2former.inference import FoldedBlock
-from mmconv2former.operators import FUSIONS
+from mmconv2former.operators import FUSIONS, Pointwise
 
 SIZES = [(32, 32), (65, 50), (97, 33)]
 SMALL = dict(depths=(1, 2), dims=(16, 24), kernel_size=5)
@@ -220,7 +220,7 @@ def test_weights_that_change_after_a_call_are_taken_up(
     with torch.inference_mode(created == 'in inference mode'):
         model, other = fused(classifier()), fused(classifier())
         for m in other.modules():
-            if isinstance(m, nn.Linear):
+            if isinstance(m, Pointwise):
                 m.weight *= 1.1
         before = run(model)
         assert torch.equal(before, run(model))
@@ -401,14 +401,27 @@ def test_layers_with_hooks_are_refused():
         fuse_for_inference(model)
 
 
+class Double(nn.Module):
+
+    def forward(self, x):
+        return 2 * x
+
+
 @pytest.mark.parametrize('change', [
-    lambda block: block.fc1.register_forward_hook(lambda *_: None),
-    lambda block: setattr(block, 'pos', nn.Sequential(block.pos))])
-def test_layers_changed_after_fusing_are_refused(change):
-    model = fused(classifier())
+    lambda block: block.pos.register_forward_hook(lambda *args: 2 * args[-1]),
+    lambda block: setattr(block, 'pos', nn.Sequential(block.pos, Double()))])
+@pytest.mark.parametrize('autocast', [True, False])
+def test_hooks_and_layers_of_later_than_fusing_run(autocast, change):
+    model, other = fused(classifier()), fused(classifier())
     change(model.backbone.stages[1][1])
-    with pytest.raises(RuntimeError, match='after fuse_for_inference'):
-        model(official.image(32, 32))
+    layer = other.backbone.stages[1][1].pos
+    layer.weight *= 2
+    layer.bias *= 2
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16,
+                                         enabled=autocast):
+        out, expected = (m(official.image(32, 32)) for m in (model, other))
+    assert out.dtype == expected.dtype
+    assert difference(out, expected) < (0.02 if autocast else 1e-5)
 
 
 def test_weights_of_other_classes_are_not_read_by_the_kernels():

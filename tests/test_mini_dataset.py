@@ -264,8 +264,8 @@ def test_failure_leaves_nothing_behind(mini, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('options, expected', [
     (['coco', '--classes', '3'], '--classes is for imagenet'),
-    (['coco', '--images', '0'], '0 is not 1 or more'),
-    (['coco', '--seed=-1'], '-1 is not between 0 and'),
+    (['coco', '--images', '0'], "expected a whole number above 0, got '0'"),
+    (['coco', '--seed=-1'], 'expected a whole number from 0 to 4294967295'),
 ])
 def test_options_that_make_no_sense_are_refused(options, expected, mini,
                                                 tmp_path, capsys):

@@ -20,6 +20,9 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
         loss_scale (str | float | dict): Of fp16: 'dynamic', a constant, or
             arguments of torch's GradScaler. Defaults to 'dynamic'.
         **kwargs: Arguments of mmengine's OptimWrapper.
+
+    Raises:
+        TypeError: If ``loss_scale`` is something else.
     """
 
     def __init__(self, dtype: str, loss_scale: str | float | dict = 'dynamic',
@@ -28,10 +31,13 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
         self.cast_dtype = getattr(torch, dtype)
         constant = isinstance(loss_scale, float)
         self._scale_update_param = loss_scale if constant else None
-        options = dict(init_scale=loss_scale) if constant else loss_scale
+        options = dict(init_scale=loss_scale) if constant \
+            else {} if loss_scale == 'dynamic' else loss_scale
+        if not isinstance(options, dict):  # as on GPUs
+            raise TypeError("loss_scale must be 'dynamic', a float or a dict "
+                            f'of arguments of GradScaler, got {loss_scale!r}')
         self.loss_scaler = torch.amp.GradScaler(
-            'cpu', enabled=self.cast_dtype == torch.float16,
-            **({} if options == 'dynamic' else options))
+            'cpu', enabled=self.cast_dtype == torch.float16, **options)
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

@@ -53,6 +53,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import Tensor
 from torch.utils import collect_env
 
+from argument_types import positive
 from benchmark_models import (
     PATHS,
     BuildError,
@@ -62,6 +63,7 @@ from benchmark_models import (
     switched,
 )
 from mmconv2former import dispatch, fuse_for_inference
+from mmconv2former.archs import STEMS
 from mmconv2former.cuda_graphs import WARM_UP, CUDAGraphs
 from plot_benchmark import describe, report
 
@@ -341,7 +343,7 @@ def roofline_seconds(name: str, case: Case, device_name: str) -> float | None:
     if arch is None or device_name not in PEAKS or case.dtype == 'fp32':
         return None
     matmul, vector, bandwidth = PEAKS[device_name]
-    stride, seconds = 4 if arch['stem'] == 'conv' else 16, 0.
+    stride, seconds = STEMS[arch['stem']]['stride'], 0.
     for depth, dim in zip(arch['depths'], arch['dims']):
         pixels = case.batch * (case.height // stride) * (case.width // stride)
         # Two FLOPs in each of three passes: forward, and the gradients of
@@ -608,14 +610,6 @@ def seconds(text: str) -> float:
         pass
     raise argparse.ArgumentTypeError(
         f"expected a number of seconds above 0, got '{text}'")
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number above 0, got '{text}'")
-    return int(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

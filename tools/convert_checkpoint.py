@@ -96,7 +96,8 @@ def convert(src, dst, backbone_only=False, trust_pickle=False, prefix=None):
         state_dict = {
             key: value.detach().clone()
             for key, value in rename_classifier(
-                weights, not backbone_only, prefix).items()
+                weights, () if backbone_only else ('neck', 'head'),
+                prefix).items()
         }
     inner = {
         key[len('backbone.'):]: value
@@ -146,11 +147,20 @@ def convert(src, dst, backbone_only=False, trust_pickle=False, prefix=None):
 def prove(path, arch, backbone_only):
     """Load a converted file strictly into the modules that it is for."""
     weights, _ = model_weights(read_checkpoint(path))
-    stem = weights['backbone.downsample_layers.0.0.weight']
-    hidden, dim, *_ = weights['backbone.stages.0.0.mlp.fc1.weight'].shape
-    load_backbone(
-        Conv2Former(arch, in_channels=stem.shape[1], mlp_ratio=hidden / dim),
-        path)
+    # What else the shapes tell. Where a tensor is missing, the loading says
+    # so.
+    settings = {}
+    stem = weights.get('backbone.downsample_layers.0.0.weight')
+    if stem is not None:
+        settings['in_channels'] = stem.shape[1]
+    shapes = [value.shape for key, value in weights.items()
+              if key.endswith('.mlp.fc1.weight')]
+    if shapes:
+        # Any ratio by which int(ratio * dim) is the width of each MLP.
+        settings['mlp_ratio'] = (
+            max(hidden / dim for hidden, dim, *_ in shapes)
+            + min((hidden + 1) / dim for hidden, dim, *_ in shapes)) / 2
+    load_backbone(Conv2Former(arch, **settings), path)
     if not backbone_only:
         neck = Conv2FormerNeck(arch['dims'][-1],
                                len(weights['neck.norm.weight']))

@@ -1,8 +1,9 @@
 """Fully sharded data parallel training, for models that outgrow one GPU.
 
 ``train.py --fsdp`` gives :class:`ShardedStrategy` to mmengine's
-``FlexibleRunner``. Each process holds a part of the weights, gradients and
-optimizer state; the blocks of the backbone are gathered one at a time.
+``FlexibleRunner``. Each process holds a part of the gradients and of the
+state of the optimizer, and, as settings may ask, of the weights, of which the
+blocks of the backbone are gathered one at a time.
 """
 import torch
 from mmengine._strategy import FSDPStrategy
@@ -92,10 +93,9 @@ class ShardedStrategy(FSDPStrategy):
             state_dict (dict): What :meth:`optim_state_dict` has returned in
                 the first process.
         """
-        extra = {
-            key: state_dict.pop(key)
-            for key in _EXTRA if key in state_dict
-        }
+        extra = {key: state_dict[key] for key in _EXTRA if key in state_dict}
         state = FSDP.optim_state_dict_to_load(
-            self.model, self.optim_wrapper.optimizer, state_dict)
+            self.model, self.optim_wrapper.optimizer,
+            {key: value for key, value in state_dict.items()
+             if key not in extra})
         self.optim_wrapper.load_state_dict({**state, **extra})

@@ -33,7 +33,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from make_mini_dataset import positive, run_lengths, save, seed_number
+from argument_types import positive, seed_number
+from make_mini_dataset import run_lengths, save
 
 # Part of the settings in the manifest: raise it when the pictures change, so
 # that data made by an older version of this file is made anew.

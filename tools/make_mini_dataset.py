@@ -23,6 +23,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as rle
 
+from argument_types import positive, seed_number
+
 # Width and height of the pictures, in turn.
 SIZES = ((96, 64), (64, 96), (128, 80), (48, 48))
 # COCO numbers its 80 classes from 1 to 90, with gaps.
@@ -405,23 +407,6 @@ def make_mini_dataset(data: str, dest: str | Path, **settings: int) -> None:
         root.mkdir()
         MAKERS[data](root, **settings)
         root.rename(dest)
-
-
-def positive(text: str) -> int:
-    """Parse a positive number for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'{number} is not 1 or more')
-    return number
-
-
-def seed_number(text: str) -> int:
-    """Parse a seed that numpy takes for argparse."""
-    number = int(text)
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(
-            f'{number} is not between 0 and {2**32 - 1}')
-    return number
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

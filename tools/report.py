@@ -25,8 +25,8 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from pycocotools import mask as rle
 
+from argument_types import positive
 from data_error import DataError
-from make_mini_dataset import positive
 
 matplotlib.use('Agg')  # pictures go to files: no screen is needed
 

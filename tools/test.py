@@ -78,8 +78,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
 
 def _refuse_averaging(cfg: Config) -> None:
     """Refuse --fuse where a hook exchanges weights around the test."""
-    if any('EMAHook' in str(hook.type) for hook in cfg.get('custom_hooks')
-           or ()):
+    if any(data_checks.type_name(hook) == 'EMAHook'
+           for hook in cfg.get('custom_hooks') or ()):
         # mmengine saves the average as the weights of the model.
         raise SystemExit(
             '--fuse: EMAHook of the config exchanges weights, and a fused '

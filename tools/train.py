@@ -13,7 +13,11 @@ import resume
 from amp import BoxesInFloat32, CPUAmpOptimWrapper
 from data_error import one_message
 from fsdp import ShardedStrategy
-from mmconv2former.checkpoint import CheckpointError, find_checkpoint
+from mmconv2former.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    is_pretrained,
+)
 
 # What --amp may be given, and the name that torch has for it.
 DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
@@ -213,9 +217,7 @@ def pretrained_parts(cfg: Config) -> dict[tuple[str, str], str]:
         inits = {f'{key}.{i}': init for i, init in enumerate(inits)} \
             if isinstance(inits, (list, tuple)) else {key: inits or {}}
         for key, init in inits.items():
-            kind = data_checks.type_name(init)
-            if kind in ('Pretrained', 'PretrainedInit') \
-                    and 'checkpoint' in init:
+            if is_pretrained(init) and 'checkpoint' in init:
                 found[name, key] = init['checkpoint']
     return found
 
