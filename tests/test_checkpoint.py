@@ -174,6 +174,15 @@ def test_neck_refuses_a_file_without_head_and_one_of_another_width(tmp_path):
     torch.save(GOOD, path)
     with pytest.raises(CheckpointError, match='does not fit the neck.*conv'):
         neck_of(path, out_channels=7)
+    with pytest.raises(FileNotFoundError,
+                       match='--cfg-options model.neck.init_cfg=None'):
+        neck_of(tmp_path / 'none.pth')
+
+
+def test_neck_loads_from_a_file_without_the_last_layer(tmp_path):
+    torch.save(without('pred.'), tmp_path / 'weights.pth')
+    neck = neck_of(tmp_path / 'weights.pth')
+    assert torch.equal(neck.conv.weight, GOOD['head.0.weight'])
 
 
 def test_official_weights_load_under_their_own_names(tmp_path, log):
@@ -471,6 +480,15 @@ def test_other_init_cfgs_still_work_and_pretrained_comes_last(tmp_path):
     assert backbone.init_cfg[0]['type'] == 'Pretrained'
 
 
+def test_a_failed_initialisation_keeps_the_init_cfg():
+    cfgs = [dict(type='Pretrained', checkpoint='a.pth'),
+            dict(type='Constant', layer='Conv2d', value=.25)]  # it is val
+    backbone = Conv2Former(MINI, init_cfg=cfgs)
+    with pytest.raises(TypeError, match='ConstantInit'):
+        backbone.init_weights()
+    assert backbone.init_cfg == cfgs
+
+
 def test_conversion_proves_and_records_what_it_did(tmp_path):
     src, dst = tmp_path / 'official.pth.tar', tmp_path / 'ours.pth'
     torch.save(LAYOUTS['timm with EMA and module.'][0], src)
@@ -507,6 +525,10 @@ def test_conversion_of_the_backbone_alone_and_of_our_own_file(tmp_path):
     (backbone_part(GOOD), (), 'no whole classification head.*--backbone-only'),
     (without('stages.2.1.mlp.pos'), (),
      '^[^ ]*a.pth does not fit .*missing: stages.2.1.mlp.pos.weight'),
+    (without('stages.0.0.mlp.fc1.weight'), (),
+     '1 missing: stages.0.0.mlp.fc1.weight'),
+    (without('downsample_layers.0.0'), (),
+     '1 missing: downsample_layers.0.0.weight'),
     ({**GOOD, 'downsample_layers.0.6.weight': torch.ones(8, 4, 3, 3)}, (),
      'the stem is of another kind'),
 ])
@@ -533,9 +555,10 @@ def test_conversion_takes_one_of_several_by_its_prefix(tmp_path):
     assert torch.equal(weights['backbone.' + key], OTHER[key])
 
 
-def test_conversion_takes_models_of_any_mlp_ratio(tmp_path):
+@pytest.mark.parametrize('ratio', [3, 2.67, 8 / 3, 1.3])
+def test_conversion_takes_models_of_any_mlp_ratio(ratio, tmp_path):
     src, dst = tmp_path / 'a.pth', tmp_path / 'b.pth'
-    torch.save(Conv2Former(MINI, mlp_ratio=3).state_dict(), src)
+    torch.save(Conv2Former(MINI, mlp_ratio=ratio).state_dict(), src)
     convert_checkpoint.convert(src, dst, backbone_only=True)
     assert dst.is_file()
 
@@ -667,8 +690,9 @@ def test_weights_are_loaded_once(tmp_path):
     assert (backbone.stages[0][0].attn.v.bias == 1).all()
 
 
-@pytest.mark.parametrize('kind', ['Pretrained', PretrainedInit])
-def test_pretrained_may_be_named_by_its_class(kind, tmp_path):
+@pytest.mark.parametrize('kind', [
+    'Pretrained', 'PretrainedInit', 'mmengine.Pretrained', PretrainedInit])
+def test_pretrained_has_several_names(kind, tmp_path):
     path = str(tmp_path / 'weights.pth')
     torch.save(without('stages.2.1.mlp.pos.weight'), path)
     backbone = Conv2Former(MINI, init_cfg=dict(type=kind, checkpoint=path))

@@ -792,6 +792,15 @@ def test_mixed_precision_trains_on_the_cpu(tool, dtype, options, scale):
     assert model.weight.dtype == torch.float32
 
 
+def test_loss_scale_of_another_type_is_refused(tool):
+    cfg = train_config(tool, '--amp', '--cfg-options',
+                       'optim_wrapper.loss_scale=8')
+    for key in ('constructor', 'paramwise_cfg'):
+        cfg.optim_wrapper.pop(key, None)
+    with pytest.raises(TypeError, match="'dynamic', a float or a dict.* 8"):
+        build_optim_wrapper(torch.nn.Linear(2, 2), cfg.optim_wrapper)
+
+
 def test_fp16_on_the_cpu_skips_an_update_that_overflowed(tool):
     cfg = train_config(tool, '--amp')
     for key in ('constructor', 'paramwise_cfg'):
