@@ -18,7 +18,6 @@ where it is cheap beside the matrix products.
 Tensors are (N, H, W, C).
 """
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -88,9 +87,9 @@ class _Saved(NamedTuple):
 _SAVED = len(_Saved._fields)
 
 
-def _hidden_bytes(x: Tensor, in_bias: Tensor, dtype: torch.dtype) -> int:
-    """Size of the output of the first linear layers for one sample."""
-    return x.shape[1] * x.shape[2] * len(in_bias) * dtype.itemsize
+def _hidden_bytes(x: Tensor, channels: int, dtype: torch.dtype) -> int:
+    """Size of so many channels of one sample."""
+    return x.shape[1] * x.shape[2] * channels * dtype.itemsize
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:
@@ -102,9 +101,43 @@ def _folds_scale(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the last weight has the layer scale in it for its gradients.
 
     That saves a pass over the gradient, and costs a copy of the weight, which
-    GPUs make anyway for its precision. fp16's numbers end above 1e-6 * 0.02.
+    GPUs make anyway for its precision. Not in fp16, whose least number is
+    6e-8: a layer scale of 1e-6 times a weight of 0.02 is less.
     """
     return x.is_cuda and dtype != torch.float16
+
+
+class _LastGrads(NamedTuple):
+    """Gradients of y, the output of a last layer, in x + keep * scale * y.
+
+    Attributes:
+        unscaled (Tensor): As if the scale were 1, (N, H, W, C).
+        scaled (Tensor): As it is, (N, H, W, C).
+        total (Tensor, optional): Sum of the first over all positions, (C, ),
+            if a kernel has taken it.
+        is_own (bool): Whether there was anything to compute for these. If
+            not, both are the gradient of the sum, and the total is taken by
+            the backward pass of the norm, which reads that as its residual.
+    """
+    unscaled: Tensor
+    scaled: Tensor
+    total: Tensor | None
+    is_own: bool
+
+
+def _last_grads(grad: Tensor, is_own: bool, unscaled: Tensor, scaled: Tensor,
+                total: Tensor | None) -> _LastGrads:
+    """From what ``scale_residual_backward`` returns, where tensors without
+    elements stand for those that they would repeat."""
+    unscaled = unscaled if unscaled.numel() else grad
+    scaled = scaled if scaled.numel() else unscaled
+    return _LastGrads(unscaled, scaled, total, is_own)
+
+
+def _has_own_grad(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
+                  dtype: torch.dtype) -> bool:
+    """Whether y in x + keep * scale * y has other gradients than the sum."""
+    return scale is not None or keep is not None or grad.dtype != dtype
 
 
 def _block_backward(
@@ -127,70 +160,58 @@ def _block_backward(
     dtype = mlp.weight.dtype
     scale, mlp_scale = (None if _folds_scale(x, dtype) else branch.scale
                         for branch in (modulation, mlp))
-    # Gradients of y in x + keep * scale * y: as if the scale were 1, and true.
-    grad_y = scaled = grad
-    total = None
-    # Where nothing has to be computed for these, and so no pass sums them up,
-    # that of the norm does, which reads them as its residual.
-    is_summed = _has_own_grad(grad, mlp_scale, mlp_keep, dtype)
-    if is_summed:
-        grad_y, scaled, total = _unless_empty(
-            grad, *kernels.scale_residual_backward(grad, mlp_scale, mlp_keep,
-                                                   dtype))
-    found = []
-    for is_mlp, branch, stored in ((True, mlp, (z, )),
-                                   (False, modulation, (zv, a))):
-        grad_middle = linear_grad_input(scaled, branch.weight)
-        del scaled
-        middle_backward = kernels.position_backward if is_mlp \
-            else kernels.gate_backward
-        grad_z, grad_dw_weight, grad_dw_bias, y, grad_in_bias = (
-            middle_backward(grad_middle, *stored, branch.dw_weight,
-                            branch.dw_bias))
-        del grad_middle
-        if is_summed:
-            grads = linear_grad_params(grad_y, y, total)
-            del grad_y, y
-        grad_normed = linear_grad_input(grad_z, branch.in_weight)
-        norm = branch.norm_weight, branch.norm_bias
-        if is_mlp:
-            outs = kernels.scale_residual_norm_backward(
-                grad_normed, mlp_x, *norm, eps[1], grad, scale, keep, dtype,
-                sums_residual=not is_summed)
-        else:
-            outs = kernels.layer_norm_backward(
-                grad_normed, x, *norm, eps[0], grad,
-                sums_residual=not is_summed)
-        (grad, grad_norm_weight, grad_norm_bias, normed, grad_sum,
-         *following) = outs
-        del grad_normed, outs
-        if not is_summed:
-            grads = linear_grad_params(grad_y, y, grad_sum)
-            del grad_y, y
-        found.append([
+    last = _LastGrads(grad, grad, None, False)
+    if _has_own_grad(grad, mlp_scale, mlp_keep, dtype):
+        last = _last_grads(grad, True, *kernels.scale_residual_backward(
+            grad, mlp_scale, mlp_keep, dtype))
+    grad, last, mlp_grads = _mlp_backward(kernels, grad, last, mlp_x, z,
+                                          eps[1], mlp, scale, keep)
+    grad, modulation_grads = _modulation_backward(kernels, grad, last, x, zv,
+                                                  a, eps[0], modulation)
+    return grad, modulation_grads, mlp_grads
+
+
+def _mlp_backward(
+        kernels: Any, grad: Tensor, last: _LastGrads, x: Tensor, z: Tensor,
+        eps: float, mlp: _Saved, scale: Tensor | None, keep: Tensor | None
+) -> tuple[Tensor, _LastGrads, list[Tensor]]:
+    """The MLP's part, with what is next in line: scale and drop path of the
+    branch before it, of which x is the sum."""
+    dtype = mlp.weight.dtype
+    grad_z, *dw_grads, y, grad_in_bias = kernels.position_backward(
+        linear_grad_input(last.scaled, mlp.weight), z, mlp.dw_weight,
+        mlp.dw_bias)
+    (grad, grad_norm_weight, grad_norm_bias, normed, total, *found) = (
+        kernels.scale_residual_norm_backward(
+            linear_grad_input(grad_z, mlp.in_weight), x, mlp.norm_weight,
+            mlp.norm_bias, eps, grad, scale, keep, dtype,
+            sums_residual=not last.is_own))
+    return grad, _last_grads(
+        grad, _has_own_grad(grad, scale, keep, dtype), *found), [
             grad_norm_weight, grad_norm_bias,
-            *linear_grad_params(grad_z, normed, grad_in_bias), grad_dw_weight,
-            grad_dw_bias, *grads
-        ])
-        del grad_z, normed
-        if following:
-            grad_y, scaled, total = _unless_empty(grad, *following)
-            is_summed = _has_own_grad(grad, scale, keep, dtype)
-            del following
-    return grad, *reversed(found)
+            *linear_grad_params(grad_z, normed, grad_in_bias), *dw_grads,
+            *linear_grad_params(last.unscaled, y,
+                                last.total if last.is_own else total)]
 
 
-def _has_own_grad(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
-                  dtype: torch.dtype) -> bool:
-    """Whether y in x + keep * scale * y has other gradients than the sum."""
-    return scale is not None or keep is not None or grad.dtype != dtype
-
-
-def _unless_empty(grad: Tensor, grad_y: Tensor, scaled: Tensor,
-                  total: Tensor | None) -> tuple[Tensor, ...]:
-    """What ``scale_residual_backward`` returns, and leaves out if the same."""
-    grad_y = grad_y if grad_y.numel() else grad
-    return grad_y, scaled if scaled.numel() else grad_y, total
+def _modulation_backward(
+        kernels: Any, grad: Tensor, last: _LastGrads, x: Tensor, zv: Tensor,
+        a: Tensor, eps: float,
+        modulation: _Saved) -> tuple[Tensor, list[Tensor]]:
+    """The part of convolutional modulation."""
+    grad_zv, *dw_grads, y, grad_in_bias = kernels.gate_backward(
+        linear_grad_input(last.scaled, modulation.weight), zv, a,
+        modulation.dw_weight, modulation.dw_bias)
+    grad, grad_norm_weight, grad_norm_bias, normed, total = (
+        kernels.layer_norm_backward(
+            linear_grad_input(grad_zv, modulation.in_weight), x,
+            modulation.norm_weight, modulation.norm_bias, eps, grad,
+            sums_residual=not last.is_own))
+    return grad, [
+        grad_norm_weight, grad_norm_bias,
+        *linear_grad_params(grad_zv, normed, grad_in_bias), *dw_grads,
+        *linear_grad_params(last.unscaled, y,
+                            last.total if last.is_own else total)]
 
 
 def _parameter_grads(shapes: Sequence[torch.Size], grads: Sequence[Tensor],
@@ -207,7 +228,7 @@ def _parameter_grads(shapes: Sequence[torch.Size], grads: Sequence[Tensor],
         grad_in_bias.split_with_sizes(sizes))
     found = (grad_norm_weight, grad_norm_bias, grad_scale, *chain(*pairs),
              grad_dw_weight, grad_dw_bias, grad_weight, grad_bias)
-    # Of a vector a view would be the same.
+    # Vectors have their shape, and a view costs a microsecond.
     return [g if g.ndim == 1 else g.view(shape)
             for g, shape in zip(found, shapes, strict=True)]
 
@@ -248,8 +269,8 @@ class BlockFunction(torch.autograd.Function):
             del y
             z = linear(normed, *mlp_weights[:2])
             del normed
-            parts = in_parts(_hidden_bytes(x, mlp_weights[1], dtype),
-                             PART_BYTES, z)
+            parts = in_parts(_hidden_bytes(x, z.shape[3], dtype), PART_BYTES,
+                             z)
             y = _whole([
                 linear(kernels.position(part, *mlp_weights[2:4]),
                        *mlp_weights[4:6]) for part, in parts])
@@ -280,7 +301,7 @@ class BlockFunction(torch.autograd.Function):
         with without_autocast(x):
             # Parts that are no smaller than the gradients that they add to.
             size = max(PART_BYTES, 4 * weight.nbytes)
-            parts = in_parts(_hidden_bytes(x, weight, weight.dtype), size,
+            parts = in_parts(_hidden_bytes(x, len(weight), weight.dtype), size,
                              grad.contiguous(), x, *others)
             for part in parts:
                 with kernels.deferred_sums():
@@ -322,25 +343,23 @@ def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
         return BlockFunction.apply(
             x, modulation.keep, mlp.keep, (modulation.eps, mlp.eps), len(own),
             *own, *others)
-    layers = [list(b.weights) for b in branches]
-    scales = list(map(partial(_absorb_scale, x), branches, layers))
-    return infer(x, *(
-        b._replace(weights=weights, scale=scale)
-        for b, weights, scale in zip(branches, prepare(x, layers), scales)))
+    branches = [_absorb_scale(x, b) for b in branches]
+    prepared = prepare(x, [b.weights for b in branches])
+    return infer(x, *(b._replace(weights=weights)
+                      for b, weights in zip(branches, prepared)))
 
 
-def _absorb_scale(x: Tensor, branch: Branch,
-                  parameters: list[Tensor]) -> Tensor | None:
-    """Multiply the last parameters of a branch by the layer scale, in the
-    list, where that costs nothing; returns the scale where not."""
-    scale, (weight, bias) = branch.scale, parameters[-2:]
+def _absorb_scale(x: Tensor, branch: Branch) -> Branch:
+    """Make the layer scale part of the last layer where that costs nothing."""
+    *others, weight, bias = branch.weights
     if branch.keep is not None or x.device.type != 'cpu' \
             or x.numel() <= weight.numel() \
             or product_dtype(x) != torch.bfloat16:
-        return scale
+        return branch
     # The weight is copied for its type anyway, and the product adds x.
-    parameters[-2:] = weight.flatten(1) * scale[:, None], bias * scale
-    return None
+    scale = branch.scale
+    return branch._replace(scale=None, weights=[
+        *others, weight.flatten(1) * scale[:, None], bias * scale])
 
 
 def prepare(x: Tensor, branches: Sequence[Sequence[Tensor]],
@@ -381,8 +400,8 @@ def infer(x: Tensor, modulation: Branch,
         Tensor: (N, H, W, C).
     """
     dtype, kernels = product_dtype(x), dispatch.kernels_for(x)
-    # A bias for a weight, which may be rearranged.
-    parts = in_parts(_hidden_bytes(x, mlp.weights[1], dtype), PART_BYTES, x,
+    hidden = len(mlp.weights[1])  # of the bias: the weight may be packed
+    parts = in_parts(_hidden_bytes(x, hidden, dtype), PART_BYTES, x,
                      modulation.keep, mlp.keep)
     if len(parts) > 1:
         return torch.cat([
