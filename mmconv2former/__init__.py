@@ -11,9 +11,9 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError(
         'mmconv2former needs mmengine, which two distributions provide. '
-        "Install one of them: pip install 'mmconv2former[onedl]' (the "
-        "maintained packages, onedl-mmengine) or pip install "
-        "'mmconv2former[openmmlab]' (the original packages, mmengine). "
+        'Install one of them, in the folder that has setup.py: '
+        "pip install '.[onedl]' (the maintained packages, onedl-mmengine) or "
+        "pip install '.[openmmlab]' (the original packages, mmengine). "
         'In an environment that has OpenMMLab packages already, take the '
         'same family.', name='mmengine') from error
 if torch.__version__ < '2.7.dev0':

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 # One row per model. The hierarchical ones are those of the paper (table of
 # variants) with the depths and kernels of the official code; 'base-22k' is
-# the base model that was pre-trained on ImageNet-22K with a 7x7 kernel.
+# that of its base model for ImageNet-22K.
 # The paper gives the isotropic models 18 blocks and their sizes but not their
 # widths: 320 and 640 are our choice, which meets 23 M and 86 M parameters.
 ARCHS = {

@@ -1,6 +1,6 @@
 """CUDA graphs of the backbone: its kernels are launched as one.
 
-A training step of T launches some seven hundred kernels, for which a CPU may
+A training step of T launches hundreds of kernels, for which a CPU may
 take longer than a GPU for the work. For each kind of batch the launches are
 recorded once, and then replayed. ``torch.cuda.make_graphed_callables`` does
 the same for one kind; its gradients are wrong where several backward passes

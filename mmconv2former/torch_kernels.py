@@ -364,7 +364,7 @@ def scale_residual(x: Tensor, y: Tensor, scale: Tensor | None,
 
 
 def _scale_for(x: Tensor, scale: Tensor) -> Tensor:
-    # fp16's numbers end above 1e-6 * 0.02.
+    # A scale of 1e-6 has two digits in fp16.
     return scale if x.dtype == torch.float16 else scale.to(x.dtype)
 
 

@@ -65,8 +65,8 @@ def test_missing_mmengine_names_both_ways_to_get_it():
     assert done.returncode != 0
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith('ModuleNotFoundError')
-    assert 'mmconv2former[onedl]' in message
-    assert 'mmconv2former[openmmlab]' in message
+    assert "pip install '.[onedl]'" in message
+    assert "pip install '.[openmmlab]'" in message
 
 
 @pytest.mark.parametrize('version, is_old', [

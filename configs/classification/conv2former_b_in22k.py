@@ -1,7 +1,7 @@
 """Conv2Former-B with 7x7 kernels on ImageNet-22K, 90 epochs at 224x224.
 
-The kernel is that of the official 22K weights; conv2former_b_k11_in22k.py has
-the 11x11 of the 1K model.
+The kernel is that of the official code's B for ImageNet-22K;
+conv2former_b_k11_in22k.py has the 11x11 of the 1K model.
 
 Train: bash tools/dist_train.sh \
            configs/classification/conv2former_b_in22k.py 8 --amp

@@ -1,6 +1,7 @@
 """Conv2Former-B with 11x11 kernels on ImageNet-22K, 90 epochs at 224x224.
 
-The official 22K weights of B have 7x7 kernels (conv2former_b_in22k.py).
+The official code's B for ImageNet-22K has 7x7 kernels
+(conv2former_b_in22k.py).
 
 Train: bash tools/dist_train.sh \
            configs/classification/conv2former_b_k11_in22k.py 8 --amp

@@ -12,7 +12,7 @@ custom_imports = dict(imports=['mmconv2former'], allow_failed_imports=False)
 default_scope = 'mmseg'
 
 num_classes = 11
-# Six pixels in seven are background: without weights the first hundreds of
+# Five pixels in six are background: without weights the first hundreds of
 # iterations would learn nothing else.
 class_weight = [0.4] + [2.0] * 10
 norm_cfg = dict(type='BN', requires_grad=True)  # SyncBN on several GPUs
