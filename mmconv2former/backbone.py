@@ -8,7 +8,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 
-from . import dispatch, fused_stem
+from . import cpu_layers, dispatch, fused_stem
 from .archs import STEMS, resolve_arch
 from .checkpoint import PretrainedModule, load_backbone
 from .cuda_graphs import CUDAGraphs
@@ -93,8 +93,8 @@ class Stem(nn.Sequential):
         x = dispatch.channels_last(x)  # as all that follows
         if not self.fused:
             return super().forward(x)
-        better = {nn.Conv2d: fused_stem.convolution, nn.GELU: fused_stem.gelu,
-                  nn.BatchNorm2d: fused_stem.batch_norm}
+        better = {nn.Conv2d: cpu_layers.convolution, nn.GELU: cpu_layers.gelu,
+                  nn.BatchNorm2d: cpu_layers.batch_norm}
         for layer in self:
             run = better.get(type(layer))
             x = run(x, layer) if run else layer(x)

@@ -97,6 +97,14 @@ def is_gelu(layer: nn.Module) -> bool:
     return is_plain(layer, nn.GELU) and layer.approximate == 'none'
 
 
+def has_usual_moments(norm: nn.BatchNorm2d) -> bool:
+    """Whether a batch norm has all that those in its place read and write."""
+    return (norm.weight is not None and norm.bias is not None
+            and norm.running_mean is not None
+            and norm.num_batches_tracked is not None
+            and norm.track_running_stats and norm.momentum is not None)
+
+
 @cache
 def log_once(text: str) -> None:
     """Log how the backbone runs, once.

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, torch_kernels
+from .cpu_layers import convolution
 from .dispatch import (
     autocast_dtype,
     is_plain,
@@ -14,7 +15,6 @@ from .dispatch import (
     refuse_second_derivatives,
     without_autocast,
 )
-from .fused_stem import convolution
 from .operators import LayerNorm2d, at_least_fp32, to_nchw, to_nhwc
 from .products import linear, linear_grad_input, linear_grad_params
 

@@ -11,9 +11,6 @@ patches that the pass before it writes. The functions down to
 :func:`gelu_norm_backward` are the reference of those of the same names in
 :mod:`mmconv2former.triton_kernels.stem`.
 
-On CPUs only the batch norms and GELU are replaced: torch's take about twice as
-long where channels are last in memory; and convolutions that it gets wrong.
-
 Tensors are (N, H, W, C) where nothing else is said.
 """
 from collections.abc import Sequence
@@ -26,7 +23,6 @@ from torch import Tensor, nn
 from . import dispatch
 from .dispatch import (
     is_gelu,
-    is_intercepted,
     is_plain,
     log_once,
     product_dtype,
@@ -34,7 +30,7 @@ from .dispatch import (
     without_autocast,
 )
 from .operators import at_least_fp32, to_nchw, to_nhwc
-from .torch_kernels import PART_BYTES, in_parts, patches, unpatch
+from .torch_kernels import patches, unpatch
 
 aten = torch.ops.aten
 
@@ -271,7 +267,7 @@ def _is_unmodified_stem(x: Tensor, layers: Sequence[nn.Module]) -> bool:
     last, channels = convs[-1], [x.shape[1]]
     for conv, norm in zip(convs, norms):
         channels.append(conv.out_channels)
-        if not _has_usual_moments(norm) or not all(
+        if not dispatch.has_usual_moments(norm) or not all(
                 dispatch.is_readable(t, x.device)
                 and t.shape == (conv.out_channels, )
                 for t in (norm.weight, norm.bias, norm.running_mean,
@@ -288,155 +284,6 @@ def _is_unmodified_stem(x: Tensor, layers: Sequence[nn.Module]) -> bool:
                     and not isinstance(conv.padding, str) for conv in convs)
             and last.padding == (0, 0)
             and last.stride == last.kernel_size == last.stride[::-1])
-
-
-def _has_usual_moments(norm: nn.BatchNorm2d) -> bool:
-    return (norm.weight is not None and norm.bias is not None
-            and norm.running_mean is not None
-            and norm.num_batches_tracked is not None
-            and norm.track_running_stats and norm.momentum is not None)
-
-
-class BatchNormFunction(torch.autograd.Function):
-    """Batch norm of feature maps whose channels are last in memory.
-
-    torch's is slow with few channels. Here it gets rows of pixels, as if each
-    column of the map had channels of its own, and their moments and sums are
-    put together.
-
-    Args:
-        x (Tensor): (N, C, H, W).
-        norm (nn.BatchNorm2d): Whose running moments are used or updated.
-        weight, bias (Tensor): Its parameters, (C, ).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: nn.BatchNorm2d, weight: Tensor,
-                bias: Tensor) -> Tensor:
-        rows, width = _rows(x), x.shape[3]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if norm.training:
-            norm.num_batches_tracked.add_(1)
-            count = x[:, 0].numel()
-            # Running moments of that type, not changed, for results of it.
-            running = rows.new_zeros(rows.shape[1], dtype=dtype)
-            means, variances = (
-                t.view(width, -1) for t in torch.batch_norm_update_stats(
-                    rows, running, running, 0.))
-            mean = means.mean(0)
-            var = (variances + (means - mean).square_()).mean(0)
-            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
-            norm.running_var.lerp_(
-                (var * (count / (count - 1))).to(norm.running_var),
-                norm.momentum)
-        else:
-            mean, var = (t.to(dtype)
-                         for t in (norm.running_mean, norm.running_var))
-        ctx.training = norm.training
-        ctx.save_for_backward(x, mean, torch.rsqrt(var + norm.eps), weight)
-        out, _, _ = aten.native_batch_norm(
-            rows, *(t.to(dtype).repeat(width)
-                    for t in (weight, bias, mean, var)), False, 0., norm.eps)
-        return _from_rows(out, x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivatives(grad)
-        x, mean, rstd, weight = ctx.saved_tensors
-        grad, rows, width = _rows(grad), _rows(x), x.shape[3]
-        _, *sums = aten.native_batch_norm_backward(
-            grad, rows, None, None, None, mean.repeat(width),
-            rstd.repeat(width), True, 0., (False, True, True))
-        grad_weight, grad_bias = (t.view(width, -1).sum(0) for t in sums)
-        scale = (rstd * weight).repeat(width)
-        if ctx.training:  # through the moments
-            share = scale / -x[:, 0].numel()
-            slope = share * (rstd * grad_weight).repeat(width)
-            shift = torch.addcmul(share * grad_bias.repeat(width), slope,
-                                  mean.repeat(width), value=-1)
-        out = torch.empty_like(grad)
-        for grad_part, part, out_part in in_parts(scale.nbytes, PART_BYTES,
-                                                  grad, rows, out):
-            grad_part = grad_part.to(scale.dtype)
-            if ctx.training:
-                out_part.copy_(
-                    torch.addcmul(shift, grad_part, scale).addcmul_(
-                        part.to(scale.dtype), slope))
-            else:
-                out_part.copy_(grad_part * scale)
-        return _from_rows(out, x), None, grad_weight, grad_bias
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N * H, W * C)."""
-    return to_nhwc(x).contiguous().flatten(0, 1).flatten(1)
-
-
-def _from_rows(rows: Tensor, x: Tensor) -> Tensor:
-    """The inverse of :func:`_rows`, in the shape of x."""
-    return to_nchw(rows.view(to_nhwc(x).shape))
-
-
-def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """``norm(x)``, of which CPUs compute the gradients faster.
-
-    Args:
-        x (Tensor): (N, C, H, W).
-        norm (nn.BatchNorm2d): The layer.
-
-    Returns:
-        Tensor: (N, C, H, W).
-    """
-    if not _can_replace(x, norm) or not torch.is_grad_enabled() \
-            or not _has_usual_moments(norm) or x.numel() == x.shape[1]:
-        return norm(x)
-    return BatchNormFunction.apply(x, norm, norm.weight, norm.bias)
-
-
-def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
-    """``layer(x)``, which takes half as long where torch asks oneDNN for it.
-
-    Args:
-        x (Tensor): (N, C, H, W), in channels-last memory.
-        layer (nn.GELU): The layer.
-
-    Returns:
-        Tensor: (N, C, H, W).
-    """
-    if not _can_replace(x, layer):
-        return layer(x)
-    # It does so for what it calls contiguous.
-    return to_nchw(layer(to_nhwc(x)))
-
-
-def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """``layer(x)``, once more where torch gets it wrong in bf16.
-
-    That is, on CPUs with AMX, where the result is one pixel wide
-    (https://github.com/pytorch/pytorch/issues/163347).
-
-    Args:
-        x (Tensor): (N, C, H, W).
-        layer (nn.Conv2d): The layer.
-
-    Returns:
-        Tensor: (N, C', H', W').
-    """
-    out = layer(x)
-    if out.dtype != torch.bfloat16 or out.shape[3] > 1 \
-            or type(layer) is not nn.Conv2d or layer.padding_mode != 'zeros' \
-            or not _can_replace(x, layer):
-        return out
-    # With zeros for another column of the result, which is cut off.
-    out = layer(F.pad(x, (0, layer.stride[1])))
-    return dispatch.channels_last(out[..., :1])
-
-
-def _can_replace(x: Tensor, layer: nn.Module) -> bool:
-    """Whether a layer on a CPU need not be called with x itself."""
-    return (x.device.type == 'cpu' and not is_intercepted(layer)
-            and not torch.compiler.is_compiling()
-            and not dispatch.find_obstacle(x))
 
 
 def available(x: Tensor, layers: nn.Sequential) -> bool:

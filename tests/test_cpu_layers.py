@@ -1,0 +1,136 @@
+"""Layers that CPUs do by other means than torch's are the same layers."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mmconv2former import Conv2Former, cpu_layers
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', [torch.double, torch.float])
+def test_batch_norm_of_cpus_is_that_of_torch(training, dtype):
+    torch.manual_seed(0)
+    x = (3 + torch.randn(3, 5, 4, 7)).to(dtype).to(
+        memory_format=torch.channels_last).requires_grad_()
+    norm = nn.BatchNorm2d(5).to(dtype).train(training)
+    for t in norm.weight, norm.bias, norm.running_mean:
+        nn.init.normal_(t)
+    norms, results = (norm, copy.deepcopy(norm)), []
+    for function, norm in zip((cpu_layers.batch_norm, lambda x, norm: norm(x)),
+                              norms, strict=True):
+        out = function(x, norm)
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(
+            out, [x, *norm.parameters()],
+            torch.randn(out.shape, dtype=torch.double).to(out))
+        results.append((out, *grads, *norm.buffers()))
+        is_ours = type(out.grad_fn).__name__ == 'BatchNormFunctionBackward'
+        assert is_ours == (function is cpu_layers.batch_norm)
+    for own, true in zip(*results, strict=True):
+        assert own.stride() == true.stride()
+        torch.testing.assert_close(own, true)
+
+
+def test_batch_norm_of_cpus_sums_bf16_in_fp32():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8)
+    x = (2 + torch.randn(2, 8, 64, 64)).to(
+        memory_format=torch.channels_last)
+    rounded = x.bfloat16().requires_grad_()
+    out = cpu_layers.batch_norm(rounded, norm)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        norm.running_mean, 0.1 * rounded.detach().float().mean((0, 2, 3)))
+    grad, = torch.autograd.grad(out.float().pow(2).sum(), [norm.bias])
+    assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_batch_norm_of_cpus_is_as_exact_as_torchs_in_16_bits(training, dtype):
+    torch.manual_seed(0)
+    shape = 4, 12, 33, 20
+    x, grad = (torch.randn(shape).to(dtype).to(
+        memory_format=torch.channels_last) for _ in range(2))
+    norm = nn.BatchNorm2d(12).train(training)
+    for t in norm.weight, norm.bias, norm.running_mean:
+        nn.init.normal_(t)
+
+    def results(function, dtype, norm):
+        norm = copy.deepcopy(norm)
+        leaf = x.to(dtype).requires_grad_()
+        out = function(leaf, norm)
+        return (out, *torch.autograd.grad(
+            out, [leaf, *norm.parameters()], grad.to(dtype)))
+
+    exact = results(lambda x, norm: norm(x), torch.double,
+                    copy.deepcopy(norm).double())
+    plain = results(lambda x, norm: norm(x), dtype, norm)
+    ours = results(cpu_layers.batch_norm, dtype, norm)
+    for own, other, true in zip(ours, plain, exact, strict=True):
+        assert own.dtype == other.dtype
+        noise = 1e-6 * true.norm()
+        assert (own - true).norm() <= 2 * (other - true).norm() + noise
+
+
+@pytest.mark.parametrize('hooked', [True, False])
+def test_gelu_of_cpus_is_the_layer(hooked):
+    layer, seen = nn.GELU(), []
+    if hooked:
+        layer.register_forward_hook(lambda _, x, out: seen.append(out.shape))
+    x = torch.randn(2, 5, 4, 7).to(memory_format=torch.channels_last)
+    out = cpu_layers.gelu(x, layer)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, nn.functional.gelu(x))
+    assert seen == hooked * [x.shape]
+
+
+@pytest.mark.parametrize('change', [
+    lambda norm: norm.register_forward_hook(lambda *_: None),
+    lambda norm: setattr(norm, 'momentum', None),
+    lambda norm: norm.register_parameter('bias', None)])
+def test_other_batch_norms_run_as_they_are(change):
+    norm = nn.BatchNorm2d(5)
+    x = torch.randn(3, 5, 4, 7)
+    change(norm)
+    assert type(cpu_layers.batch_norm(x, norm).grad_fn).__name__ != \
+        'BatchNormFunctionBackward'
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        cpu_layers.batch_norm(x[:1, :, :1, :1], nn.BatchNorm2d(5))
+
+
+@pytest.mark.parametrize('width, kernel_size, stride, padding', [
+    (1, 3, 2, 1), (2, 3, 2, 1), (3, 3, 2, 1), (2, 2, 2, 0), (3, 2, 2, 0),
+    (4, 2, 2, 0), (4, 4, 4, 0), (7, 4, 4, 0), (8, 4, 4, 0)])
+@pytest.mark.parametrize('autocast', [True, False])
+def test_convolutions_to_one_column_are_right_in_bf16(
+        width, kernel_size, stride, padding, autocast):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 64, kernel_size, stride, padding)
+    x = torch.randn(2, 32, 20, width).bfloat16().float()
+    layer.weight.data = layer.weight.data.bfloat16().float()
+    expected = layer(x)
+    if not autocast:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    x.requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        out = cpu_layers.convolution(x, layer)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
+    out.sum().backward()
+    assert x.grad.isfinite().all() and layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('arch, height, width', [
+    (dict(depths=[1], dims=[320], kernel_size=3, stem='3conv'), 64, 24),
+    (dict(depths=[1], dims=[64], kernel_size=3), 32, 6)])
+def test_thin_images_are_right_in_bf16(arch, height, width):
+    torch.manual_seed(0)
+    model, x = Conv2Former(arch).eval(), torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        expected, = model(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            out, = model(x)
+    assert (out - expected).norm() < 0.05 * expected.norm()
