@@ -195,6 +195,10 @@ class MLP(nn.Module):
         return _branch(norm, scale, layers, keep)
 
 
+dispatch.remember_forward(LayerNorm2d, Pointwise, DropPath, ConvModulation,
+                          MLP)
+
+
 class Block(nn.Module):
     """Convolutional modulation and MLP, each a scaled residual branch.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch
-from .dispatch import is_intercepted, refuse_second_derivatives
+from .dispatch import is_plain, refuse_second_derivatives
 from .operators import to_nchw, to_nhwc
 from .torch_kernels import PART_BYTES, in_parts
 
@@ -107,8 +107,9 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     Returns:
         Tensor: (N, C, H, W).
     """
-    if not _can_replace(x, norm) or not torch.is_grad_enabled() \
-            or not dispatch.has_usual_moments(norm) or x.numel() == x.shape[1]:
+    if not torch.is_grad_enabled() or x.numel() == x.shape[1] \
+            or not _can_replace(x, norm, nn.BatchNorm2d) \
+            or not dispatch.has_usual_moments(norm):
         return norm(x)
     return BatchNormFunction.apply(x, norm, norm.weight, norm.bias)
 
@@ -123,7 +124,7 @@ def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
     Returns:
         Tensor: (N, C, H, W).
     """
-    if not _can_replace(x, layer):
+    if not _can_replace(x, layer, nn.GELU):
         return layer(x)
     # It does so for what it calls contiguous.
     return to_nchw(layer(to_nhwc(x)))
@@ -144,16 +145,16 @@ def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """
     out = layer(x)
     if out.dtype != torch.bfloat16 or out.shape[3] > 1 \
-            or type(layer) is not nn.Conv2d or layer.padding_mode != 'zeros' \
-            or not _can_replace(x, layer):
+            or not _can_replace(x, layer, nn.Conv2d) \
+            or layer.padding_mode != 'zeros':
         return out
     # With zeros for another column of the result, which is cut off.
     out = layer(F.pad(x, (0, layer.stride[1])))
     return dispatch.channels_last(out[..., :1])
 
 
-def _can_replace(x: Tensor, layer: nn.Module) -> bool:
+def _can_replace(x: Tensor, layer: nn.Module, kind: type) -> bool:
     """Whether a layer on a CPU need not be called with x itself."""
-    return (x.device.type == 'cpu' and not is_intercepted(layer)
+    return (x.device.type == 'cpu' and is_plain(layer, kind)
             and not torch.compiler.is_compiling()
             and not dispatch.find_obstacle(x))

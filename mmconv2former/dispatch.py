@@ -26,6 +26,20 @@ from . import cpp_kernels, fake_kernels, torch_kernels
 FindModified = Callable[[int, torch.device], nn.Module | None]
 # The environment variable that turns the fused path off everywhere.
 FUSED_VARIABLE = 'MMCONV2FORMER_FUSED'
+# What layers of a class do as long as nobody gives it another forward.
+_FORWARDS: dict[type, Callable] = {}
+
+
+def remember_forward(*kinds: type) -> None:
+    """Have :func:`is_plain` see when these classes get another ``forward``.
+
+    Args:
+        kinds (type): Classes of layers.
+    """
+    _FORWARDS.update((kind, kind.forward) for kind in kinds)
+
+
+remember_forward(nn.Sequential, nn.Linear, nn.Conv2d, nn.GELU, nn.BatchNorm2d)
 
 
 def is_intercepted(module: nn.Module) -> bool:
@@ -50,8 +64,11 @@ def has_global_hooks() -> bool:
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module is of that very class and a call does what it says."""
-    return type(module) is kind and not is_intercepted(module)
+    """Whether a module is of that very class and a call does what the class
+    was written to do."""
+    return (type(module) is kind and not is_intercepted(module)
+            and (torch.compiler.is_compiling()
+                 or kind.forward is _FORWARDS[kind]))
 
 
 def is_readable(parameter: Tensor | None, device: torch.device) -> bool:

@@ -68,10 +68,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         ...     features, = model(torch.rand(1, 3, 64, 64))
     """
     modules = list(model.modules())
-    training = [m for m in modules if m.training]
+    training = [name for name, m in model.named_modules() if m.training]
     if training:
         raise ValueError(
-            f'the {type(training[0]).__name__} is in training mode, where '
+            f'{training[0] or "the model"} is in training mode, where '
             'batch norm and drop path cannot be folded: call model.eval() '
             'before fuse_for_inference(model)')
     backbones = [m for m in modules if isinstance(m, Conv2Former)]

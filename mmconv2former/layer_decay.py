@@ -133,7 +133,8 @@ def _check_shapes(own: list[dict], saved: list[dict], state: dict) -> None:
     for group, saved_group in zip(own, saved):
         for name, p, number in zip(group.get('names', ()), group['params'],
                                    saved_group['params']):
-            for value in state.get(number, {}).values():
+            # ZeroRedundancyOptimizer has None for those of other processes.
+            for value in (state.get(number) or {}).values():
                 if isinstance(value, Tensor) and value.ndim \
                         and value.shape != p.shape:
                     raise CheckpointError(

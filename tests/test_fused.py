@@ -31,7 +31,7 @@ from mmconv2former import (
     products,
     torch_kernels,
 )
-from mmconv2former.backbone import MLP, Block
+from mmconv2former.backbone import MLP, Block, ConvModulation
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(
     not torch.cuda.is_available(), reason='needs a GPU')]
@@ -588,6 +588,18 @@ def test_hooks_of_every_module_of_a_block_are_called(name, register):
              lambda *_: called.append(1))
     model(x)
     assert set(called) == {1}
+
+
+@pytest.mark.parametrize('kind', [
+    ConvModulation, MLP, operators.DropPath, operators.Pointwise,
+    operators.LayerNorm2d, nn.Conv2d, nn.GELU, nn.BatchNorm2d])
+def test_a_forward_that_a_class_gets_later_is_called(kind, monkeypatch):
+    model = Conv2Former(dict(depths=[1, 1], dims=[8, 16], kernel_size=5))
+    called, forward = set(), kind.forward
+    monkeypatch.setattr(kind, 'forward', lambda self, x: (
+        called.add(self), forward(self, x))[1])
+    model(torch.randn(1, 3, 32, 32))
+    assert called == {m for m in model.modules() if type(m) is kind}
 
 
 @pytest.mark.parametrize('index', [0, 1])

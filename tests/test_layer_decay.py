@@ -327,6 +327,20 @@ def test_resuming_continues_with_the_same_groups():
         assert torch.equal(old['exp_avg'], new['exp_avg'])
 
 
+def test_a_process_resumes_its_share_of_the_state():
+    """Of what others have, ZeroRedundancyOptimizer makes None."""
+    model, sgd = Model(), dict(type='SGD', lr=LR, momentum=.9)
+    optim_wrapper = build(model, sgd, decay_rate=.5)
+    train_a_step(model, optim_wrapper)
+    saved = optim_wrapper.state_dict()
+    saved['state'] = {number: value if number % 2 else None
+                      for number, value in saved['state'].items()}
+    again = build(Model(), sgd, decay_rate=.5)
+    again.load_state_dict(saved)
+    kept = list(filter(None, again.optimizer.state.values()))
+    assert kept and len(kept) == len(saved['state']) // 2
+
+
 @pytest.mark.parametrize('change', [
     dict(decay_rate=.6), dict(num_layers=8), dict(norm_decay_mult=0.)])
 def test_resuming_with_other_groups_names_both_sets(change):
