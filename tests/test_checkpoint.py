@@ -421,6 +421,13 @@ def test_arch_is_read_off_the_weights(name):
     assert describe_arch(arch).startswith(f"arch '{name}' (depths ")
 
 
+def test_arch_is_read_off_weights_in_any_order():
+    weights = Conv2Former('tiny').state_dict()
+    assert list(weights).index('stages.2.10.attn.proj.weight') > list(
+        weights).index('stages.2.2.attn.proj.weight')
+    assert infer_arch(dict(sorted(weights.items()))) == resolve_arch('tiny')
+
+
 def test_arch_that_has_no_row_is_described():
     tiny = resolve_arch('tiny')
     assert describe_arch({**tiny, 'kernel_size': 9}) == (

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +226,30 @@ def test_graphs_share_the_memory_of_inputs_and_results(models, device):
     for shape in [*shapes, *reversed(shapes)]:
         x = images(device, *shape, seed=3)
         assert_same(step(graphed, x), step(eager, x))
+
+
+def test_memory_of_small_inputs_is_not_taken_for_larger_ones(models, device):
+    eager, graphed = models(limit=2)
+    for samples in (1, 2):
+        x = images(device, samples, 3, 32, 32)
+        for _ in range(4):
+            assert_same(step(graphed, x), step(eager, x))
+    assert recorded(graphed) == 2
+
+
+@pytest.mark.parametrize('device', ['cpu'], indirect=True)
+def test_memory_is_given_back_when_no_stream_uses_it(models, device,
+                                                     monkeypatch):
+    calls = []
+    stream = SimpleNamespace(synchronize=lambda: calls.append(1))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda _: stream)
+    _, graphed = models()
+    for _ in range(3):
+        step(graphed, images(device))
+    assert not calls
+    graphed.stages[0][0].layer_scale_1 = nn.Parameter(torch.ones(8))
+    step(graphed, images(device))
+    assert calls == [1]
 
 
 @pytest.mark.parametrize('device', ['cpu'], indirect=True)

@@ -226,7 +226,11 @@ def test_samples_may_be_processed_in_parts(dtype, samples, monkeypatch):
     assert [len(part) for part, in torch_kernels.in_parts(
         hidden[0].nbytes, fused_block.PART_BYTES, hidden)] == {
             1: 5 * [1], 2: [2, 2, 1]}[samples]
+    added, foreach_add = [], torch._foreach_add_
+    monkeypatch.setattr(torch, '_foreach_add_', lambda sums, others: (
+        added.extend(sums + others), foreach_add(sums, others)))
     parts = results(model, x, grad)
+    assert added and all(t.dtype == torch.float32 for t in added)
     for name, true in exact.items():
         rounding = torch.finfo(dtype).eps * true.norm()
         assert (parts[name] - true).norm() <= 2 * (
@@ -258,17 +262,18 @@ print(min(faults() for _ in range(5)))
 @pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('by_onednn', [True, False])
 @pytest.mark.parametrize('dtype', [torch.float32, *LOW])
+@pytest.mark.parametrize('rate', [0., .5])
 @pytest.mark.parametrize('n, c, h, w, k', [
     (2, 8, 5, 7, 11), (1, 20, 13, 13, 7), (2, 72, 14, 14, 11), (1, 8, 1, 1, 3),
 ])
-def test_block_computes_the_same_without_gradients(n, c, h, w, k, dtype,
+def test_block_computes_the_same_without_gradients(n, c, h, w, k, rate, dtype,
                                                    by_onednn,
                                                    monkeypatch):
     if not by_onednn:
         monkeypatch.setattr(fused_block, 'onednn_takes',
                             lambda *args: False)
     torch.manual_seed(c * h * w + k)
-    model = block(c, k, .5)
+    model = block(c, k, rate)
     x = random(n, c, h, w).to(dtype).float()
 
     def forward(model, x, autocast=None):
@@ -1062,6 +1067,18 @@ def test_scale_in_the_weight_changes_nothing(rate, monkeypatch):
     scaled = results()
     monkeypatch.setattr(fused_block, '_folds_scale', lambda *_: True)
     torch.testing.assert_close(results(), scaled)
+
+
+def test_scale_in_the_weight_goes_with_a_sum_in_fp32(monkeypatch):
+    """Whose gradient is of another type than the products."""
+    torch.manual_seed(0)
+    model = block(8, 5)
+    x, grad = random(3, 8, 5, 7).float(), random(3, 8, 5, 7).float()
+    monkeypatch.setattr(fused_block, '_folds_scale', lambda *_: True)
+    monkeypatch.setattr(dispatch, '_is_emulated', lambda _: False)
+    exact, _, ours = three_ways(model, x, grad, monkeypatch, torch.bfloat16)
+    for name, true in exact.items():
+        assert (ours[name] - true).norm() <= 0.02 * true.norm(), name
 
 
 def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu,

@@ -1,11 +1,12 @@
 """The stem with hand-written gradients against autograd's."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from mmconv2former import fused_stem
+from mmconv2former import dispatch, fused_stem
 from mmconv2former.backbone import STEM_LAYERS, Stem
 
 
@@ -132,6 +133,25 @@ def test_settings_of_batch_norms_are_those_of_torch(name, value):
                   for function in (lambda x, stem: stem(x), by_layers))
     for o, t in zip(own, other, strict=True):
         torch.testing.assert_close(o, t)
+
+
+@pytest.mark.parametrize('changes, taken', [
+    ({}, True), (dict(is_cuda=False), False),
+    (dict(requires_grad=True), False), (dict(dtype=torch.float32), False),
+    (dict(channels=16), True), (dict(channels=17), False)])
+def test_stem_is_taken_where_its_kernels_can_run(changes, taken, monkeypatch):
+    kernels = SimpleNamespace()
+    monkeypatch.setattr(dispatch, 'TRITON', SimpleNamespace(functions=kernels))
+    for name, result in dict(find_obstacle='', kernels_for=kernels,
+                             _is_emulated=False).items():
+        monkeypatch.setattr(dispatch, name, lambda *_, result=result: result)
+    settings = dict(dict(is_cuda=True, requires_grad=False, channels=3,
+                         dtype=torch.bfloat16), **changes)
+    channels = settings.pop('channels')
+    x = SimpleNamespace(**settings, shape=(1, channels, 32, 32),
+                        device=torch.device('cpu'))
+    stem = Stem(*STEM_LAYERS['conv'](channels, 24), fused=True)
+    assert fused_stem.available(x, stem) == taken
 
 
 def test_cpus_run_the_layers():

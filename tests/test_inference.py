@@ -1,6 +1,8 @@
 """A fused model computes what the model that was trained computes."""
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -243,6 +245,19 @@ def test_new_weights_in_the_place_of_the_old_are_taken_up():
             assert torch.equal(model(image), copy.deepcopy(model)(image))
 
 
+def test_prepared_weights_keep_the_place_of_those_that_they_are_of():
+    """In which others would be taken for them."""
+    model = fused(classifier())
+    layer = model.backbone.stages[0][0].fc2
+    with torch.no_grad():
+        model(official.image(32, 32))
+        weight = weakref.ref(layer.weight)
+        memory = weakref.ref(layer.weight.untyped_storage())
+        del layer.weight
+        gc.collect()
+        assert weight() is not None and memory() is not None
+
+
 def test_prepared_weights_do_not_outlive_a_conversion():
     # New weights could lie where the old ones did.
     model = fused(classifier())
@@ -431,6 +446,14 @@ def test_weights_of_other_classes_are_not_read_by_the_kernels():
         layer = model.backbone.stages[0][0].fc1
         layer.weight = nn.Parameter(TwoTensor(*[layer.weight.detach()] * 2))
         assert difference(model(image).a, expected) < 1e-5
+
+
+def test_a_fused_model_beside_another_loads_its_own_weights():
+    model, other = (
+        nn.ModuleList([fused(classifier()), classifier()]) for _ in range(2))
+    model[1].head.fc.weight.data += 1.
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other[1].head.fc.weight, model[1].head.fc.weight)
 
 
 def test_each_norm_keeps_its_own_eps():

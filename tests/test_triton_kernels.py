@@ -783,7 +783,8 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
         kernels, monkeypatch, nothing_compiled):
     """Of which the first goes by Triton's own choice among the compiled."""
     stub = SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda _: 7,
+        get_current_device=lambda: -1,  # as of a tensor on the CPU
+        get_current_stream=lambda device: 7 + device,
         get_current_target=lambda: triton.backends.compiler.GPUTarget(
             'cuda', 90, 32))
     calls = []
@@ -802,7 +803,7 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
     def launch(*inputs):
         kernels.scale_residual(*inputs)
         kernel, *where = calls[-1][:7]
-        assert where[3:] == [7, kernel.hash, kernel.packed_metadata]
+        assert where[3:] == [6, kernel.hash, kernel.packed_metadata]
         addresses = [t.data_ptr() if torch.is_tensor(t) else t
                      for t in calls[-1][10:]]
         out = addresses.pop(6)  # is new each time
@@ -819,6 +820,20 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
               launch(x, y, short[1:], keep)]
     assert len({kernel for kernel, *_ in [first, *others]}) == 4
     assert len(kept) == 3
+    # Multiples of 8 bytes, but not of 16.
+    long = torch.zeros(12, dtype=torch.bfloat16)[4:]
+    assert launch(x, y, long, keep)[0] is others[-1][0]
+    assert len(kept) == 3
+
+
+def test_launches_share_what_is_compiled_for_them_alone(nothing_compiled):
+    """Not if constants differ, or scalars need more bits."""
+    kernel = SimpleNamespace(__name__='kernel', arg_names=['x', 'n', 'BLOCK'])
+    first, again, wide, other = (
+        launches.Launch(kernel, 1, n, BLOCK=block).compiled
+        for n, block in ((5, 1), (6, 1), (2**31, 1), (5, 2)))
+    assert first is again
+    assert len({id(found) for found in (first, wide, other)}) == 3
 
 
 def test_signatures_are_those_of_the_plain_functions(kernels):
