@@ -139,11 +139,11 @@ def _fold_backbone(backbone: Conv2Former, shared: set[nn.Module]) -> None:
     backbone.requires_grad_(False)
 
 
-def _refuse_unfolded(_: nn.Module, state_dict: dict[str, Tensor], prefix: str,
+def _refuse_unfolded(_: nn.Module, state_dict: dict[str, Tensor],
                      *__: Any) -> None:
-    # Also where mmengine would only warn of names that do not match.
-    if any(key.startswith(prefix) and key.endswith('.attn.proj.weight')
-           for key in state_dict):
+    # Also where mmengine would only warn of names that do not match. It gives
+    # the backbone its own alone, as torch does.
+    if any(key.endswith('.attn.proj.weight') for key in state_dict):
         raise RuntimeError(
             'these weights are of a model that is not fused: load them into a '
             'new model, and call fuse_for_inference after that')

@@ -439,6 +439,18 @@ def test_pictures_of_nothing_may_be_a_part_of_the_data(coco, copy):
     data_checks.check_loader(loader, {}, True)
 
 
+def test_a_part_whose_objects_are_all_left_out_is_refused(coco, copy):
+    """They were not meant to be pictures of nothing."""
+    data = copy(coco)
+    edit(data / 'annotations/instances_train2017.json', no_area)
+    cfg = Config.fromfile(write_config(COCO, data))
+    init_default_scope('mmdet')
+    data_set = DATASETS.build({**cfg.train_dataloader.dataset,
+                               'filter_cfg': None})
+    with pytest.raises(DataError, match='no object to train on'):
+        coco_checks.check_objects(data_set, alone=False)
+
+
 def boxes_only(content):
     for annotation in content['annotations']:
         del annotation['segmentation']
@@ -982,7 +994,7 @@ def test_folder_without_class_folders_is_named(kind, metainfo, pictures):
         check(IN1K, pictures, type=kind, metainfo=metainfo)
 
 
-@pytest.mark.parametrize('line', ['a/1.jpg', 'a/1.jpg,0', '', 'a/1.jpg cat'])
+@pytest.mark.parametrize('line', ['a/1.jpg', 'a/1.jpg,0', '', 'a/1.jpg cat', '5'])
 def test_lines_of_a_list_in_another_form_are_named(line, pictures):
     (pictures / 'train.txt').write_text(f'a/0.jpg 0\n{line}\nb/0.jpg 1\n')
     with pytest.raises(DataError, match=(

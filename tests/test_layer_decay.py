@@ -200,6 +200,20 @@ def test_compiled_models_have_the_same_groups(wrap):
             ] == [g['names'] for g in plain.optimizer.param_groups]
 
 
+def test_a_backbone_without_parameters_is_no_fault():
+
+    class Backbone(nn.Identity):
+
+        def get_layer_depth(self, param_name, prefix=''):
+            return 3, 4
+
+    model = Model()
+    alone = settings(model, build(model, decay_rate=.5, num_layers=6))
+    model.other = Backbone()
+    assert settings(model, build(model, decay_rate=.5,
+                                 num_layers=6)) == alone
+
+
 def test_backbones_whose_layers_are_not_found_are_refused():
 
     class Backbone(nn.Linear):
@@ -389,6 +403,10 @@ def test_multipliers_of_a_weight_decay_that_is_not_set_are_refused(
     with pytest.raises(ValueError, match=(
             f'{name} of paramwise_cfg needs weight_decay in the optimizer')):
         build(Model(), dict(type='AdamW', lr=LR), decay_rate=.5, **options)
+    # One that is set to nothing is set.
+    none = dict(type='AdamW', lr=LR, weight_decay=0.)
+    groups = build(Model(), none, decay_rate=.5, **options)
+    assert {g['weight_decay'] for g in groups.optimizer.param_groups} == {0.}
 
 
 def test_learning_rate_may_begin_at_nothing():

@@ -1,5 +1,6 @@
 """What tools/train.py --resume goes on from, and with what."""
 import logging
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,10 @@ def test_last_checkpoint_is_found_where_the_work_dir_was_moved(
     note.unlink()  # where only the checkpoints were copied
     with pytest.raises(SystemExit, match='no file last_checkpoint in .*PATH, '
                        r'of epoch_1\.pth, epoch_2\.pth'):
+        resume.latest_checkpoint(str(tmp_path))
+    for name in 'epoch_1.pth', 'epoch_2.pth':
+        (tmp_path / name).rename(tmp_path / name.replace('epoch', 'iter'))
+    with pytest.raises(SystemExit, match=r'of iter_1\.pth, iter_2\.pth there'):
         resume.latest_checkpoint(str(tmp_path))
 
 
@@ -86,11 +91,39 @@ def test_settings_that_the_checkpoint_overrules_are_told(resume, caplog):
     assert len(message.split(';')) == 4
 
 
-def test_training_that_has_ended_is_told(resume, caplog):
-    message, = warnings(resume, start(), checkpoint(start(), 20), caplog)
+def test_settings_of_any_group_are_told(resume, caplog):
+    saved = checkpoint(start())
+    saved['optimizer']['param_groups'][1]['weight_decay'] = 0.7
+    message, = warnings(resume, start(), saved, caplog)
+    assert 'weight_decay of the optimizer 0.7 (config: 0.01). ' in message
+
+
+def test_checkpoints_without_schedules_are_resumed(resume, caplog):
+    saved = {**checkpoint(start()), 'param_schedulers': None}
+    assert not warnings(resume, start(), saved, caplog)
+
+
+@pytest.mark.parametrize('unit', ['epoch', 'iter'])
+def test_training_that_has_ended_is_told(unit, resume, caplog):
+    runner = start()
+    runner.cfg.train_cfg = {f'max_{unit}s': 20}
+    saved = checkpoint(start())
+    saved['meta'][unit] = 20
+    message, = warnings(resume, runner, saved, caplog)
     assert message.startswith(
-        'Nothing is left to train: train_cfg.max_iters is 20, and the '
+        f'Nothing is left to train: train_cfg.max_{unit}s is 20, and the '
         'checkpoint has seen 20. Validation that was cut short is not made up')
+
+
+@pytest.mark.parametrize('missing', ['meta', 'optimizer', 'state_dict'])
+def test_checkpoints_with_a_part_missing_are_refused(missing, resume,
+                                                     tmp_path):
+    weights = dict(weight=torch.zeros(1))
+    whole = dict(meta={}, optimizer={}, state_dict=weights, model=weights)
+    torch.save({key: value for key, value in whole.items() if key != missing},
+               tmp_path / 'a.pth')
+    with pytest.raises(SystemExit, match=f"a.pth', has no {missing}, as a"):
+        resume.check_resumable(str(tmp_path / 'a.pth'), Config({}))
 
 
 def test_another_optimizer_is_refused(resume, caplog):
@@ -134,4 +167,8 @@ def test_whole_checkpoints_beside_a_damaged_one_are_named(resume, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(SystemExit, match=(
             r'epoch_2\.pth is damaged .* for --resume PATH: epoch_1\.pth$')):
+        resume.check_resumable(str(path), Config({}))
+    with zipfile.ZipFile(path, 'w') as file:  # whole, and no checkpoint
+        file.writestr('a.txt', 'a')
+    with pytest.raises(SystemExit, match=r'--resume PATH: epoch_1\.pth$'):
         resume.check_resumable(str(path), Config({}))

@@ -409,6 +409,19 @@ def test_wrapped_data_sets_are_checked(tool, tmp_path):
     assert 'train_dataloader.dataset.dataset.datasets.1' in message
 
 
+def test_data_in_other_storages_is_not_looked_for(tool):
+    launch = tool('launch')
+    leaf = dict(type='CustomDataset', data_prefix='gone')
+    assert launch.data_paths({**leaf, 'data_root': 's3://a'}) == {}
+    storage = dict(backend='petrel')
+    launch.check_data(
+        Config(dict(
+            val_dataloader=dict(dataset=dict(
+                data_root='gone', backend_args=storage, **leaf)),
+            val_evaluator=dict(type='CocoMetric', ann_file='gone.json',
+                               backend_args=storage))), ('val', ))
+
+
 def test_data_sets_that_name_no_path_are_left_to_their_class(tool):
     cfg = Config(
         dict(
@@ -519,6 +532,10 @@ def test_pretrained_file_in_a_list_of_initializations_is_seen(tool):
     assert [*train.pretrained_parts(cfg).values()] == ['here.pth']
     cfg.merge_from_dict({'model.backbone.init_cfg': None})
     assert train.pretrained_parts(cfg) == {}
+    # Of other backbones the libraries find them.
+    cfg.model.backbone = dict(type='ConvNeXt', init_cfg=dict(
+        type='Pretrained', checkpoint='open-mmlab://convnext'))
+    assert train.pretrained_parts(cfg) == {}
 
 
 def test_pretrained_file_is_looked_for_in_the_named_folder(tool, tmp_path,
@@ -622,6 +639,39 @@ def test_run_in_the_folder_of_an_earlier_one_is_told(
     assert ('has checkpoints of an earlier run' in caplog.text) != is_first
 
 
+def test_resuming_in_a_folder_replaces_nothing(tool, in_digits, tmp_path,
+                                               monkeypatch, caplog):
+    train = tool('train')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_2.pth'))
+    torch.save(dict(meta={}, optimizer={},
+                    state_dict=dict(weight=torch.zeros(1))),
+               tmp_path / 'epoch_2.pth')
+    monkeypatch.setattr(
+        train.launch, 'build_runner', lambda cfg: SimpleNamespace(
+            logger=logging.getLogger('earlier'), model=None,
+            register_hook=lambda hook: None, train=lambda: None))
+    with caplog.at_level(logging.WARNING, 'earlier'):
+        train.main(['digits.py', '--resume', '--work-dir', str(tmp_path)])
+    assert 'has checkpoints of an earlier run' not in caplog.text
+
+
+@pytest.mark.parametrize('wrapper, dtype, is_wanted', [
+    ('AmpOptimWrapper', 'bfloat16', True),
+    ('CPUAmpOptimWrapper', 'float16', True),
+    ('AmpOptimWrapper', 'float16', False), ('OptimWrapper', None, False)])
+def test_boxes_are_in_fp32_where_16_bits_do_not_do(
+        wrapper, dtype, is_wanted, tool, in_digits, tmp_path, monkeypatch):
+    train, hooks = tool('train'), []
+    monkeypatch.setattr(
+        train.launch, 'build_runner', lambda cfg: SimpleNamespace(
+            logger=logging.getLogger(), train=lambda: None,
+            register_hook=lambda hook: hooks.append(type(hook).__name__)))
+    train.main(['digits.py', '--work-dir', str(tmp_path), '--cfg-options',
+                f'optim_wrapper.type={wrapper}',
+                *[f'optim_wrapper.dtype={dtype}'] * bool(dtype)])
+    assert hooks == ['BoxesInFloat32'] * is_wanted
+
+
 def test_missing_weights_to_start_from_are_told(tool, in_digits, tmp_path):
     message = refusal(
         tool('train').main, 'digits.py', '--work-dir', tmp_path,
@@ -667,6 +717,12 @@ def test_weights_of_another_arch_are_described(tool, tmp_path):
     torch.save(small.state_dict(), path)
     check = sys.modules['launch'].check_weights
     check(small, path)
+    # As DDP names them, and as old versions of torch wrote them.
+    torch.save({f'module.{key}': value
+                for key, value in small.state_dict().items()
+                if not key.endswith('num_batches_tracked')},
+               tmp_path / 'b.pth')
+    check(torch.nn.DataParallel(small), str(tmp_path / 'b.pth'))
     with pytest.raises(SystemExit, match=(
             r'config: 31 tensors, such as: size mismatch for .*\. The file '
             r'holds arch of its own \(depths 1, dims 8, kernel 3\)\. Name')):
@@ -751,6 +807,8 @@ def test_resume_of_a_work_dir_without_checkpoint_starts_anew(tool, tmp_path):
     (['--amp'], 'float16', 'dynamic'),
     (['--amp', 'fp16'], 'float16', 'dynamic'),
     (['--amp', 'bf16'], 'bfloat16', 1.),
+    (['--amp', 'bf16', '--cfg-options', 'optim_wrapper.loss_scale=8.'],
+     'bfloat16', 8.),
     # What the config sets stays where nothing else is asked for.
     (['--amp', '--cfg-options', 'optim_wrapper.dtype=bfloat16'], 'bfloat16',
      1.),
@@ -944,6 +1002,13 @@ def test_sharding_needs_several_processes(tool):
         train_config(tool, '--fsdp')
 
 
+def test_settings_of_sharding_are_kept(tool):
+    cfg = train_config(tool, '--fsdp', '--launcher', 'pytorch',
+                       '--cfg-options', 'strategy.model_wrapper.a=5')
+    assert cfg.strategy == dict(type='ShardedStrategy',
+                                model_wrapper=dict(a=5))
+
+
 def test_sharding_of_averaged_weights_is_refused(tool):
     hook = "[dict(type='EMAHook')]"
     with pytest.raises(SystemExit, match='--fsdp cannot train with EMAHook'):
@@ -951,11 +1016,12 @@ def test_sharding_of_averaged_weights_is_refused(tool):
                      f'custom_hooks={hook}')
 
 
-def test_slurm_without_a_gpu_is_refused(tool):
+@pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
+def test_launchers_of_gpus_are_refused_without_one(launcher, tool):
     launch = tool('launch')
     launch.get_device = lambda: 'cpu'
-    with pytest.raises(SystemExit, match='--launcher slurm needs GPUs'):
-        launch.build_runner(Config(dict(launcher='slurm')))
+    with pytest.raises(SystemExit, match=f'--launcher {launcher} needs GPUs'):
+        launch.build_runner(Config(dict(launcher=launcher)))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
@@ -1013,9 +1079,22 @@ def test_both_spellings_of_local_rank_are_taken(tool, spelling):
                                     ]).local_rank == 1
 
 
+@pytest.mark.parametrize('environment, expected', [('1', '1'), (None, '2')])
+def test_rank_of_a_launcher_is_kept(environment, expected, tool, monkeypatch):
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    if environment is not None:
+        monkeypatch.setenv('LOCAL_RANK', environment)
+    else:  # and is taken away again
+        monkeypatch.setitem(os.environ, 'LOCAL_RANK', '')
+        del os.environ['LOCAL_RANK']
+    train_config(tool, '--local-rank', '2')
+    assert os.environ['LOCAL_RANK'] == expected
+
+
 def test_work_dir_is_named_after_the_config(tool):
     assert train_config(tool).work_dir == 'work_dirs/conv2former_t_in1k'
     assert train_config(tool, '--work-dir', 'x').work_dir == 'x'
+    assert train_config(tool, '--cfg-options', 'work_dir=y').work_dir == 'y'
 
 
 def options_of_test(tool, config, *options):
