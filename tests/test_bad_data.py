@@ -994,7 +994,8 @@ def test_folder_without_class_folders_is_named(kind, metainfo, pictures):
         check(IN1K, pictures, type=kind, metainfo=metainfo)
 
 
-@pytest.mark.parametrize('line', ['a/1.jpg', 'a/1.jpg,0', '', 'a/1.jpg cat', '5'])
+@pytest.mark.parametrize('line', [
+    'a/1.jpg', 'a/1.jpg,0', '', 'a/1.jpg cat', '5'])
 def test_lines_of_a_list_in_another_form_are_named(line, pictures):
     (pictures / 'train.txt').write_text(f'a/0.jpg 0\n{line}\nb/0.jpg 1\n')
     with pytest.raises(DataError, match=(
