@@ -411,7 +411,7 @@ def load_backbone(backbone: nn.Module,
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: If the file cannot be read, or a tensor of the
-            backbone is missing, left over or of another shape.
+            backbone is missing, left over, of another shape or no numbers.
     """
     path = find_checkpoint(checkpoint)
     with naming(path):
@@ -444,6 +444,7 @@ def load_backbone(backbone: nn.Module,
              'the file in the config, or another file'))
     _refuse_meta(ours, path)
     loaded = {key: value for key, value in theirs.items() if key in ours}
+    check_finite(loaded, path)
     backbone.load_state_dict(loaded, strict=False)
 
     new = {key.split('.')[0] for key in ours if key not in theirs}
@@ -458,6 +459,25 @@ def load_backbone(backbone: nn.Module,
         f'{kind}' + (f', new: {", ".join(sorted(new))}' if new else '') +
         (f', ignored: {", ".join(sorted(ignored))}' if ignored else ''),
         logger='current')
+
+
+def check_finite(weights: dict[str, Tensor], path: str) -> None:
+    """Check that weights are numbers.
+
+    Args:
+        weights (dict[str, Tensor]): The weights by name.
+        path (str): Where they are from, for the message.
+
+    Raises:
+        CheckpointError: If some are NaN or infinite.
+    """
+    broken = [key for key, value in weights.items()
+              if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f'{path}: {len(broken)} tensors hold NaN or infinity, the first '
+            f'of them {broken[0]}, as after a training that diverged. Take an '
+            'earlier checkpoint of it')
 
 
 def _refuse_meta(ours: dict[str, Tensor], path: str) -> None:
@@ -519,8 +539,8 @@ def load_neck(neck: nn.Module,
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If the file cannot be read, has no such head or one
-            of another shape.
+        CheckpointError: If the file cannot be read, has no such head, or one
+            of another shape or of no numbers.
     """
     path = find_checkpoint(checkpoint, ('model.neck.init_cfg', ))
     with naming(path):
@@ -542,6 +562,7 @@ def load_neck(neck: nn.Module,
             f'{path} does not fit the neck. Tensors of another shape: '
             f'{_some(reshaped)}. Give the neck the in_channels and '
             'out_channels of the file, or leave its init_cfg out')
+    check_finite(theirs, path)
     neck.load_state_dict(theirs)
     print_log(
         f'loaded {len(theirs)} of {len(ours)} neck tensors from {path}, '

@@ -590,15 +590,22 @@ def test_directory_is_no_file_to_convert_to(tmp_path):
         convert_checkpoint.convert(dst, tmp_path / 'b.pth')
 
 
-def test_weights_that_are_no_numbers_are_not_converted(tmp_path):
+@pytest.mark.parametrize('name', ['stages.2.1.mlp.fc1.weight',
+                                  'head.0.bias', 'pred.weight'])
+def test_weights_that_are_no_numbers_are_refused(name, tmp_path):
     src, dst = tmp_path / 'a.pth', tmp_path / 'b.pth'
     broken = {key: value.clone() for key, value in GOOD.items()}
-    name = next(key for key in broken if key.endswith('mlp.fc1.weight'))
     broken[name].view(-1)[0] = float('nan')
     torch.save(broken, src)
-    with pytest.raises(CheckpointError, match=f'1 tensors hold NaN .*{name}'):
+    with pytest.raises(CheckpointError, match='a.pth: 1 tensors hold NaN'):
         convert_checkpoint.convert(src, dst)
     assert list(tmp_path.iterdir()) == [src]
+    if name.startswith('stages'):
+        with pytest.raises(CheckpointError, match=f'hold NaN .*{name}'):
+            load_backbone(Conv2Former(MINI), str(src))
+    elif name.startswith('head'):
+        with pytest.raises(CheckpointError, match='NaN .* them conv.bias'):
+            neck_of(src)
 
 
 def test_conversion_does_not_overwrite_its_source(tmp_path):

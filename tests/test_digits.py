@@ -238,12 +238,15 @@ def test_path_that_cannot_become_a_folder_is_told(tmp_path):
 @pytest.mark.parametrize('option, value', [
     ('--train-scenes', '0'), ('--train-scenes', '-1'), ('--val-scenes', '0'),
     ('--views', '0'), ('--seed', '-1'), ('--seed', str(2**32)),
+    ('--seed', 'x'),
 ])
 def test_numbers_that_make_no_data_are_refused(option, value, tmp_path,
                                                capsys):
     with pytest.raises(SystemExit):
         make.main([str(tmp_path / 'digits'), f'{option}={value}'])
-    assert f'{option}: {value} is not ' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f'{option}: expected a whole number ' in error
+    assert f"got '{value}'" in error
     assert not [*tmp_path.iterdir()]
 
 

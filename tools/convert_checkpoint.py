@@ -20,6 +20,7 @@ from mmconv2former import Conv2Former, Conv2FormerNeck
 from mmconv2former.archs import describe_arch
 from mmconv2former.checkpoint import (
     CheckpointError,
+    check_finite,
     infer_arch,
     load_backbone,
     load_neck,
@@ -108,13 +109,7 @@ def convert(src, dst, backbone_only=False, trust_pickle=False, prefix=None):
         raise CheckpointError(
             f'{src}: the stem is of another kind than those of Conv2Former, '
             'whose last convolution is 2, 4 or 16 pixels wide')
-    broken = [key for key, value in state_dict.items()
-              if not value.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f'{src}: {len(broken)} tensors hold NaN or infinity, the first of '
-            f'them {broken[0]}, as after a training that diverged. Convert an '
-            'earlier checkpoint of it')
+    check_finite(state_dict, str(src))
     meta = dict(
         arch={key: list(value) if isinstance(value, tuple) else value
               for key, value in arch.items()},
