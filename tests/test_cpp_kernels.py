@@ -348,13 +348,25 @@ def test_kernels_are_compiled_once(tmp_path):
 
 
 @pytest.mark.parametrize('environment, reason', [
-    (dict(CXX='no-compiler'), 'there is no no-compiler'),
     (dict(CXX='env false'), 'cannot be compiled'),
     (dict(CXX="g++ '"), 'No closing quotation'),
     # What it says need not be UTF-8.
     (dict(CXX="sh -c 'printf \"\\374\" >&2; exit 1'", LANG='C.UTF-8'),
      'cannot be compiled'),
     (dict(XDG_CACHE_HOME='/dev/null'), 'cannot be written or loaded'),
+])
+def test_kernels_that_cannot_be_compiled_say_why(environment, reason, tmp_path,
+                                                 monkeypatch):
+    for name, value in {'XDG_CACHE_HOME': str(tmp_path),
+                        **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(library.CompilerError, match=reason):
+        library.load.__wrapped__()
+    assert not list(tmp_path.rglob('*.so'))
+
+
+@pytest.mark.parametrize('environment, reason', [
+    (dict(CXX='no-compiler'), 'there is no no-compiler'),
     (dict(ATEN_CPU_CAPABILITY='default'), 'AVX-512, and torch finds'),
 ])
 def test_torchs_operators_run_where_nothing_can_be_compiled(
