@@ -33,9 +33,11 @@ from .dispatch import (
 )
 from .operators import at_least_fp32
 from .products import (
+    grad_bias_of,
     linear,
     linear_grad_input,
     linear_grad_params,
+    linear_grad_weight,
     onednn_linear,
     onednn_takes,
 )
@@ -134,6 +136,13 @@ def _last_grads(grad: Tensor, is_own: bool, unscaled: Tensor, scaled: Tensor,
     return _LastGrads(unscaled, scaled, total, is_own)
 
 
+def _bias_grad(last: _LastGrads, total: Tensor | None) -> Tensor:
+    """Gradient of the bias of the last layer; ``total`` is what the backward
+    pass of the norm has summed up, if it was asked to."""
+    total = last.total if last.is_own else total
+    return grad_bias_of(last.unscaled) if total is None else total
+
+
 def _has_own_grad(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
                   dtype: torch.dtype) -> bool:
     """Whether y in x + keep * scale * y has other gradients than the sum."""
@@ -181,6 +190,8 @@ def _mlp_backward(
     grad_z, *dw_grads, y, grad_in_bias = kernels.position_backward(
         linear_grad_input(last.scaled, mlp.weight), z, mlp.dw_weight,
         mlp.dw_bias)
+    grad_weight = linear_grad_weight(last.unscaled, y)
+    del y  # before there are others as large
     (grad, grad_norm_weight, grad_norm_bias, normed, total, *found) = (
         kernels.scale_residual_norm_backward(
             linear_grad_input(grad_z, mlp.in_weight), x, mlp.norm_weight,
@@ -190,8 +201,7 @@ def _mlp_backward(
         grad, _has_own_grad(grad, scale, keep, dtype), *found), [
             grad_norm_weight, grad_norm_bias,
             *linear_grad_params(grad_z, normed, grad_in_bias), *dw_grads,
-            *linear_grad_params(last.unscaled, y,
-                                last.total if last.is_own else total)]
+            grad_weight, _bias_grad(last, total)]
 
 
 def _modulation_backward(
@@ -202,6 +212,8 @@ def _modulation_backward(
     grad_zv, *dw_grads, y, grad_in_bias = kernels.gate_backward(
         linear_grad_input(last.scaled, modulation.weight), zv, a,
         modulation.dw_weight, modulation.dw_bias)
+    grad_weight = linear_grad_weight(last.unscaled, y)
+    del y
     grad, grad_norm_weight, grad_norm_bias, normed, total = (
         kernels.layer_norm_backward(
             linear_grad_input(grad_zv, modulation.in_weight), x,
@@ -210,8 +222,7 @@ def _modulation_backward(
     return grad, [
         grad_norm_weight, grad_norm_bias,
         *linear_grad_params(grad_zv, normed, grad_in_bias), *dw_grads,
-        *linear_grad_params(last.unscaled, y,
-                            last.total if last.is_own else total)]
+        grad_weight, _bias_grad(last, total)]
 
 
 def _parameter_grads(shapes: Sequence[torch.Size], grads: Sequence[Tensor],

@@ -114,7 +114,8 @@ def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(grad.flatten(0, 2), weight).view(*grad.shape[:3], -1)
 
 
-def _bias_grad(grad: Tensor) -> Tensor:
+def grad_bias_of(grad: Tensor) -> Tensor:
+    """Gradient of a bias, at least in fp32: (N, H, W, O) -> (O, )."""
     if grad.is_cuda:
         return grad.sum((0, 1, 2),
                         dtype=torch.promote_types(grad.dtype, torch.float32))
@@ -137,7 +138,20 @@ def linear_grad_params(
         tuple[Tensor]: (O, I), and (O, ) at least in fp32.
     """
     if grad_bias is None:
-        grad_bias = _bias_grad(grad)
+        grad_bias = grad_bias_of(grad)
+    return linear_grad_weight(grad, x), grad_bias
+
+
+def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the weight of a linear layer.
+
+    Args:
+        grad (Tensor): Of its output, (N, H, W, O).
+        x (Tensor): Its input, (N, H, W, I).
+
+    Returns:
+        Tensor: (O, I).
+    """
     rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2)
     (o, count), i = rows.shape, columns.shape[1]
     avoids_mkl = _onednn_fp32(x.device, x.dtype) and not _mkl_is_fast()
@@ -148,15 +162,15 @@ def linear_grad_params(
         grad_weight = aten.convolution_backward(
             to_nchw(grad), to_nchw(x), x.new_empty(o, i, 1, 1), None, (1, 1),
             (0, 0), (1, 1), False, (0, 0), 1, (False, True, False))[1]
-        return grad_weight.view(o, i), grad_bias
+        return grad_weight.view(o, i)
     if avoids_mkl:
         # oneDNN wants both transposed; a matrix is copied by one thread.
         rows = grad.permute(3, 0, 1, 2).flatten(1)
-        return onednn_linear(rows, columns.t(), None), grad_bias
+        return onednn_linear(rows, columns.t(), None)
     if x.is_cuda and x.dtype.itemsize == 2 and _MM_IN_FP32 \
             and not torch.compiler.is_compiling():
-        return aten.mm.dtype(rows, columns, torch.float32), grad_bias
-    return torch.mm(rows, columns), grad_bias
+        return aten.mm.dtype(rows, columns, torch.float32)
+    return torch.mm(rows, columns)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -239,7 +253,7 @@ def depthwise_backward(grad: Tensor, x: Tensor,
     c, k = len(weight), weight.shape[-1]
     if x.device.type == 'cpu' and (k > 3 or k > min(x.shape[1:3])):
         return (depthwise(grad, weight.flip(2, 3), None),
-                depthwise_grad_weight(grad, x, k), _bias_grad(grad))
+                depthwise_grad_weight(grad, x, k), grad_bias_of(grad))
     grad_x, grad_weight, grad_bias = aten.convolution_backward(
         to_nchw(grad), to_nchw(x), weight, (c, ), (1, 1), (k // 2, k // 2),
         (1, 1), False, (0, 0), c, (True, True, True))
