@@ -33,8 +33,8 @@ from .dispatch import (
 )
 from .operators import at_least_fp32
 from .products import (
-    grad_bias_of,
     linear,
+    linear_grad_bias,
     linear_grad_input,
     linear_grad_params,
     linear_grad_weight,
@@ -140,7 +140,7 @@ def _bias_grad(last: _LastGrads, total: Tensor | None) -> Tensor:
     """Gradient of the bias of the last layer; ``total`` is what the backward
     pass of the norm has summed up, if it was asked to."""
     total = last.total if last.is_own else total
-    return grad_bias_of(last.unscaled) if total is None else total
+    return linear_grad_bias(last.unscaled) if total is None else total
 
 
 def _has_own_grad(grad: Tensor, scale: Tensor | None, keep: Tensor | None,
@@ -192,16 +192,17 @@ def _mlp_backward(
         mlp.dw_bias)
     grad_weight = linear_grad_weight(last.unscaled, y)
     del y  # before there are others as large
-    (grad, grad_norm_weight, grad_norm_bias, normed, total, *found) = (
+    (grad, grad_norm_weight, grad_norm_bias, normed, total, *before) = (
         kernels.scale_residual_norm_backward(
             linear_grad_input(grad_z, mlp.in_weight), x, mlp.norm_weight,
             mlp.norm_bias, eps, grad, scale, keep, dtype,
             sums_residual=not last.is_own))
-    return grad, _last_grads(
-        grad, _has_own_grad(grad, scale, keep, dtype), *found), [
-            grad_norm_weight, grad_norm_bias,
-            *linear_grad_params(grad_z, normed, grad_in_bias), *dw_grads,
-            grad_weight, _bias_grad(last, total)]
+    grads = [
+        grad_norm_weight, grad_norm_bias,
+        *linear_grad_params(grad_z, normed, grad_in_bias), *dw_grads,
+        grad_weight, _bias_grad(last, total)]
+    is_own = _has_own_grad(grad, scale, keep, dtype)
+    return grad, _last_grads(grad, is_own, *before), grads
 
 
 def _modulation_backward(
@@ -399,8 +400,7 @@ def prepare(x: Tensor, branches: Sequence[Sequence[Tensor]],
     return prepared
 
 
-def infer(x: Tensor, modulation: Branch,
-          mlp: Branch) -> Tensor:
+def infer(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
     """:class:`BlockFunction` without gradients.
 
     Args:
@@ -440,8 +440,7 @@ def infer(x: Tensor, modulation: Branch,
         return kernels.scale_residual(x, y, mlp_scale, mlp_keep)
 
 
-def _product_adds(x: Tensor, branch: Branch,
-                  dtype: torch.dtype) -> bool:
+def _product_adds(x: Tensor, branch: Branch, dtype: torch.dtype) -> bool:
     """Whether the last product of a branch can add x itself."""
     return (branch.scale is branch.keep is None and x.dtype == dtype
             and onednn_takes(x.device, dtype))

@@ -114,7 +114,7 @@ def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(grad.flatten(0, 2), weight).view(*grad.shape[:3], -1)
 
 
-def grad_bias_of(grad: Tensor) -> Tensor:
+def linear_grad_bias(grad: Tensor) -> Tensor:
     """Gradient of a bias, at least in fp32: (N, H, W, O) -> (O, )."""
     if grad.is_cuda:
         return grad.sum((0, 1, 2),
@@ -138,7 +138,7 @@ def linear_grad_params(
         tuple[Tensor]: (O, I), and (O, ) at least in fp32.
     """
     if grad_bias is None:
-        grad_bias = grad_bias_of(grad)
+        grad_bias = linear_grad_bias(grad)
     return linear_grad_weight(grad, x), grad_bias
 
 
@@ -253,7 +253,7 @@ def depthwise_backward(grad: Tensor, x: Tensor,
     c, k = len(weight), weight.shape[-1]
     if x.device.type == 'cpu' and (k > 3 or k > min(x.shape[1:3])):
         return (depthwise(grad, weight.flip(2, 3), None),
-                depthwise_grad_weight(grad, x, k), grad_bias_of(grad))
+                depthwise_grad_weight(grad, x, k), linear_grad_bias(grad))
     grad_x, grad_weight, grad_bias = aten.convolution_backward(
         to_nchw(grad), to_nchw(x), weight, (c, ), (1, 1), (k // 2, k // 2),
         (1, 1), False, (0, 0), c, (True, True, True))

@@ -29,11 +29,15 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
                  **kwargs: Any) -> None:
         OptimWrapper.__init__(self, **kwargs)
         self.cast_dtype = getattr(torch, dtype)
-        constant = isinstance(loss_scale, float)
-        self._scale_update_param = loss_scale if constant else None
-        options = dict(init_scale=loss_scale) if constant \
-            else {} if loss_scale == 'dynamic' else loss_scale
-        if not isinstance(options, dict):  # as on GPUs
+        self._scale_update_param = None
+        if loss_scale == 'dynamic':
+            options = {}
+        elif isinstance(loss_scale, float):
+            self._scale_update_param = loss_scale
+            options = dict(init_scale=loss_scale)
+        elif isinstance(loss_scale, dict):
+            options = loss_scale
+        else:  # as on GPUs
             raise TypeError("loss_scale must be 'dynamic', a float or a dict "
                             f'of arguments of GradScaler, got {loss_scale!r}')
         self.loss_scaler = torch.amp.GradScaler(
