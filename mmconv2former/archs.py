@@ -89,7 +89,7 @@ def resolve_arch(arch: str | dict) -> dict:
             'depths and dims need one positive integer per stage each; got '
             f'depths {depths} and dims {dims}')
     stem = arch.get('stem', 'conv')
-    if stem not in STEMS:
+    if not isinstance(stem, str) or stem not in STEMS:
         raise ValueError(f'unknown stem {stem!r}; expected one of '
                          f'{", ".join(STEMS)}')
     return dict(depths=tuple(depths), dims=tuple(dims),

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint as torch_checkpoint
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import cpu_layers, dispatch, fused_stem
 from .archs import STEMS, resolve_arch
@@ -195,8 +195,6 @@ class MLP(nn.Module):
         return _branch(norm, scale, layers, keep)
 
 
-dispatch.remember_forward(LayerNorm2d, Pointwise, DropPath, ConvModulation,
-                          MLP)
 
 
 class Block(nn.Module):
@@ -310,6 +308,10 @@ class Block(nn.Module):
             return torch_checkpoint.checkpoint(
                 self._forward, x, use_reentrant=False)
         return self._forward(x)
+
+
+dispatch.remember_forward(LayerNorm2d, Pointwise, DropPath, ConvModulation,
+                          MLP, Block)
 
 
 @MODELS.register_module()
@@ -450,8 +452,8 @@ class Conv2Former(PretrainedModule):
         self._freeze_stages()
         self.cuda_graphs = None
         if cuda_graphs:
-            if compile or with_cp or not isinstance(cuda_graphs, int) \
-                    or cuda_graphs < 0:
+            if compile is not False or with_cp \
+                    or not isinstance(cuda_graphs, int) or cuda_graphs < 0:
                 raise ValueError(
                     'cuda_graphs must be a bool or a number of kinds of '
                     'batches, without compile and with_cp, got '
@@ -462,7 +464,7 @@ class Conv2Former(PretrainedModule):
         if not isinstance(compile, (bool, dict)):
             raise ValueError('compile must be a bool or a dict of options of '
                              f'torch.compile, got {compile!r}')
-        if compile:
+        if compile is not False:  # also by the defaults, an empty dict
             self.compile(**(compile if isinstance(compile, dict) else {}))
 
     def _check_arguments(self, in_channels: int, mlp_ratio: float, fusion: str,

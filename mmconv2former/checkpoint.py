@@ -19,6 +19,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .archs import STEMS, describe_arch
+from .operators import at_least_fp32
 
 OFFICIAL_PAGE = 'https://github.com/HVision-NKU/Conv2Former'
 WEIGHTS_VARIABLE = 'MMCONV2FORMER_WEIGHTS'
@@ -44,13 +45,24 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, is not trusted, or does not fit."""
 
 
+def _log_statistic(owner: Any, name: str) -> Any:
+    """What mmengine's log buffers ask of ``getattr``.
+
+    Anything else would lead to all of Python, and a file could run code.
+    """
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean',
+                                                  'current'):
+        raise pickle.UnpicklingError(
+            f'GLOBAL builtins.getattr was not an allowed one for {name!r}')
+    return getattr(owner, name)
+
+
 def safe_globals() -> list[tuple[Any, str]]:
     """What beside tensors a training checkpoint may hold.
 
     The settings that timm writes, and the log buffers that mmengine writes.
-    None of it runs code of the file: ``torch.load(weights_only=True)`` calls
-    only what is listed, and from ``getattr`` it gets values that it then
-    refuses to call.
+    ``torch.load(weights_only=True)`` calls only what is listed, and none of it
+    runs code of the file.
 
     Returns:
         list[tuple[object, str]]: Objects and the names that they are pickled
@@ -67,7 +79,7 @@ def safe_globals() -> list[tuple[Any, str]]:
         for value in (arrays[0], arrays[0][()], arrays[0].dtype))
     allowed = [(argparse.Namespace, 'argparse.Namespace'),
                (HistoryBuffer, f'{HistoryBuffer.__module__}.HistoryBuffer'),
-               (getattr, 'builtins.getattr'), (slice, 'builtins.slice'),
+               (_log_statistic, 'builtins.getattr'), (slice, 'builtins.slice'),
                (type(arrays[0]), 'numpy.ndarray'),
                (dtype, 'numpy.dtype')]
     # NumPy 2 moved these; a file names the place of the NumPy that wrote it.
@@ -177,6 +189,11 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
                 local, map_location='cpu', weights_only=not trust_pickle)
     except CheckpointError:
         raise
+    except ImportError as error:  # of a pickle that is trusted
+        raise CheckpointError(
+            f'{path} holds objects of a module that is not installed here '
+            f'({error}). Install it, or convert the file where it was made'
+        ) from error
     except (pickle.UnpicklingError, struct.error, EOFError, RuntimeError,
             AttributeError, LookupError, ValueError, AssertionError,
             TypeError) as error:
@@ -471,8 +488,10 @@ def check_finite(weights: dict[str, Tensor], path: str) -> None:
     Raises:
         CheckpointError: If some are NaN or infinite.
     """
-    broken = [key for key, value in weights.items()
-              if not value.isfinite().all()]
+    # There is no such function for float8.
+    broken = [key for key, value in weights.items() if not (
+        at_least_fp32(value) if value.is_floating_point() else value
+        ).isfinite().all()]
     if broken:
         raise CheckpointError(
             f'{path}: {len(broken)} tensors hold NaN or infinity, the first '
@@ -571,8 +590,8 @@ def load_neck(neck: nn.Module,
 
 def is_pretrained(init_cfg: dict) -> bool:
     """Whether that is mmengine's ``Pretrained``, by any of its names."""
-    kind = init_cfg.get('type', '')
-    name = getattr(kind, '__name__', kind).rpartition('.')[2]
+    kind = init_cfg.get('type')
+    name = str(getattr(kind, '__name__', kind)).rpartition('.')[2]
     return name in ('Pretrained', 'PretrainedInit')
 
 
@@ -658,7 +677,7 @@ def rename_classifier(weights: dict[str, Tensor],
         name = key.removeprefix(prefix)
         if key.startswith(prefix) and _BACKBONE_KEY.match(name):
             renamed['backbone.' + name] = value
-        else:
+        elif key.startswith(outer):
             layer, _, leaf = key.removeprefix(outer).rpartition('.')
             layer = _HEAD_LAYERS.get(layer, layer)
             if layer in wanted:

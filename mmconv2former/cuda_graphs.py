@@ -32,10 +32,10 @@ from .dispatch import (
 # do not come back take no memory.
 WARM_UP = 2
 # Attributes of modules: numbers that kernels are given, which kernels in what
-# precision, and what makes a layer another one.
+# precision, what makes a layer another one, and which outputs there are.
 SETTINGS = ('training', 'momentum', 'eps', 'rate', 'fused', 'residual_in_fp32',
             'approximate', 'stride', 'padding', 'padding_mode', 'dilation',
-            'groups')
+            'groups', 'fusion', 'out_indices', 'out_norm')
 
 
 def _autocast(x: Tensor) -> dict[str, Any]:
@@ -101,10 +101,10 @@ class CUDAGraphs:
 
     A kind is a shape with a memory layout and a precision, and whether and
     for which parameters there are gradients. It is recorded at its third
-    batch. Those beyond the limit, and modules that cannot be recorded, run as
-    if there were no graphs; the log says why. All graphs share their memory:
-    a second forward pass overwrites what the first has stored for its backward
-    pass.
+    batch. Those beyond the limit, and modules with hooks, sharded weights or
+    synchronized batch norms, run without graphs; the log says why. All graphs
+    share their memory: a second forward pass overwrites what the first has
+    stored for its backward pass.
 
     Args:
         limit (int): Greatest number of kinds.
@@ -119,6 +119,7 @@ class CUDAGraphs:
         self._clear()
 
     def _clear(self) -> None:
+        self.turn += 1  # what forward passes have stored is gone
         self.tensors: list[int] = []
         self.seen: Counter[Hashable] = Counter()
         self.recordings: dict[Hashable, _Recording] = {}

@@ -39,7 +39,7 @@ def remember_forward(*kinds: type) -> None:
     _FORWARDS.update((kind, kind.forward) for kind in kinds)
 
 
-remember_forward(nn.Sequential, nn.Linear, nn.Conv2d, nn.GELU, nn.BatchNorm2d)
+remember_forward(nn.Sequential, nn.Conv2d, nn.GELU, nn.BatchNorm2d)
 
 
 def is_intercepted(module: nn.Module) -> bool:

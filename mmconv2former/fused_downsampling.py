@@ -86,10 +86,11 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
     if dispatch.find_obstacle(x) or dispatch.kernels_for(x) is torch_kernels:
         return convolution(norm(x), conv)
     if not _is_unmodified(x, norm, conv) or norm.weight is None \
-            and any(t.requires_grad for t in (x, conv.weight, conv.bias)):
+            and torch.is_grad_enabled() and any(
+                t.requires_grad for t in (x, conv.weight, conv.bias)):
         if not torch.compiler.is_compiling():
             log_once('plain operators of a downsampling, because its layers '
-                     'were replaced or have hooks')
+                     'were replaced or have hooks, or its norm no weight')
         return convolution(norm(x), conv)
     return to_nchw(
         DownsamplingFunction.apply(to_nhwc(x), norm.weight, norm.bias,

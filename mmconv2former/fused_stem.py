@@ -249,10 +249,9 @@ def _moments(z: Tensor, norm: nn.BatchNorm2d,
         return kernels.gelu_moments(z, norm.running_mean, norm.running_var,
                                     norm.eps, norm.momentum)
     dtype = torch.promote_types(z.dtype, torch.float32)
-    return tuple(
-        _padded(t.to(dtype), z.shape[3])
-        for t in (norm.running_mean,
-                  torch.rsqrt(norm.running_var + norm.eps)))
+    mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    return tuple(_padded(t, z.shape[3])
+                 for t in (mean, torch.rsqrt(var + norm.eps)))
 
 
 def _is_unmodified_stem(x: Tensor, layers: Sequence[nn.Module]) -> bool:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import dispatch
-from .backbone import Block, Conv2Former
+from .backbone import Block, Conv2Former, Downsampling, Stem
 from .fused_block import Branch, infer, prepare
-from .neck import Conv2FormerNeck
 from .operators import (
     FUSIONS,
     LayerNorm2d,
@@ -33,11 +32,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     scales go into the last linear layer of their branch, the affine part of a
     layer norm and the batch norms of the stem into the convolution that
     follows, and the two linear layers that begin convolutional modulation
-    become one. Where a linear layer ``head.fc`` reads a
-    :class:`Conv2FormerNeck`, and nothing else can, it takes up the affine part
-    of the neck's norm, which the features between the two then lack. Output
-    norms stay, and so do those of the stem and of downsampling where a layer
-    beside them was replaced, has hooks, or has another place in the model too.
+    become one. Output norms stay, and so do those of the stem and of
+    downsampling where a layer beside them was replaced, has hooks, or has
+    another place in the model too.
 
     The new weights are calculated in double precision and have the type and
     the device of the old ones. Fuse first and convert afterwards, to bfloat16
@@ -85,9 +82,9 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
             raise ValueError(
                 'a block is wrapped in another module, as by activation '
                 'checkpointing, and cannot be folded: unwrap it')
-        modified = block if dispatch.is_intercepted(block) \
-            else block.modified(len(block.layer_scale_1),
-                                block.layer_scale_1.device)
+        modified = block.modified(
+            len(block.layer_scale_1), block.layer_scale_1.device
+        ) if dispatch.is_plain(block, Block) else block
         if modified is not None:
             raise ValueError(
                 f'the {type(modified).__name__} of a block was replaced or '
@@ -98,11 +95,6 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for backbone in backbones:
             _fold_backbone(backbone, shared)
-        for m in modules:
-            neck = getattr(m, 'neck', None)
-            if isinstance(neck, Conv2FormerNeck) and _has_fc_alone(m) \
-                    and not shared & {neck, m.head}:
-                neck.norm = _fold_norm(neck.norm, m.head.fc, shared)
     return model.eval()
 
 
@@ -113,22 +105,13 @@ def _shared(modules: list[nn.Module]) -> set[nn.Module]:
     return {m for m, count in places.items() if count > 1}
 
 
-def _has_fc_alone(classifier: nn.Module) -> bool:
-    """Whether nothing but a layer ``head.fc`` can read what the neck gives."""
-
-    def parts(module: nn.Module) -> set[str]:
-        return {name.partition('.')[0] for name in module.state_dict()}
-
-    head = getattr(classifier, 'head', None)
-    return (type(getattr(head, 'fc', None)) is nn.Linear
-            and parts(classifier) <= {'backbone', 'neck', 'head'}
-            and parts(head) == {'fc'})
-
-
 def _fold_backbone(backbone: Conv2Former, shared: set[nn.Module]) -> None:
-    _fold_stem(backbone.downsample_layers[0], shared)
-    for downsample in backbone.downsample_layers[1:]:
-        downsample[0] = _fold_norm(*downsample, shared)
+    stem, *others = backbone.downsample_layers
+    if type(stem) is Stem and len(stem) == 7:  # with batch norms
+        _fold_stem(stem, shared)
+    for downsample in others:
+        if type(downsample) is Downsampling and len(downsample) == 2:
+            downsample[0] = _fold_norm(*downsample, shared)
     blocks = [(stage, i, block) for stage in backbone.stages
               for i, block in enumerate(stage) if isinstance(block, Block)]
     for stage, i, block in blocks:
@@ -152,10 +135,9 @@ def _refuse_unfolded(_: nn.Module, state_dict: dict[str, Tensor],
 def _takes_affine(layer: nn.Module, shared: set[nn.Module],
                   padding: int = 0) -> bool:
     """Whether an affine map in front of a layer can become part of it."""
-    return layer not in shared and (dispatch.is_plain(layer, nn.Linear) or (
-        dispatch.is_plain(layer, nn.Conv2d) and layer.groups == 1
-        and layer.padding == (padding, padding)
-        and layer.padding_mode == 'zeros'))
+    return (layer not in shared and dispatch.is_plain(layer, nn.Conv2d)
+            and layer.groups == 1 and layer.padding == (padding, padding)
+            and layer.padding_mode == 'zeros')
 
 
 def _fold_norm(norm: nn.Module, layer: nn.Module,
@@ -170,8 +152,6 @@ def _fold_norm(norm: nn.Module, layer: nn.Module,
 
 def _fold_stem(stem: nn.Sequential, shared: set[nn.Module]) -> None:
     """Move the batch norms, which follow GELU, into the convolutions."""
-    if len(stem) == 1:  # the patch embedding has none
-        return
     gelu, norm, conv, _, last_norm, last_conv = range(1, 7)
     if _is_affine(stem[last_norm]) \
             and _takes_affine(stem[last_conv], shared):
@@ -210,7 +190,7 @@ def _after_affine(layer: nn.Module, scale: Tensor,
                   shift: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias that do ``layer(scale * x + shift)``, in float64."""
     weight = layer.weight.double()
-    taps = weight.reshape(*weight.shape[:2], -1)  # 1 in a linear layer
+    taps = weight.flatten(2)
     bias = taps.sum(2) @ shift.double()
     if layer.bias is not None:
         bias += layer.bias.double()

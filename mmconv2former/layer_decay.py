@@ -127,6 +127,12 @@ def _check_groups(optimizer: Optimizer, state_dict: dict) -> None:
         f'In this config:\n{describe_groups(own)}{only}')
 
 
+# Optimizer state that has the shape of the parameter, of torch's optimizers.
+# That of others, such as Adafactor's and 8-bit ones, may be smaller.
+_AVERAGES = ('exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer',
+             'sum')
+
+
 def _check_shapes(own: list[dict], saved: list[dict], state: dict) -> None:
     """Refuse averages of gradients of another shape, which a fused optimizer
     would read beyond their end."""
@@ -134,9 +140,9 @@ def _check_shapes(own: list[dict], saved: list[dict], state: dict) -> None:
         for name, p, number in zip(group.get('names', ()), group['params'],
                                    saved_group['params']):
             # ZeroRedundancyOptimizer has None for those of other processes.
-            for value in (state.get(number) or {}).values():
-                if isinstance(value, Tensor) and value.ndim \
-                        and value.shape != p.shape:
+            found = state.get(number) or {}
+            for value in map(found.get, _AVERAGES):
+                if isinstance(value, Tensor) and value.shape != p.shape:
                     raise CheckpointError(
                         f'the checkpoint was trained with {name} of shape '
                         f'{tuple(value.shape)}, and here it has '

@@ -111,7 +111,7 @@ def linear_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     if _onednn_fp32(grad.device, grad.dtype):
         return onednn_linear(grad, weight.t(), None)
     # In bf16, too: with a transposed weight the product is the faster one.
-    return torch.mm(grad.flatten(0, 2), weight).view(*grad.shape[:3], -1)
+    return torch.matmul(grad, weight)
 
 
 def linear_grad_bias(grad: Tensor) -> Tensor:
@@ -153,6 +153,11 @@ def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
         Tensor: (O, I).
     """
     rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2)
+    if x.is_cuda:
+        if x.dtype.itemsize == 2 and _MM_IN_FP32 \
+                and not torch.compiler.is_compiling():
+            return aten.mm.dtype(rows, columns, torch.float32)
+        return torch.mm(rows, columns)
     (o, count), i = rows.shape, columns.shape[1]
     avoids_mkl = _onednn_fp32(x.device, x.dtype) and not _mkl_is_fast()
     if avoids_mkl and count >= 512 or count > 4096 and _onednn_bf16(
@@ -167,9 +172,6 @@ def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
         # oneDNN wants both transposed; a matrix is copied by one thread.
         rows = grad.permute(3, 0, 1, 2).flatten(1)
         return onednn_linear(rows, columns.t(), None)
-    if x.is_cuda and x.dtype.itemsize == 2 and _MM_IN_FP32 \
-            and not torch.compiler.is_compiling():
-        return aten.mm.dtype(rows, columns, torch.float32)
     return torch.mm(rows, columns)
 
 

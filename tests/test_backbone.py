@@ -205,6 +205,8 @@ def test_other_input_channels_and_half_precision_autocast_work():
     (dict(arch=dict(depths=[1.5], dims=[8], kernel_size=3)), r'\[1.5\]'),
     (dict(arch=dict(depths=[1], dims=[8], kernel_size=3, stem='x')),
      "unknown stem 'x'.*patch"),
+    (dict(arch=dict(depths=[1], dims=[8], kernel_size=3, stem=['conv'])),
+     r"unknown stem \['conv'\]"),
     (dict(arch=dict(depths=[1], dims=[3], kernel_size=3)), r'got \(3,\)'),
     (dict(fusion='mean'), "unknown fusion 'mean'.*hadamard.*linear"),
     (dict(fusion=['sum']), r"unknown fusion \['sum'\]"),
@@ -333,7 +335,9 @@ def test_options_of_the_compiler_are_passed_on(monkeypatch):
     monkeypatch.setattr(Conv2Former, 'compile',
                         lambda self, **kwargs: seen.append(kwargs))
     Conv2Former(MINI, compile=dict(mode='reduce-overhead'))
-    assert seen == [dict(mode='reduce-overhead')]
+    for options in ({}, True, False):
+        Conv2Former(MINI, compile=options)
+    assert seen == [dict(mode='reduce-overhead'), {}, {}]
 
 
 def test_stem_has_second_derivatives_without_fused_operators():

@@ -29,6 +29,7 @@ from mmconv2former.checkpoint import (
     load_backbone,
     model_weights,
     read_checkpoint,
+    rename_classifier,
     safe_globals,
 )
 
@@ -401,6 +402,31 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
         load_backbone(Conv2Former(MINI), path)
 
 
+class Reach:
+    """Pickled as what getattr finds, as the methods of log buffers are."""
+
+    def __init__(self, owner, name):
+        self.found = owner, name
+
+    def __reduce__(self):
+        return getattr, self.found
+
+
+@pytest.mark.parametrize('owner, name', [
+    (getattr, '__self__'),  # the module with eval
+    (torch._utils._rebuild_parameter, '__globals__'),
+    (HistoryBuffer, '__init__')])
+def test_pickles_reach_nothing_but_what_log_buffers_have(owner, name,
+                                                         tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(dict(state_dict=GOOD, args=Reach(owner, name)), path)
+    with pytest.raises(CheckpointError, match='pickled builtins.getattr, and '
+                       'unpickling can run code'):
+        read_checkpoint(path)
+    torch.save(Reach(HistoryBuffer, 'mean'), path)
+    assert read_checkpoint(path) is HistoryBuffer.mean
+
+
 @pytest.mark.parametrize('value', [
     np.float32(.5), np.float64(.5), np.int64(3), np.bool_(True),
     np.arange(3.), np.arange(3, dtype=np.uint8), np.array([[1, 2]]).T])
@@ -643,6 +669,27 @@ def test_trusted_pickles_are_converted_to_tensors_only(tmp_path):
         convert(src, dst)
     convert(src, dst, trust_pickle=True)
     assert set(torch.load(dst, weights_only=True)) == {'meta', 'state_dict'}
+
+
+def test_module_that_a_trusted_pickle_lacks_is_named(tmp_path, monkeypatch):
+    path = tmp_path / 'a.pth'
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, 'gone', sys.modules[__name__])
+        context.setattr(Settings, '__module__', 'gone')
+        torch.save(dict(state_dict=GOOD, args=Settings()), path)
+    with pytest.raises(CheckpointError, match="not installed here .*'gone'"):
+        read_checkpoint(str(path), trust_pickle=True)
+
+
+def test_classifier_is_taken_from_one_model_of_a_file():
+    """Not the backbone of one and the head of another."""
+    own = {name: value + 1 for name, value in GOOD.items()}
+    weights = {**{f'teacher.{name}': value for name, value in GOOD.items()},
+               **own}
+    for prefix, expected in (('teacher.', GOOD), ('', own)):
+        found = rename_classifier(weights, prefix=prefix)
+        for name, value in rename_classifier(expected).items():
+            assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize('wrap', [lambda m: m, lambda m: dict(model=m)])

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmconv2former import (
     Conv2Former,
+    backbone,
     cuda_graphs,
     dispatch,
     fuse_for_inference,
@@ -341,6 +342,20 @@ def test_activations_that_are_gone_are_not_used(models, device):
         second.backward()
 
 
+def test_activations_of_replaced_weights_are_not_used(models, device):
+    _, graphed = models()
+    x = images(device)
+    for _ in range(3):
+        step(graphed, x)
+    _, loss = losses(graphed, x)
+    norm = graphed.stages[0][0].mlp.norm
+    norm.weight = nn.Parameter(norm.weight.detach().clone())
+    with torch.no_grad():
+        graphed(x)
+    with pytest.raises(RuntimeError, match='cuda_graphs=False'):
+        loss.backward()
+
+
 def test_outputs_that_nobody_uses_give_no_gradients(models, device):
     eager, graphed = models()
     x = images(device)
@@ -367,7 +382,10 @@ def test_parameters_that_nobody_uses_have_no_gradients(models, device):
 @pytest.mark.parametrize('kind, name, value, rate', [
     (nn.BatchNorm2d, 'momentum', 0., 0.),
     (operators.DropPath, 'rate', 0., 0.9),
-    (nn.GELU, 'approximate', 'tanh', 0.)])
+    (nn.GELU, 'approximate', 'tanh', 0.),
+    (backbone.ConvModulation, 'fusion', 'sum', 0.),
+    (Conv2Former, 'out_norm', False, 0.),
+    (Conv2Former, 'out_indices', (1, ), 0.)])
 def test_settings_of_layers_are_seen(kind, name, value, rate, models, device):
     eager, graphed = models(drop_path_rate=rate)
     x = images(device)

@@ -367,5 +367,5 @@ def test_damaged_image_of_the_calibration_is_named(quantize, photographs):
 def test_only_classifiers_are_quantised(quantizer, detector, tmp_path):
     model = tmp_path / 'model.onnx'
     model.touch()
-    with pytest.raises(SystemExit, match='only a classifier with test data'):
+    with pytest.raises(SystemExit, match='only a classifier with data'):
         quantizer.main([detector[0], str(model)])

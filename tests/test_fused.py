@@ -428,6 +428,18 @@ def test_changes_before_the_backward_pass_are_told_as_ever(name, fused):
         out.sum().backward()
 
 
+@pytest.mark.parametrize('fused', [True, False])
+def test_output_may_be_changed_in_place(fused):
+    """As by a neck that begins with ReLU(inplace=True)."""
+    model = block(20, 7, fused=fused).float()
+    x, grad = (random(2, 20, 9, 9).float() for _ in range(2))
+    parameters = list(model.parameters())
+    found, expected = (
+        torch.autograd.grad(F.relu(model(x), inplace=inplace), parameters,
+                            grad) for inplace in (True, False))
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.usefixtures('kernels')
 @pytest.mark.parametrize('dtype', LOW)
 def test_weights_in_low_precision_train_as_exactly(dtype, monkeypatch):

@@ -73,6 +73,20 @@ def test_batch_norms_in_different_modes(index):
         torch.testing.assert_close(o, t)
 
 
+def test_running_moments_in_16_bits_are_widened_first():
+    stem = make_stem()
+    x = torch.randn(2, 3, 32, 40)
+    with torch.no_grad():
+        for norm in stem[2], stem[5]:
+            norm.to(torch.bfloat16)
+        widened = copy.deepcopy(stem).float().eval()
+        moments = fused_stem._moments(x.permute(0, 2, 3, 1), stem[2].eval(),
+                                      fused_stem)
+        var = widened[2].running_var
+    torch.testing.assert_close(moments[1][:len(var)],
+                               (var + stem[2].eps).rsqrt())
+
+
 def test_stem_has_no_second_derivatives():
     stem = make_stem()
     x = torch.randn(1, 3, 32, 32, dtype=torch.double)

@@ -17,14 +17,13 @@ from torch.testing._internal.two_tensor import TwoTensor
 import official
 from mmconv2former import (
     Conv2Former,
-    Conv2FormerNeck,
     fuse_for_inference,
 )
 from mmconv2former.archs import ARCHS
 from mmconv2former.backbone import Block
 from mmconv2former.checkpoint import CheckpointError, load_backbone
 from mmconv2former.inference import FoldedBlock
-from mmconv2former.operators import FUSIONS, Pointwise
+from mmconv2former.operators import FUSIONS, LayerNorm2d, Pointwise
 
 SIZES = [(32, 32), (65, 50), (97, 33)]
 SMALL = dict(depths=(1, 2), dims=(16, 24), kernel_size=5)
@@ -146,20 +145,8 @@ def test_norms_lose_their_parameters_except_those_of_the_output():
         name for name, m in folded.named_modules()
         if isinstance(m, (nn.LayerNorm, _BatchNorm)) and list(m.parameters())
     ]
-    assert norms == ['backbone.norm0', 'backbone.norm1']
+    assert norms == ['backbone.norm0', 'backbone.norm1', 'neck.norm']
     assert not any(isinstance(m, Block) for m in folded.modules())
-
-
-def test_neck_keeps_its_norm_where_no_linear_layer_follows():
-    model = nn.Module()
-    model.backbone, model.neck = Conv2Former(SMALL), Conv2FormerNeck(24, 40)
-    fill(model)
-    folded = fused(model)
-    image = official.image(65, 50)
-    with torch.no_grad():
-        out, = folded.neck(folded.backbone(image))
-        expected, = model.neck(model.backbone(image))
-    assert difference(out, expected) < 1e-5
 
 
 @pytest.mark.parametrize('how, kwargs', [
@@ -355,17 +342,6 @@ def test_other_layers_of_stem_and_downsampling_compute_the_same(change):
         assert difference(fuse_for_inference(model)(image), expected) < 1e-5
 
 
-def test_other_readers_of_the_neck_get_what_they_got():
-    model = classifier()
-    model.other = nn.Linear(model.head.fc.in_features, 3).eval()
-    image = official.image(65, 50)
-    with torch.no_grad():
-        expected = model.neck(model.backbone(image))
-        folded = fuse_for_inference(model)
-        for out, other in zip(folded.neck(folded.backbone(image)), expected):
-            assert difference(out, other) < 1e-5
-
-
 @pytest.mark.parametrize('part', ['', '.mlp', '.att'])
 def test_blocks_with_hooks_are_refused(part):
     model = classifier()
@@ -408,6 +384,43 @@ def test_forward_mode_derivatives_are_those_of_the_plain_path(is_folded):
         slopes = (model(image + step * tangent) -
                   model(image - step * tangent)) / (2 * step)
     assert difference(slope, slopes) < 1e-5
+
+
+def test_what_reads_the_backbone_is_left_alone():
+    model = classifier()
+    folded = fused(model)
+    for part in 'neck', 'head':
+        left, was = (m.get_submodule(part).state_dict()
+                     for m in (folded, model))
+        assert left.keys() == was.keys()
+        assert all(torch.equal(left[name], was[name]) for name in was)
+
+
+def test_blocks_of_other_classes_are_refused():
+
+    class Doubled(Block):
+
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = classifier()
+    model.backbone.stages[1][1].__class__ = Doubled
+    with pytest.raises(ValueError, match='the Doubled of a block'):
+        fuse_for_inference(model)
+
+
+@pytest.mark.parametrize('stem', [
+    nn.Conv2d(3, 16, 4, stride=4),
+    nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), LayerNorm2d(16))])
+def test_stems_and_downsampling_of_other_classes_are_left_alone(stem):
+    model = classifier()
+    layers = model.backbone.downsample_layers
+    layers[0] = stem.eval()
+    layers[1] = nn.Sequential(LayerNorm2d(16), nn.GELU(),
+                              nn.Conv2d(16, 24, 2, stride=2)).eval()
+    image = official.image(65, 50)
+    with torch.no_grad():
+        assert difference(fused(model)(image), model(image)) < 1e-5
 
 
 def test_layers_with_hooks_are_refused():
@@ -507,18 +520,6 @@ def test_fused_backbones_want_no_gradients():
     assert not any(p.requires_grad for p in folded.parameters())
 
 
-def test_necks_that_are_shared_or_have_other_readers_keep_their_norm():
-    model, other = classifier(), classifier()
-    other.neck = model.neck
-    both = nn.ModuleList([model, other]).eval()
-    image = official.image(65, 50)
-    with torch.no_grad():
-        expected = [m(image) for m in both]
-        for out, true in zip([m(image) for m in fuse_for_inference(both)],
-                             expected):
-            assert difference(out, true) < 1e-5
-
-
 @pytest.mark.parametrize('part', [
     'backbone.downsample_layers.0.3', 'backbone.downsample_layers.0.6',
     'backbone.downsample_layers.1.1', 'backbone.downsample_layers.1',
@@ -560,12 +561,6 @@ def test_prepared_weights_are_for_the_kernels_that_take_them():
         expected = folded(image)
         out = folded(image.as_subclass(Other))
     assert difference(out.as_subclass(torch.Tensor), expected) < .05
-
-
-def test_heads_with_further_layers_keep_the_norm_of_the_neck():
-    model = classifier()
-    model.head.other = nn.Linear(model.head.fc.in_features, 3).eval()
-    assert list(fuse_for_inference(model).neck.norm.parameters())
 
 
 @pytest.mark.filterwarnings('ignore')  # it is deprecated

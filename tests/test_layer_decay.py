@@ -380,6 +380,19 @@ def test_resuming_with_parameters_of_another_shape_is_refused():
             optim_wrapper.state_dict())
 
 
+def test_optimizers_with_state_of_other_shapes_resume():
+    """Adafactor keeps sums over rows and columns."""
+    model, adafactor = Model(), dict(type=torch.optim.Adafactor, lr=LR)
+    optim_wrapper = build(model, adafactor, decay_rate=.5)
+    train_a_step(model, optim_wrapper)
+    again = build(model, adafactor, decay_rate=.5)
+    again.load_state_dict(optim_wrapper.state_dict())
+    for old, new in zip(optim_wrapper.optimizer.state.values(),
+                        again.optimizer.state.values(), strict=True):
+        for name in old:
+            assert torch.equal(old[name], new[name]), name
+
+
 def test_resuming_with_another_model_names_the_parameters():
     saved = build(Model(), decay_rate=.5, num_layers=6).state_dict()
     deeper = Model(Conv2Former({**MINI, 'depths': [1, 1, 3, 1]},

@@ -79,6 +79,14 @@ def test_resuming_with_the_same_settings_says_nothing(resume, caplog):
     assert not warnings(resume, start(), checkpoint(start()), caplog)
 
 
+def test_groups_that_do_not_learn_are_resumed(resume, caplog):
+    runners = [start(), start()]
+    for runner in runners:
+        group = runner.optim_wrapper.param_groups[0]
+        group['lr'] = group['initial_lr'] = group['lr_scale'] = 0.
+    assert not warnings(resume, runners[0], checkpoint(runners[1]), caplog)
+
+
 def test_settings_that_the_checkpoint_overrules_are_told(resume, caplog):
     message, = warnings(
         resume, start(lr=0.2, end=30, max_iters=40, weight_decay=0.3),

@@ -197,9 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     launch.check_file(str(args.model), 'the ONNX file')
     cfg = launch.read_config(args)
     if cfg.get('default_scope') != 'mmpretrain' or not cfg.get(
-            'test_dataloader'):
-        raise SystemExit('only a classifier with test data can be quantised; '
-                         f"'{args.config}' is the config of none")
+            'test_dataloader') or not cfg.get('train_dataloader'):
+        raise SystemExit('only a classifier with data for training and test '
+                         f"can be quantised; '{args.config}' is the config of "
+                         'none')
     found = check_model(args.model)
     expected = cfg.model.get('head', {}).get('num_classes')
     if found != expected:

@@ -163,7 +163,8 @@ def _optimizer_settings(own: list[dict], saved: list[dict]) -> list[str]:
     first group where there are any."""
     for theirs, ours in zip(saved, own):
         rate, own_rate = (
-            group.get('initial_lr', group['lr']) / group.get('lr_scale', 1.)
+            group.get('initial_lr', group['lr']) / (
+                group.get('lr_scale') or 1.)  # 0 of what does not learn
             for group in (theirs, ours))
         different = [
             (key, theirs[key], ours[key])

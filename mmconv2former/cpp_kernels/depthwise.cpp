@@ -224,15 +224,13 @@ void mmc_gate_backward(const void* grad, const void* zv, const void* a,
                        float* grad_weight, float* sums, int64_t n,
                        int64_t height, int64_t width, int64_t c, int size,
                        int is_bf16, int stored_is_bf16, int threads) {
-  with_type(is_bf16, [&](auto type) {
-    with_type(stored_is_bf16, [&](auto stored) {
-      using T = decltype(type);
-      using S = decltype(stored);
-      gate_backward(static_cast<const T*>(grad), static_cast<const S*>(zv),
-                    static_cast<const S*>(a), weight, static_cast<T*>(grad_zv),
-                    static_cast<T*>(out), grad_weight, sums,
-                    {n, height, width, c}, KERNELS[size / 2], threads);
-    });
+  with_types(is_bf16, stored_is_bf16, [&](auto type, auto stored) {
+    using T = decltype(type);
+    using S = decltype(stored);
+    gate_backward(static_cast<const T*>(grad), static_cast<const S*>(zv),
+                  static_cast<const S*>(a), weight, static_cast<T*>(grad_zv),
+                  static_cast<T*>(out), grad_weight, sums,
+                  {n, height, width, c}, KERNELS[size / 2], threads);
   });
 }
 
@@ -252,15 +250,13 @@ void mmc_position_backward(const void* grad, const void* z,
                            float* sums, int64_t n, int64_t height,
                            int64_t width, int64_t c, int size, int is_bf16,
                            int stored_is_bf16, int threads) {
-  with_type(is_bf16, [&](auto type) {
-    with_type(stored_is_bf16, [&](auto stored) {
-      using T = decltype(type);
-      using S = decltype(stored);
-      position_backward(static_cast<const T*>(grad), static_cast<const S*>(z),
-                        weight, bias, static_cast<T*>(grad_z),
-                        static_cast<T*>(out), grad_weight, sums,
-                        {n, height, width, c}, KERNELS[size / 2], threads);
-    });
+  with_types(is_bf16, stored_is_bf16, [&](auto type, auto stored) {
+    using T = decltype(type);
+    using S = decltype(stored);
+    position_backward(static_cast<const T*>(grad), static_cast<const S*>(z),
+                      weight, bias, static_cast<T*>(grad_z),
+                      static_cast<T*>(out), grad_weight, sums,
+                      {n, height, width, c}, KERNELS[size / 2], threads);
   });
 }
 
