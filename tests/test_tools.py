@@ -507,7 +507,7 @@ def test_resume_needs_neither_backbone_nor_neck_to_be_pretrained(
     for resume, count in (([], 2), (['--resume', str(checkpoint)], 0)):
         args = train.parse_args([str(config), *resume])
         cfg = train.merge_args(sys.modules['launch'].read_config(args), args)
-        assert len(train.pretrained_parts(cfg)) == count
+        assert len(train.pretrained_weights(cfg)) == count
 
 
 def test_pretrained_file_in_a_list_of_initializations_is_seen(tool):
@@ -516,26 +516,48 @@ def test_pretrained_file_in_a_list_of_initializations_is_seen(tool):
     cfg.model.backbone.init_cfg = [
         dict(type='Kaiming', layer='Conv2d'),
         dict(type='Pretrained', checkpoint='gone.pth')]
-    assert train.pretrained_parts(cfg) == {
-        ('backbone', 'model.backbone.init_cfg.1'): 'gone.pth'}
+    assert train.pretrained_weights(cfg) == {
+        'model.backbone.init_cfg.1': 'gone.pth'}
     with pytest.raises(SystemExit, match=(
             r'init_cfg.1.checkpoint=PATH\n.*model.backbone.init_cfg=None$')):
         train.check_pretrained(cfg)
     # What is proposed are settings that mmengine knows.
     cfg.merge_from_dict({'model.backbone.init_cfg.1.checkpoint': 'here.pth'})
-    assert [*train.pretrained_parts(cfg).values()] == ['here.pth']
+    assert [*train.pretrained_weights(cfg).values()] == ['here.pth']
     cfg.merge_from_dict({'model.backbone.init_cfg.1.checkpoint': None})
     with pytest.raises(SystemExit, match='init_cfg.1.checkpoint must be a pa'):
         train.check_pretrained(cfg)
     cfg.model.backbone.init_cfg[1].checkpoint = 'here.pth'
     cfg.model.backbone.init_cfg[1].type = PretrainedInit
-    assert [*train.pretrained_parts(cfg).values()] == ['here.pth']
+    assert [*train.pretrained_weights(cfg).values()] == ['here.pth']
     cfg.merge_from_dict({'model.backbone.init_cfg': None})
-    assert train.pretrained_parts(cfg) == {}
+    assert train.pretrained_weights(cfg) == {}
     # Of other backbones the libraries find them.
     cfg.model.backbone = dict(type='ConvNeXt', init_cfg=dict(
         type='Pretrained', checkpoint='open-mmlab://convnext'))
-    assert train.pretrained_parts(cfg) == {}
+    assert train.pretrained_weights(cfg) == {}
+
+
+def test_pretrained_parts_anywhere_in_a_model_are_seen(tool, tmp_path):
+    """Such as in the detector of mmdet's SoftTeacher."""
+    cfg = train_config(tool)
+    train = tool('train')
+    backbone = dict(cfg.model.backbone, init_cfg=dict(
+        type='Pretrained', checkpoint='gone.pth'))
+    cfg.model = dict(type='SoftTeacher', detector=dict(
+        type='FasterRCNN', backbone=backbone, neck=[dict(type='FPN')]))
+    with pytest.raises(SystemExit, match=(
+            r'model\.detector\.backbone\.init_cfg\.checkpoint=PATH\n')):
+        train.check_pretrained(cfg)
+    (_, part), = train.own_parts(cfg.model)
+    assert part is cfg.model.detector.backbone
+
+
+def test_data_sets_of_several_tasks_are_described(tool):
+    """Whose data_prefix is a text."""
+    data_set = SimpleNamespace(ann_file='a.json', data_prefix='images')
+    assert sys.modules['data_error'].describe(data_set) == (
+        'SimpleNamespace (a.json, images)')
 
 
 def test_pretrained_file_is_looked_for_in_the_named_folder(tool, tmp_path,

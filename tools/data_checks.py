@@ -49,8 +49,7 @@ def type_name(cfg: dict) -> str:
         str: The name without scope; '' if there is no ``type``.
     """
     kind = cfg.get('type') or ''
-    return kind.rpartition('.')[2] if isinstance(kind, str) \
-        else kind.__name__
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def data_sets(cfg: ConfigDict, where: str) -> Iterator[tuple[str, ConfigDict]]:

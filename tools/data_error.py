@@ -26,7 +26,8 @@ def one_message() -> Iterator[None]:
 def describe(data_set: Any) -> str:
     """Name a data set in a message: its class and what it reads."""
     prefix = getattr(data_set, 'data_prefix', None) or {}
-    paths = [getattr(data_set, 'ann_file', None), *dict(prefix).values()]
+    paths = [getattr(data_set, 'ann_file', None),
+             *(prefix.values() if isinstance(prefix, dict) else [prefix])]
     return (f'{type(data_set).__name__} '
             f'({", ".join(str(path) for path in paths if path)})')
 

@@ -2,6 +2,8 @@
 import argparse
 import logging
 import os
+from collections.abc import Iterator
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -140,8 +142,9 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.resume = True
         cfg.load_from = checkpoint
         # The checkpoint has all weights: those of init_cfg are not needed.
-        for part, _ in pretrained_parts(cfg):
-            cfg.model[part].init_cfg = None
+        for _, part in own_parts(cfg.model):
+            if any(map(is_pretrained, _inits(part).values())):
+                part.init_cfg = None
     return cfg
 
 
@@ -195,31 +198,52 @@ def fit_lr(cfg: Config) -> tuple[int, str] | None:
         'set optim_wrapper.optimizer.lr.')
 
 
-def pretrained_parts(cfg: Config) -> dict[tuple[str, str], str]:
-    """Parts of a model that start from pre-trained weights of this package.
+def own_parts(model: Any,
+              where: str = 'model') -> Iterator[tuple[str, ConfigDict]]:
+    """Backbones and necks of this package in the config of a model.
+
+    Args:
+        model (object): The config, or a part of it.
+        where (str): Its dotted name.
+
+    Yields:
+        tuple[str, ConfigDict]: Dotted name and config of a part, such as
+        'model.backbone', or 'model.detector.backbone' of a teacher.
+    """
+    if isinstance(model, dict):
+        if 'Conv2Former' in data_checks.type_name(model):
+            yield where, model
+        parts = model.items()
+    else:
+        parts = enumerate(model) if isinstance(model, (list, tuple)) else ()
+    for key, part in parts:
+        yield from own_parts(part, f'{where}.{key}')
+
+
+def _inits(part: ConfigDict) -> dict[str, ConfigDict]:
+    """The entries of ``init_cfg``, which may have several, by their names."""
+    inits = part.get('init_cfg') or {}
+    if isinstance(inits, (list, tuple)):
+        return {f'init_cfg.{i}': init for i, init in enumerate(inits)}
+    return dict(init_cfg=inits)
+
+
+def pretrained_weights(cfg: Config) -> dict[str, str]:
+    """Weights that parts of this package start from.
 
     Args:
         cfg (Config): The config.
 
     Returns:
-        dict[tuple[str, str], str]: Paths of the weights, by the name of the
-        part, 'backbone' or 'neck', and that of the setting, of which
-        ``init_cfg`` may have several.
+        dict[str, str]: Paths by the dotted names of the settings, such as
+        'model.backbone.init_cfg'.
     """
-    found = {}
-    for name in 'backbone', 'neck':
-        part = cfg.model.get(name)
-        if not isinstance(part, dict) \
-                or 'Conv2Former' not in data_checks.type_name(part):
-            continue
-        inits = part.get('init_cfg')
-        key = f'model.{name}.init_cfg'
-        inits = {f'{key}.{i}': init for i, init in enumerate(inits)} \
-            if isinstance(inits, (list, tuple)) else {key: inits or {}}
-        for key, init in inits.items():
-            if is_pretrained(init) and 'checkpoint' in init:
-                found[name, key] = init['checkpoint']
-    return found
+    return {
+        f'{where}.{key}': init['checkpoint']
+        for where, part in own_parts(cfg.model)
+        for key, init in _inits(part).items()
+        if is_pretrained(init) and 'checkpoint' in init
+    }
 
 
 def check_pretrained(cfg: Config) -> None:
@@ -231,9 +255,9 @@ def check_pretrained(cfg: Config) -> None:
     Raises:
         SystemExit: If they are not; the message says what can be done.
     """
-    parts = pretrained_parts(cfg)
-    for path in parts.values():
-        keys = [key for (_, key), other in parts.items() if other == path]
+    found = pretrained_weights(cfg)
+    for path in found.values():
+        keys = [key for key, other in found.items() if other == path]
         try:
             find_checkpoint(path, keys)
         except (FileNotFoundError, CheckpointError) as error:
