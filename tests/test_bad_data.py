@@ -4,12 +4,14 @@ import os
 import pickle
 import shutil
 import sys
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 
 import mmdet
 import numpy as np
 import pytest
+from mmcv.transforms import LoadImageFromFile
 from mmdet.datasets.transforms import LoadAnnotations
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -1283,6 +1285,24 @@ def test_damaged_file_is_named_when_it_is_read(
     assert f"cannot read the {kind} '{path}': it is damaged" in str(
         raised.value)
     assert 'Put a good copy there' in str(raised.value)
+
+
+@pytest.mark.parametrize('size, is_refused', [
+    ((60, 80), True),  # turned
+    ((40, 30), True),  # made smaller
+    ((80, 60), False), ((200, 200), False)])
+def test_image_of_another_size_than_its_boxes_are_for_is_named(
+        size, is_refused, tmp_path):
+    path = str(tmp_path / 'a.png')
+    Image.new('RGB', size).save(path)
+    load = checked_load.CheckedLoad(LoadImageFromFile(), 'img_path')
+    sample = dict(img_path=path, width=80, height=60, instances=[
+        dict(bbox=[1, 1, 9, 9]), dict(bbox=[50, 5, 79.5, 30])])
+    told = pytest.raises(DataError, match=(
+        f"'{path}' is {size[0]} wide and {size[1]} high, .* one 80 wide and "
+        r'60 high: a box ends at \(79.5, 30\)'))
+    with told if is_refused else nullcontext():
+        assert load(dict(sample))['ori_shape'] == size[::-1]
 
 
 def test_file_that_may_not_be_read_is_not_called_damaged():

@@ -47,7 +47,7 @@ class CheckedLoad(BaseTransform):
         Raises:
             DataError: If the file is missing or damaged, if its labels are no
                 classes, if it is not as large as its image, or if an object
-                has no mask.
+                has no mask, or lies where another image than this would be.
         """
         path = results.get(self.key)
         if getattr(self.load, 'with_mask', False):
@@ -68,6 +68,8 @@ class CheckedLoad(BaseTransform):
                             'take it out of the data set') from error
         if results is not None and self.num_classes is not None:
             self._check_labels(path, results)
+        if results is not None and self.key == 'img_path':
+            _check_boxes(path, results)
         return results
 
     def _check_labels(self, path: str, results: dict) -> None:
@@ -128,6 +130,28 @@ class CheckedLoad(BaseTransform):
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.load!r})'
+
+
+def _check_boxes(path: str, results: dict) -> None:
+    """Refuse boxes that are those of an image of another size."""
+    width, height = results.get('width'), results.get('height')
+    shape = results.get('ori_shape')  # that of the image as loaded
+    if None in (width, height, shape) or shape[:2] == (height, width):
+        return
+    for instance in results.get('instances') or ():
+        box = instance.get('bbox', ())
+        if len(box) != 4:
+            continue
+        _, _, right, bottom = box
+        # Rounding may lead beyond the border, where the sizes are wrong and
+        # the boxes right.
+        if right > shape[1] + 1 or bottom > shape[0] + 1:
+            raise DataError(
+                f"the image '{path}' is {shape[1]} wide and {shape[0]} high, "
+                f'and its annotations are for one {width} wide and {height} '
+                f'high: a box ends at ({right:g}, {bottom:g}), outside of it. '
+                'Was it made smaller or turned (EXIF) after that? Put the '
+                'image there that was annotated')
 
 
 def wrap_loads(step: Any, num_classes: int | None,
