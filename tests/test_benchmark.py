@@ -493,7 +493,7 @@ esac
     done = subprocess.run(
         ['bash', checkout / 'tools/gpu_checks.sh', '--only', step],
         env=dict(os.environ, PYTHON=str(python)), capture_output=True,
-        text=True, timeout=120)
+        text=True, timeout=300)
     assert re.search('environment +passed', done.stdout), done.stdout
     found = subprocess.run(
         [checkout / '.venv-gpu/bin/python', '-c',
