@@ -46,8 +46,11 @@ class DownsamplingFunction(torch.autograd.Function):
             ctx.save_for_backward(x, norm_weight, norm_bias, weight)
             y = dispatch.kernels_for(x).layer_norm(
                 x, norm_weight, norm_bias, eps, dtype, ctx.shape[3])
-            # In fp32 where the CPU emulates the type that is asked for.
-            return linear(y, weight, bias.to(dtype)).to(asked)
+            y = linear(y, weight, bias.to(dtype))
+        # In fp32 where the CPU emulates the type that is asked for. Not `.to`
+        # where it is that type: torch's compiler would take what that returns
+        # for a second output, and give this one's gradient to the other.
+        return y if asked == dtype else y.to(asked)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1030,6 +1030,7 @@ def triton_on_cpu(monkeypatch):
     """The operators of the Triton kernels, computed by plain functions."""
     pytest.importorskip('triton')
     assert dispatch._make_triton_operators() == ''
+    torch._dynamo.reset()  # it compiles a function so many times only
 
     def compute(name, *inputs):
         # Which plain functions overwrite.
@@ -1125,6 +1126,26 @@ def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu,
         block.drop_path.rate = 0.5
     dropping(x)[0].sum().backward()
     assert found == used
+
+
+@pytest.mark.parametrize('folds', [True, False])
+def test_gradients_pass_through_all_stages_of_a_compiled_backbone(
+        folds, triton_on_cpu, monkeypatch):
+    monkeypatch.setattr(fused_block, '_folds_scale', lambda *_: folds)
+    torch.manual_seed(0)
+    arch = dict(depths=[1, 1, 1], dims=[8, 12, 16], kernel_size=3)
+    eager, compiled = (
+        Conv2Former(arch, layer_scale_init_value=.5, out_norm=True,
+                    out_indices=(1, 2), compile=c)
+        for c in (False, dict(backend='aot_eager', fullgraph=True)))
+    compiled.load_state_dict(eager.state_dict(), strict=True)
+    x = torch.randn(2, 3, 32, 48)
+    for model in (eager, compiled):
+        sum(out.pow(3).mean() for out in model(x)).backward()
+    for (name, own), other in zip(compiled.named_parameters(),
+                                  eager.parameters(), strict=True):
+        error = (own.grad - other.grad).norm() / other.grad.norm()
+        assert error < 1e-4, name
 
 
 @pytest.mark.parametrize('device', [pytest.param('cuda', marks=ON_GPU)])
