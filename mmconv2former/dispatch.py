@@ -279,6 +279,8 @@ def _try_triton(device: torch.device) -> str:
     # GPU. Its own errors, those of the system and of CUDA have no common base.
     try:
         TRITON.scale_residual(x, x, x[0, 0, 0], None)
+    except torch.OutOfMemoryError:
+        raise  # which may pass
     except Exception as error:
         return (f'Triton cannot compile here ({type(error).__name__}: '
                 f'{error})')

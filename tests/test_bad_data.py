@@ -1009,6 +1009,36 @@ def test_lines_of_a_list_in_another_form_are_named(line, pictures):
                 metainfo=dict(classes=['a', 'b']))))
 
 
+def test_list_in_another_encoding_is_named(pictures):
+    path = pictures / 'train.txt'
+    path.write_bytes('a/Stra\u00dfe.jpg 0\n'.encode('latin-1'))
+    with pytest.raises(DataError, match=f'{path} is no text in UTF-8 .*0xdf'):
+        data_checks.build_loader(Runner.build_dataloader, dict(
+            dataset=dict(
+                type='mmpretrain.CustomDataset', data_root=str(pictures),
+                ann_file='train.txt', data_prefix='train',
+                metainfo=dict(classes=['a', 'b']))))
+
+
+def test_errors_of_data_sets_of_ones_own_are_theirs(monkeypatch):
+
+    class Own:
+
+        def __init__(self, path):
+            raise ValueError(f'bad magic number in {path}')
+
+    monkeypatch.setitem(DATASETS.module_dict, 'Own', Own)
+    with pytest.raises(ValueError, match='bad magic number in a.bin'):
+        data_checks.build_loader(Runner.build_dataloader, dict(
+            dataset=dict(type='Own', path='a.bin')))
+
+
+def test_heads_whose_classes_are_texts_are_left_out():
+    assert data_checks.head_sizes(dict(
+        type='GroundingDINO', language_model=dict(type='BertModel'),
+        bbox_head=dict(type='GroundingDINOHead', num_classes=256))) == {}
+
+
 def test_class_folders_without_images_are_refused(pictures):
     with pytest.raises(DataError, match='has no images. Compare'):
         check(IN1K, pictures, extensions=['.tiff'])
@@ -1139,7 +1169,7 @@ def test_label_that_takes_two_bytes_is_named_when_it_is_read(
         data_set[0]
 
 
-@pytest.mark.parametrize('label', [0, 150, 255])
+@pytest.mark.parametrize('label', [0, 150, 255, 65535])
 def test_label_maps_of_two_bytes_are_taken(label, ade20k, copy):
     data = copy(ade20k)
     paint(label_maps(data)[0], label, 'uint16')

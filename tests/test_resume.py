@@ -99,6 +99,16 @@ def test_settings_that_the_checkpoint_overrules_are_told(resume, caplog):
     assert len(message.split(';')) == 4
 
 
+@pytest.mark.parametrize('hooks', [[], [dict(type='EMAHook')]])
+def test_averages_that_are_not_gone_on_with_are_told(hooks, resume, caplog):
+    runner = start()
+    runner.cfg.custom_hooks = hooks
+    saved = dict(checkpoint(start()), ema_state_dict={})
+    told = warnings(resume, runner, saved, caplog)
+    assert len(told) == (not hooks)
+    assert all('goes on from the averaged weights' in text for text in told)
+
+
 def test_settings_of_any_group_are_told(resume, caplog):
     saved = checkpoint(start())
     saved['optimizer']['param_groups'][1]['weight_decay'] = 0.7

@@ -409,6 +409,13 @@ def test_wrapped_data_sets_are_checked(tool, tmp_path):
     assert 'train_dataloader.dataset.dataset.datasets.1' in message
 
 
+def test_root_of_the_data_may_be_a_path(tool, tmp_path):
+    launch = tool('train').launch
+    assert launch.data_paths(Config(dict(
+        type='CustomDataset', data_root=tmp_path, data_prefix='train'))) == {
+            'data_prefix.images, one folder per class': f'{tmp_path}/train'}
+
+
 def test_data_in_other_storages_is_not_looked_for(tool):
     launch = tool('launch')
     leaf = dict(type='CustomDataset', data_prefix='gone')
@@ -632,7 +639,7 @@ def test_configs_need_not_say_that_nothing_is_resumed(tool, in_digits,
     monkeypatch.setattr(
         train.launch, 'build_runner', lambda cfg: SimpleNamespace(
             logger=logging.getLogger(),
-            train=lambda: steps.append('resume' in cfg)))
+            train=lambda: steps.append(cfg.resume)))
     config = tmp_path / 'config.py'
     config.write_text(f"_base_ = ['{Path('digits.py').resolve()}']\n")
     read = train.launch.read_config
@@ -685,6 +692,9 @@ def test_boxes_are_in_fp32_where_16_bits_do_not_do(
         wrapper, dtype, is_wanted, tool, in_digits, tmp_path, monkeypatch):
     train, hooks = tool('train'), []
     monkeypatch.setattr(
+        train, 'get_device',
+        lambda: 'cpu' if wrapper.startswith('CPU') else 'cuda')
+    monkeypatch.setattr(
         train.launch, 'build_runner', lambda cfg: SimpleNamespace(
             logger=logging.getLogger(), train=lambda: None,
             register_hook=lambda hook: hooks.append(type(hook).__name__)))
@@ -713,6 +723,37 @@ def test_slip_in_an_option_is_told(tool):
         tool('train').main, CONFIGS / 'classification/conv2former_t_in1k.py',
         '--cfg-options', 'train_dataloder.batch_size=4')
     assert "Did you mean 'train_dataloader'?" in message
+
+
+def test_variable_of_the_config_that_changes_nothing_is_told(
+        tool, in_digits, monkeypatch):
+    train, told = tool('train'), []
+    monkeypatch.setattr(train.launch, 'print_log',
+                        lambda text, **_: told.append(text))
+    train.launch.read_config(train.parse_args([
+        str(CONFIGS / 'classification/conv2former_mini_digits.py'),
+        '--cfg-options', 'max_epochs=2', 'train_cfg.max_epochs=2']))
+    text, = told
+    assert text.startswith("--cfg-options max_epochs: 'max_epochs' is a varia")
+
+
+def test_weights_of_other_names_are_not_started_from(tool, in_digits,
+                                                     tmp_path):
+    path = str(tmp_path / 'official.pth')
+    torch.save({f'module.{name}': value for name, value in Conv2Former(
+        dict(depths=[1], dims=[8], kernel_size=3)).state_dict().items()}, path)
+    message = refusal(
+        tool('train').main, 'digits.py', '--work-dir', tmp_path,
+        '--cfg-options', f'load_from={path}')
+    assert f"load_from: '{path}' has no weights by the names" in message
+    assert 'such as module.downsample_layers.0' in message
+    assert 'tools/convert_checkpoint.py' in message
+
+
+def test_weights_of_some_of_the_names_are_started_from(tool):
+    launch = tool('train').launch
+    model = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(2, 2)))
+    launch.check_names(model, {'module.backbone.weight', 'head.bias'}, 'a.pth')
 
 
 def test_missing_checkpoint_is_refused(tool):
@@ -766,7 +807,10 @@ def test_weights_of_a_deeper_backbone_are_refused(tool, tmp_path):
 
 @pytest.mark.parametrize('value, expected', [
     ('/a b/c', '/a b/c'), ('"/a b/c"', '/a b/c'), ('[1, 2]', [1, 2]),
-    ('(1, 2)', (1, 2)), ('1, 2', [1, 2]), ('True', True)])
+    ('(1, 2)', (1, 2)), ('1, 2', [1, 2]), ('True', True), ('(1)', (1, )),
+    ("['traffic light', 'cat']", ['traffic light', 'cat']),
+    ("('0', '1')", ('0', '1')), ('(cat, )', ('cat', )),
+    ('[[1, 2], [3]]', [[1, 2], [3]])])
 def test_settings_keep_the_spaces_of_paths(tool, value, expected):
     args = tool('train').parse_args(['a.py', '--cfg-options', f'key={value}'])
     assert args.cfg_options == dict(key=expected)
@@ -818,6 +862,28 @@ def test_missing_checkpoint_to_resume_is_refused(tool):
         train_config(tool, '--resume', 'gone.pth')
 
 
+def test_config_that_a_resumed_run_has_saved_is_resumed_and_tested(
+        tool, tmp_path):
+    path = str(tmp_path / 'epoch_1.pth')
+    saved = ['--cfg-options', 'resume=True', f'load_from={path}']
+    with pytest.raises(SystemExit, match=f"'{path}' does not exist"):
+        train_config(tool, *saved)
+    torch.save(dict(meta={}, optimizer={}, state_dict=dict(
+        weight=torch.zeros(1))), path)
+    cfg = train_config(tool, *saved)
+    assert cfg.resume is True and cfg.load_from == path
+    cfg = options_of_test(
+        tool, 'classification/conv2former_t_in1k.py', *saved)
+    assert cfg.resume is False and cfg.load_from == __file__
+
+
+def test_config_taken_for_a_checkpoint_to_resume_is_explained(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool('train').parse_args(['--resume', 'config.py'])
+    assert ("got 'config.py'; if that is the config, put --resume after it"
+            in ' '.join(capsys.readouterr().err.split()))
+
+
 def test_resume_of_a_work_dir_without_checkpoint_starts_anew(tool, tmp_path):
     cfg = train_config(
         tool, '--resume', '--work-dir', str(tmp_path), '--cfg-options',
@@ -844,6 +910,26 @@ def test_amp_is_one_switch(tool, options, dtype, loss_scale):
     # 'dynamic' is the default of mmengine.
     assert settings.get('loss_scale', 'dynamic') == loss_scale
     assert settings.optimizer.type == 'AdamW'
+
+
+@pytest.mark.parametrize('wrapper', ['AmpOptimWrapper', 'CPUAmpOptimWrapper'])
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_mixed_precision_of_the_config_is_that_of_the_device(
+        tool, wrapper, device):
+    settings = train_config(
+        tool, '--cfg-options', f'optim_wrapper.type={wrapper}',
+        device=device).optim_wrapper
+    assert settings.type == 'CPU' * (device == 'cpu') + 'AmpOptimWrapper'
+    assert settings.dtype == 'float16'
+
+
+def test_fp16_goes_on_from_bf16_on_the_cpu(tool):
+    saved, own = (build_optim_wrapper(torch.nn.Linear(2, 2), dict(
+        type=train_config(tool, '--amp', dtype).optim_wrapper.type,
+        dtype=name, optimizer=dict(type='SGD', lr=.1)))
+        for dtype, name in (('bf16', 'bfloat16'), ('fp16', 'float16')))
+    own.load_state_dict(saved.state_dict())
+    assert own.loss_scaler.get_scale() == 2.**16
 
 
 @pytest.mark.parametrize('dtype, options, scale', [

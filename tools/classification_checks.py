@@ -3,6 +3,7 @@ them."""
 import os
 import os.path as osp
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from data_error import DataError, describe, some_of
@@ -22,14 +23,18 @@ def explain_lists(unread: Iterable[Any]) -> None:
         if not getattr(data_set, 'with_label', False) or not path \
                 or not osp.isfile(path):
             continue
-        with open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                image, _, label = line.strip().rpartition(' ')
-                if not image or not label.isdecimal():
-                    raise DataError(
-                        f'line {number} of {path} is {line.rstrip()!r}; '
-                        'expected the path of an image, a space and the '
-                        'number of its class, from 0')
+        try:
+            lines = Path(path).read_text(encoding='utf-8').splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f'{path} is no text in UTF-8 ({error}); save it '
+                            'as such, without a byte order mark') from error
+        for number, line in enumerate(lines, 1):
+            image, _, label = line.strip().rpartition(' ')
+            if not image or not label.isdecimal():
+                raise DataError(
+                    f'line {number} of {path} is {line.rstrip()!r}; expected '
+                    'the path of an image, a space and the number of its '
+                    'class, from 0')
 
 
 def explain_class_folders(unread: Iterable[Any]) -> None:

@@ -505,8 +505,9 @@ def check_metric(metric: dict, loader: Any, where: str) -> None:
     if has_crowds or has_masks:
         content = _read_json(path)
         _check_shared_ids(path, content)
+        used = set(data_set.cat_ids)
         entries = [entry for entry in content.get('annotations', ())
-                   if entry.get('category_id') in data_set.cat_ids]
+                   if entry.get('category_id') in used]
     if has_crowds:
         _check_crowds(path, where, entries)
     if has_masks:

@@ -34,8 +34,9 @@ from data_error import DataError, describe, some_of
 
 # Files of a data set that are looked at before the first iteration.
 SAMPLE = 100
-# Heads with classes of their own: of stuff, or an edge or none.
-AUXILIARY_HEADS = 'FusedSemanticHead', 'SCNetSemanticHead', 'STDCHead'
+# Heads with classes of their own: of stuff, an edge or none, or texts.
+AUXILIARY_HEADS = ('FusedSemanticHead', 'SCNetSemanticHead', 'STDCHead',
+                   'SideAdapterCLIPHead')
 
 
 def type_name(cfg: dict) -> str:
@@ -50,6 +51,12 @@ def type_name(cfg: dict) -> str:
     """
     kind = cfg.get('type') or ''
     return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
+
+
+def has_hook(cfg: ConfigDict, name: str) -> bool:
+    """Whether a config has a custom hook of that type."""
+    return any(type_name(hook) == name
+               for hook in cfg.get('custom_hooks') or ())
 
 
 def data_sets(cfg: ConfigDict, where: str) -> Iterator[tuple[str, ConfigDict]]:
@@ -85,6 +92,8 @@ def head_sizes(model: Any, where: str = 'model') -> dict[str, int]:
         ``AUXILIARY_HEADS``.
     """
     sizes = {}
+    if isinstance(model, dict) and 'language_model' in model:
+        return {}  # its classes are texts, and the number a greatest one
     if isinstance(model, dict):
         last = re.sub(r'\.\d+$', '', where).rpartition('.')[2]
         if 'num_classes' in model and 'head' in last and last != 'rpn_head' \
@@ -211,7 +220,11 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
 def _unread(cfg: ConfigDict) -> Iterator[Any]:
     """Build data sets that know paths and classes, and have read nothing."""
     for _, leaf in data_sets(cfg, ''):
-        yield DATASETS.build({**leaf, 'lazy_init': True})
+        try:
+            data_set = DATASETS.build({**leaf, 'lazy_init': True})
+        except TypeError:
+            continue  # of a class of one's own without lazy_init
+        yield data_set
 
 
 def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:

@@ -128,6 +128,8 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
         SystemExit: If the checkpoint cannot be read or lacks weights.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if 'backbone' in cfg.model:
+        cfg.model.backbone.pop('compile', None)  # anew for each size
     model = MODELS.build(cfg.model)
     launch.check_weights(model, checkpoint)
     return model.eval()
@@ -349,10 +351,9 @@ def export(model: nn.Module, outputs: list[str], paths: list[Path],
 
 def preprocessing(cfg: Config) -> dict:
     """What the config does to pixels in front of the model."""
-    return {
-        **(cfg.get('data_preprocessor') or {}),
-        **(cfg.model.get('data_preprocessor') or {})
-    }
+    # As mmengine does: that of the model goes before that of the config.
+    return cfg.model.get('data_preprocessor') or cfg.get(
+        'data_preprocessor') or {}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -93,7 +93,6 @@ def default_shape(cfg: Config) -> tuple[int, int]:
     Raises:
         SystemExit: If the config does not say.
     """
-    size = None
     if 'decode_head' in cfg.model:
         size = cfg.model.get('data_preprocessor', {}).get('size')
         size = size and (size[0], 4 * size[0])

@@ -5,17 +5,20 @@ message and not in a traceback after minutes of loading. What only the built
 data sets show is left to data_checks.py.
 """
 import argparse
+import ast
 import atexit
 import ctypes
 import difflib
 import inspect
+import logging
 import os
 import os.path as osp
 import platform
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.config.utils import ConfigParsingError
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -38,6 +42,10 @@ from mmconv2former.checkpoint import (
     safe_globals,
 )
 
+# What a config may hold beside the arguments of mmengine's runner.
+_SETTINGS = ('auto_scale_lr', 'compile', 'find_unused_parameters', 'launcher',
+             'model_wrapper_cfg', 'runner_type', 'strategy', 'tta_model',
+             'tta_pipeline')
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 
 # mmengine 0.10.7 reads its own checkpoints with torch.load, which refuses
@@ -52,6 +60,13 @@ class _SettingsAction(DictAction):
     @staticmethod
     def _parse_iterable(val: str) -> Any:
         text = val.strip('\'"')
+        if text.startswith(('[', '(')):
+            # mmengine's would take the spaces out of names, and numbers out
+            # of quotes.
+            with suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(text)
+                if isinstance(value, (list, tuple)):  # '(1)' is one, there
+                    return value
         if text.startswith(('{', 'dict(')) or text.startswith(
                 ('[', '(')) and ('{' in text or 'dict(' in text):
             try:
@@ -156,10 +171,18 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def _check_keys(options: dict, cfg: Config) -> None:
-    """Tell keys that nobody reads, but are nearly those of the config."""
-    known = {*cfg, *inspect.signature(Runner.__init__).parameters}
+    """Tell keys that nobody reads: those that are nearly those of the config,
+    and variables of its file, which have been put into the rest of it."""
+    read = {*inspect.signature(Runner.__init__).parameters, *_SETTINGS}
+    known = {*cfg, *read}
     for key in options:
         name = key.partition('.')[0]
+        if name in cfg and name not in read:
+            print_log(
+                f"--cfg-options {key}: '{name}' is a variable of the config "
+                'file, which has been read by now. Name the settings that it '
+                'went into, or change the file', logger='current',
+                level=logging.WARNING)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
         if name not in known and near:
             raise SystemExit(f"--cfg-options {key}: the config has no '{name}'"
@@ -246,7 +269,7 @@ def data_paths(data_set: ConfigDict) -> dict[str, str]:
             for key, name in names.items()
         }
     names['ann_file'] = ann_file
-    root = data_set.get('data_root') or ''
+    root = os.fspath(data_set.get('data_root') or '')
     if not any(names.values()) and kind.endswith('CustomDataset') \
             and root and '://' not in root:
         return {'data_root, one folder per class': root}
@@ -388,6 +411,34 @@ def check_weights(model: nn.Module, path: str) -> None:
             f'{reason.rstrip(".")}. {_describe_weights(state)}Name the config '
             'that it was trained with; official classifiers are converted '
             'with tools/convert_checkpoint.py')
+
+
+def check_names(model: nn.Module, names: Set[str], path: str) -> None:
+    """Check that a checkpoint to start from has weights of a model.
+
+    mmengine would train from random ones. Some may be missing, such as those
+    of a head for other classes.
+
+    Args:
+        model (nn.Module): The model.
+        names (Set[str]): Of the weights in the file.
+        path (str): The file or URL.
+
+    Raises:
+        SystemExit: If none of them is one of the model's.
+    """
+    while hasattr(model, 'module'):
+        model = model.module
+    own = model.state_dict().keys()
+    if not any(name.removeprefix('module.') in own for name in names):
+        raise SystemExit(
+            f"load_from: '{path}' has no weights by the names of this model, "
+            f'such as {next(iter(own))}, but {len(names)} others, such as '
+            f'{min(names)}. Official classifiers are converted with '
+            'tools/convert_checkpoint.py; a backbone alone is for init_cfg of '
+            'the backbone: --cfg-options model.backbone.init_cfg.type='
+            f'Pretrained model.backbone.init_cfg.checkpoint={path} '
+            'load_from=None')
 
 
 def _describe_weights(weights: dict[str, Tensor]) -> str:

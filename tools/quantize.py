@@ -90,7 +90,7 @@ def batches(cfg: Config, part: str,
         dataset=dataset,
         sampler=dict(type='DefaultSampler', shuffle=True))
     preprocessor = MODELS.build(
-        dict(type='ClsDataPreprocessor', **export.preprocessing(cfg)))
+        {'type': 'ClsDataPreprocessor', **export.preprocessing(cfg)})
     loader = data_checks.build_loader(Runner.build_dataloader, loader, seed=0)
     data_checks.check_loader(loader, {}, exact=False)
     for batch in loader:

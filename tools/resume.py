@@ -132,6 +132,12 @@ class ResumedSettings(Hook):
             runner.logger.warning(
                 'The checkpoint overrules the config: ' + '; '.join(kept) +
                 f'. To train with what the config says, start {anew}')
+        if 'ema_state_dict' in checkpoint \
+                and not data_checks.has_hook(runner.cfg, 'EMAHook'):
+            runner.logger.warning(
+                'The checkpoint is of a run with EMAHook, and this one has '
+                'none: it goes on from the averaged weights, with the state '
+                'of the optimizer that belongs to the others')
         for unit in 'epoch', 'iter':
             last = runner.cfg.train_cfg.get(f'max_{unit}s')
             done = checkpoint['meta'].get(unit)

@@ -63,6 +63,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     # A strategy, such as that of --fsdp, is for training.
     for name in 'runner_type', 'strategy':
         cfg.pop(name, None)
+    cfg.resume = False  # which the config of a resumed run says
     # A fused model takes no weights: main() loads them before.
     cfg.load_from = None if args.fuse else args.checkpoint
     if args.fuse:
@@ -78,8 +79,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
 
 def _refuse_averaging(cfg: Config) -> None:
     """Refuse --fuse where a hook exchanges weights around the test."""
-    if any(data_checks.type_name(hook) == 'EMAHook'
-           for hook in cfg.get('custom_hooks') or ()):
+    if data_checks.has_hook(cfg, 'EMAHook'):
         # mmengine saves the average as the weights of the model.
         raise SystemExit(
             '--fuse: EMAHook of the config exchanges weights, and a fused '

@@ -21,6 +21,8 @@ from mmconv2former.checkpoint import (
     is_pretrained,
 )
 
+# mmengine's wrapper, and that of CPUs in its place.
+_AMP = 'AmpOptimWrapper', CPUAmpOptimWrapper.__name__
 # What --amp may be given, and the name that torch has for it.
 DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
 # Where a launcher says how many processes there are.
@@ -50,6 +52,15 @@ def dtype(name: str) -> str:
     return DTYPES[name]
 
 
+def _resumed(path: str) -> str:
+    """Read the value of --resume, which is not the config."""
+    if path.endswith('.py'):
+        raise argparse.ArgumentTypeError(
+            f"expected a checkpoint or nothing, got '{path}'; if that is the "
+            'config, put --resume after it')
+    return path
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line.
 
@@ -65,6 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--resume',
         nargs='?',
         const='auto',
+        type=_resumed,
         metavar='PATH',
         help='go on from a checkpoint; without a path, or with auto, from '
         'the latest one in the work dir if there is one')
@@ -106,24 +118,21 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     """
     launch.check_model(cfg, args.config, 'train_dataloader', 'train_cfg',
                        'optim_wrapper')
-    if args.amp:
-        settings = cfg.optim_wrapper
-        settings.type = 'AmpOptimWrapper'
-        if args.amp is True:
-            settings.setdefault('dtype', 'float16')
-        else:
+    settings = cfg.optim_wrapper
+    if args.amp or data_checks.type_name(settings) in _AMP:
+        settings.type = _AMP[get_device() == 'cpu']
+        if args.amp not in (None, True):
             settings.dtype = args.amp
+        # That of CPUs needs one.
+        settings.setdefault('dtype', 'float16')
         if settings.dtype == 'bfloat16':
             # It has the range of fp32, so that nothing needs scaling.
             settings.setdefault('loss_scale', 1.)
-        if get_device() == 'cpu':
-            settings.type = CPUAmpOptimWrapper.__name__
     if args.fsdp:
         if cfg.launcher == 'none':
             raise SystemExit('--fsdp shards over several processes: start '
                              'them with dist_train.sh or slurm_train.sh')
-        if any(data_checks.type_name(hook) == 'EMAHook'
-               for hook in cfg.get('custom_hooks') or []):
+        if data_checks.has_hook(cfg, 'EMAHook'):
             raise SystemExit('--fsdp cannot train with EMAHook, which copies '
                              'the whole model: take it out of custom_hooks, '
                              'or train without --fsdp')
@@ -134,7 +143,10 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     if args.auto_scale_lr:
         auto = cfg.get('auto_scale_lr') or {}
         cfg.auto_scale_lr = {**auto, 'enable': True}
-    checkpoint = args.resume
+    if args.resume is None and cfg.get('resume'):
+        # The config that a resumed run has saved.
+        args.resume = cfg.get('load_from') or 'auto'
+    checkpoint, cfg.resume = args.resume, False
     if checkpoint == 'auto':
         checkpoint = resume.latest_checkpoint(cfg.work_dir)
     if checkpoint is not None:
@@ -333,14 +345,20 @@ def main(argv: list[str] | None = None) -> None:
     cfg = merge_args(launch.read_config(args), args)
     check_pretrained(cfg)
     check_schedule(cfg)
+    names = None
     if cfg.get('load_from') and not cfg.get('resume'):
-        launch.read_file(cfg.load_from, 'load_from')
+        weights = launch.read_file(cfg.load_from, 'load_from')
+        names = {*weights.get('state_dict', weights)}
+        del weights
     launch.check_data(cfg, ('train', 'val'))
     launch.check_writable(cfg.work_dir, '--work-dir')
     note = fit_lr(cfg)
     earlier = os.path.isfile(os.path.join(cfg.work_dir, 'last_checkpoint'))
     with one_message():
         runner = launch.build_runner(cfg)
+        if names is not None and isinstance(
+                runner.model, nn.Module):  # FlexibleRunner builds it later
+            launch.check_names(runner.model, names, cfg.load_from)
         if note is not None:
             runner.logger.log(*note)
         for text in flat_schedules(cfg):
@@ -357,8 +375,7 @@ def main(argv: list[str] | None = None) -> None:
             runner.register_hook(BoxesInFloat32())
         if cfg.get('resume'):
             runner.register_hook(resume.ResumedSettings())
-            if cfg.get('load_from') and isinstance(
-                    runner.model, nn.Module):  # FlexibleRunner builds it later
+            if cfg.get('load_from') and isinstance(runner.model, nn.Module):
                 launch.check_weights(runner.model, cfg.load_from)
         try:
             runner.train()

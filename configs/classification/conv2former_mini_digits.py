@@ -101,6 +101,9 @@ param_scheduler = [
         eta_min=1e-6,
         convert_to_iter_based=True),
 ]
+# Batch norms go on with their statistics; of several processes their mean is
+# evaluated and saved.
+custom_hooks = [dict(type='SyncBuffersHook')]
 default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(interval=max_epochs, max_keep_ckpts=3))

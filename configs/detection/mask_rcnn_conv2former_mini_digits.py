@@ -134,6 +134,9 @@ param_scheduler = [
         eta_min_ratio=1e-6 / 1e-3,
         convert_to_iter_based=True),
 ]
+# Batch norms go on with their statistics; of several processes their mean is
+# evaluated and saved.
+custom_hooks = [dict(type='SyncBuffersHook')]
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(interval=max_epochs, max_keep_ckpts=3))

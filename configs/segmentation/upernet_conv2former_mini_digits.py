@@ -144,6 +144,9 @@ param_scheduler = [
         eta_min_ratio=1e-6 / 3e-3),
 ]
 
+# Batch norms go on with their statistics; of several processes their mean is
+# evaluated and saved.
+custom_hooks = [dict(type='SyncBuffersHook')]
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
