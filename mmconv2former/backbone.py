@@ -195,8 +195,6 @@ class MLP(nn.Module):
         return _branch(norm, scale, layers, keep)
 
 
-
-
 class Block(nn.Module):
     """Convolutional modulation and MLP, each a scaled residual branch.
 

@@ -52,6 +52,7 @@ def _log_statistic(owner: Any, name: str) -> Any:
     """
     if owner is not HistoryBuffer or name not in ('min', 'max', 'mean',
                                                   'current'):
+        # In torch's words, which read_checkpoint looks for.
         raise pickle.UnpicklingError(
             f'GLOBAL builtins.getattr was not an allowed one for {name!r}')
     return getattr(owner, name)
@@ -488,10 +489,9 @@ def check_finite(weights: dict[str, Tensor], path: str) -> None:
     Raises:
         CheckpointError: If some are NaN or infinite.
     """
-    # There is no such function for float8.
-    broken = [key for key, value in weights.items() if not (
-        at_least_fp32(value) if value.is_floating_point() else value
-        ).isfinite().all()]
+    # torch has no such function for float8.
+    broken = [key for key, value in weights.items()
+              if not at_least_fp32(value).isfinite().all()]
     if broken:
         raise CheckpointError(
             f'{path}: {len(broken)} tensors hold NaN or infinity, the first '

@@ -996,28 +996,28 @@ def test_folder_without_class_folders_is_named(kind, metainfo, pictures):
         check(IN1K, pictures, type=kind, metainfo=metainfo)
 
 
+def read_list(pictures):
+    return data_checks.build_loader(Runner.build_dataloader, dict(
+        dataset=dict(
+            type='mmpretrain.CustomDataset', data_root=str(pictures),
+            ann_file='train.txt', data_prefix='train',
+            metainfo=dict(classes=['a', 'b']))))
+
+
 @pytest.mark.parametrize('line', [
     'a/1.jpg', 'a/1.jpg,0', '', 'a/1.jpg cat', '5'])
 def test_lines_of_a_list_in_another_form_are_named(line, pictures):
     (pictures / 'train.txt').write_text(f'a/0.jpg 0\n{line}\nb/0.jpg 1\n')
     with pytest.raises(DataError, match=(
             f"line 2 of {pictures}/train.txt is '{line}'; expected the pa")):
-        data_checks.build_loader(Runner.build_dataloader, dict(
-            dataset=dict(
-                type='mmpretrain.CustomDataset', data_root=str(pictures),
-                ann_file='train.txt', data_prefix='train',
-                metainfo=dict(classes=['a', 'b']))))
+        read_list(pictures)
 
 
 def test_list_in_another_encoding_is_named(pictures):
     path = pictures / 'train.txt'
     path.write_bytes('a/Stra\u00dfe.jpg 0\n'.encode('latin-1'))
     with pytest.raises(DataError, match=f'{path} is no text in UTF-8 .*0xdf'):
-        data_checks.build_loader(Runner.build_dataloader, dict(
-            dataset=dict(
-                type='mmpretrain.CustomDataset', data_root=str(pictures),
-                ann_file='train.txt', data_prefix='train',
-                metainfo=dict(classes=['a', 'b']))))
+        read_list(pictures)
 
 
 def test_errors_of_data_sets_of_ones_own_are_theirs(monkeypatch):

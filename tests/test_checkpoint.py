@@ -24,6 +24,7 @@ from mmconv2former import (
 from mmconv2former.archs import ARCHS, describe_arch, resolve_arch
 from mmconv2former.checkpoint import (
     CheckpointError,
+    check_finite,
     find_checkpoint,
     infer_arch,
     load_backbone,
@@ -632,6 +633,17 @@ def test_weights_that_are_no_numbers_are_refused(name, tmp_path):
     elif name.startswith('head'):
         with pytest.raises(CheckpointError, match='NaN .* them conv.bias'):
             neck_of(src)
+
+
+@pytest.mark.parametrize('dtype', [
+    torch.float8_e4m3fn, torch.float16, torch.int8, torch.bool])
+def test_weights_of_small_types_are_looked_at(dtype):
+    weights = dict(a=torch.ones(2).to(dtype))
+    check_finite(weights, 'a.pth')
+    if dtype.is_floating_point:
+        weights['b'] = torch.full((2, ), float('nan')).to(dtype)
+        with pytest.raises(CheckpointError, match='1 tensors .* them b, as'):
+            check_finite(weights, 'a.pth')
 
 
 def test_conversion_does_not_overwrite_its_source(tmp_path):

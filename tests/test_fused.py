@@ -1128,6 +1128,22 @@ def test_compiled_backbone_has_the_kernels_of_gpus(triton_on_cpu,
     assert found == used
 
 
+def test_lack_of_memory_at_the_first_launch_may_pass(monkeypatch):
+    pytest.importorskip('triton')
+
+    def launch(*_):
+        raise torch.OutOfMemoryError('out of memory')
+
+    assert dispatch._make_triton_operators() == ''
+    monkeypatch.setattr(dispatch.TRITON, 'scale_residual', launch)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: (9, 0))
+    find_obstacle = functools.cache(dispatch._try_triton.__wrapped__)
+    with pytest.raises(torch.OutOfMemoryError):
+        find_obstacle(torch.device('cpu'))
+    monkeypatch.setattr(dispatch.TRITON, 'scale_residual', lambda *_: None)
+    assert find_obstacle(torch.device('cpu')) == ''
+
+
 @pytest.mark.parametrize('folds', [True, False])
 def test_gradients_pass_through_all_stages_of_a_compiled_backbone(
         folds, triton_on_cpu, monkeypatch):

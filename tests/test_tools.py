@@ -556,8 +556,8 @@ def test_pretrained_parts_anywhere_in_a_model_are_seen(tool, tmp_path):
     with pytest.raises(SystemExit, match=(
             r'model\.detector\.backbone\.init_cfg\.checkpoint=PATH\n')):
         train.check_pretrained(cfg)
-    (_, part), = train.own_parts(cfg.model)
-    assert part is cfg.model.detector.backbone
+    assert train.own_parts(cfg) == {
+        'model.detector.backbone': cfg.model.detector.backbone}
 
 
 def test_data_sets_of_several_tasks_are_described(tool):
@@ -750,10 +750,20 @@ def test_weights_of_other_names_are_not_started_from(tool, in_digits,
     assert 'tools/convert_checkpoint.py' in message
 
 
-def test_weights_of_some_of_the_names_are_started_from(tool):
-    launch = tool('train').launch
+@pytest.mark.parametrize('name, is_refused', [
+    ('module.backbone.weight', False), ('backbone.bias', False),
+    ('weight', True)])
+def test_weights_of_some_of_the_names_are_started_from(name, is_refused, tool,
+                                                       tmp_path):
+    launch, path = tool('train').launch, str(tmp_path / 'a.pth')
     model = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(2, 2)))
-    launch.check_names(model, {'module.backbone.weight', 'head.bias'}, 'a.pth')
+    torch.save({name: torch.zeros(2), 'head.bias': torch.zeros(2)}, path)
+    told = ''
+    try:
+        launch.check_names(model, path)
+    except SystemExit as error:
+        told = str(error)
+    assert ('no weights by the names of this model' in told) == is_refused
 
 
 def test_missing_checkpoint_is_refused(tool):

@@ -79,33 +79,47 @@ def data_sets(cfg: ConfigDict, where: str) -> Iterator[tuple[str, ConfigDict]]:
         yield where, cfg
 
 
-def head_sizes(model: Any, where: str = 'model') -> dict[str, int]:
+def config_parts(config: Any, where: str = 'model'
+                 ) -> Iterator[tuple[str, ConfigDict]]:
+    """A config and all those within it.
+
+    Args:
+        config (object): The config of a model, or a part of it.
+        where (str): Its dotted name.
+
+    Yields:
+        tuple[str, ConfigDict]: Dotted name and config of a part, such as
+        'model.backbone', or 'model.detector.backbone' of a teacher.
+    """
+    if isinstance(config, dict):
+        yield where, config
+        parts = config.items()
+    else:
+        parts = enumerate(config) if isinstance(config, (list, tuple)) else ()
+    for key, part in parts:
+        yield from config_parts(part, f'{where}.{key}')
+
+
+def head_sizes(model: ConfigDict) -> dict[str, int]:
     """Numbers of classes that the heads in a model config are made for.
 
     Args:
-        model (object): The config, or a part of it.
-        where (str): Its dotted name.
+        model (ConfigDict): The config.
 
     Returns:
         dict[str, int]: By the name of the setting. The head of the region
         proposal network, which knows objects only, is left out, and so are
-        ``AUXILIARY_HEADS``.
+        ``AUXILIARY_HEADS``. Empty where the classes are texts, of which the
+        number is a greatest one.
     """
     sizes = {}
-    if isinstance(model, dict) and 'language_model' in model:
-        return {}  # its classes are texts, and the number a greatest one
-    if isinstance(model, dict):
+    for where, part in config_parts(model):
+        if 'language_model' in part:
+            return {}
         last = re.sub(r'\.\d+$', '', where).rpartition('.')[2]
-        if 'num_classes' in model and 'head' in last and last != 'rpn_head' \
-                and type_name(model) not in AUXILIARY_HEADS:
-            sizes[f'{where}.num_classes'] = model['num_classes']
-        parts = model.items()
-    elif isinstance(model, (list, tuple)):
-        parts = enumerate(model)
-    else:
-        parts = ()
-    for key, part in parts:
-        sizes.update(head_sizes(part, f'{where}.{key}'))
+        if 'num_classes' in part and 'head' in last and last != 'rpn_head' \
+                and type_name(part) not in AUXILIARY_HEADS:
+            sizes[f'{where}.num_classes'] = part['num_classes']
     return sizes
 
 

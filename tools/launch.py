@@ -17,7 +17,7 @@ import platform
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -413,7 +413,7 @@ def check_weights(model: nn.Module, path: str) -> None:
             'with tools/convert_checkpoint.py')
 
 
-def check_names(model: nn.Module, names: Set[str], path: str) -> None:
+def check_names(model: nn.Module, path: str) -> None:
     """Check that a checkpoint to start from has weights of a model.
 
     mmengine would train from random ones. Some may be missing, such as those
@@ -421,12 +421,13 @@ def check_names(model: nn.Module, names: Set[str], path: str) -> None:
 
     Args:
         model (nn.Module): The model.
-        names (Set[str]): Of the weights in the file.
-        path (str): The file or URL.
+        path (str): File or URL.
 
     Raises:
-        SystemExit: If none of them is one of the model's.
+        SystemExit: If it has none.
     """
+    checkpoint = read_file(path, 'load_from')
+    names = checkpoint.get('state_dict', checkpoint).keys()
     while hasattr(model, 'module'):
         model = model.module
     own = model.state_dict().keys()

@@ -2,8 +2,6 @@
 import argparse
 import logging
 import os
-from collections.abc import Iterator
-from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -154,7 +152,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         cfg.resume = True
         cfg.load_from = checkpoint
         # The checkpoint has all weights: those of init_cfg are not needed.
-        for _, part in own_parts(cfg.model):
+        for part in own_parts(cfg).values():
             if any(map(is_pretrained, _inits(part).values())):
                 part.init_cfg = None
     return cfg
@@ -210,26 +208,12 @@ def fit_lr(cfg: Config) -> tuple[int, str] | None:
         'set optim_wrapper.optimizer.lr.')
 
 
-def own_parts(model: Any,
-              where: str = 'model') -> Iterator[tuple[str, ConfigDict]]:
-    """Backbones and necks of this package in the config of a model.
-
-    Args:
-        model (object): The config, or a part of it.
-        where (str): Its dotted name.
-
-    Yields:
-        tuple[str, ConfigDict]: Dotted name and config of a part, such as
-        'model.backbone', or 'model.detector.backbone' of a teacher.
+def own_parts(cfg: Config) -> dict[str, ConfigDict]:
+    """Backbones and necks of this package in a model, by their dotted names.
     """
-    if isinstance(model, dict):
-        if 'Conv2Former' in data_checks.type_name(model):
-            yield where, model
-        parts = model.items()
-    else:
-        parts = enumerate(model) if isinstance(model, (list, tuple)) else ()
-    for key, part in parts:
-        yield from own_parts(part, f'{where}.{key}')
+    return {where: part
+            for where, part in data_checks.config_parts(cfg.model)
+            if 'Conv2Former' in data_checks.type_name(part)}
 
 
 def _inits(part: ConfigDict) -> dict[str, ConfigDict]:
@@ -252,7 +236,7 @@ def pretrained_weights(cfg: Config) -> dict[str, str]:
     """
     return {
         f'{where}.{key}': init['checkpoint']
-        for where, part in own_parts(cfg.model)
+        for where, part in own_parts(cfg).items()
         for key, init in _inits(part).items()
         if is_pretrained(init) and 'checkpoint' in init
     }
@@ -345,20 +329,19 @@ def main(argv: list[str] | None = None) -> None:
     cfg = merge_args(launch.read_config(args), args)
     check_pretrained(cfg)
     check_schedule(cfg)
-    names = None
     if cfg.get('load_from') and not cfg.get('resume'):
-        weights = launch.read_file(cfg.load_from, 'load_from')
-        names = {*weights.get('state_dict', weights)}
-        del weights
+        launch.read_file(cfg.load_from, 'load_from')
     launch.check_data(cfg, ('train', 'val'))
     launch.check_writable(cfg.work_dir, '--work-dir')
     note = fit_lr(cfg)
     earlier = os.path.isfile(os.path.join(cfg.work_dir, 'last_checkpoint'))
     with one_message():
         runner = launch.build_runner(cfg)
-        if names is not None and isinstance(
+        if cfg.get('load_from') and isinstance(
                 runner.model, nn.Module):  # FlexibleRunner builds it later
-            launch.check_names(runner.model, names, cfg.load_from)
+            check = launch.check_weights if cfg.get('resume') \
+                else launch.check_names
+            check(runner.model, cfg.load_from)
         if note is not None:
             runner.logger.log(*note)
         for text in flat_schedules(cfg):
@@ -375,8 +358,6 @@ def main(argv: list[str] | None = None) -> None:
             runner.register_hook(BoxesInFloat32())
         if cfg.get('resume'):
             runner.register_hook(resume.ResumedSettings())
-            if cfg.get('load_from') and isinstance(runner.model, nn.Module):
-                launch.check_weights(runner.model, cfg.load_from)
         try:
             runner.train()
         except CheckpointError as error:  # of an init_cfg
