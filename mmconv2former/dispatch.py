@@ -383,6 +383,10 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
         return 'the batch is empty'
     if x.device.type not in ('cpu', 'cuda'):
         return f'device {x.device.type} has no fused operators'
+    # Compiled, it would bound sizes that are to be dynamic.
+    if not torch.compiler.is_compiling() \
+            and x.numel() // x.shape[1] >= 2**31:
+        return 'the kernels count the positions of a batch in 32 bits'
     if find_modified is not None:
         modified = find_modified(x.shape[1], x.device)
         if modified is not None:

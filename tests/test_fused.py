@@ -1427,6 +1427,13 @@ def test_other_devices_run_plain_operators():
         torch.ones(1, 8, 4, 4, device='meta'))
 
 
+def test_batches_of_2_to_the_31_positions_run_plain_operators():
+    with FakeTensorMode():
+        x = torch.empty(2**21, 8, 32, 32, device='cuda')
+    assert 'positions' in dispatch.find_obstacle(x)
+    assert dispatch.find_obstacle(x[1:]) == ''
+
+
 def test_drop_path_without_gradients_drops_in_bf16_too(monkeypatch):
     model = block(8, 5, .5).float().train()
     x = torch.randn(16, 8, 6, 7).bfloat16()
