@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ WARM_UP = 2
 # precision, what makes a layer another one, and which outputs there are.
 SETTINGS = ('training', 'momentum', 'eps', 'rate', 'fused', 'residual_in_fp32',
             'approximate', 'stride', 'padding', 'padding_mode', 'dilation',
-            'groups', 'fusion', 'out_indices', 'out_norm')
+            'groups', 'track_running_stats', 'fusion', 'out_indices',
+            'out_norm')
 
 
 def _autocast(x: Tensor) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def _globals() -> tuple[Hashable, ...]:
         tf32 = matmul.fp32_precision, cudnn.conv.fp32_precision
     else:
         tf32 = matmul.allow_tf32, cudnn.allow_tf32
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+    return (torch.is_grad_enabled(),
             torch.are_deterministic_algorithms_enabled(), cudnn.enabled,
             cudnn.deterministic, *tf32, os.environ.get(FUSED_VARIABLE))
 
@@ -63,7 +65,16 @@ class _Watched:
     def __init__(self, module: nn.Module) -> None:
         self.modules = list(module.modules())
         self.children = [(m._modules, tuple(m._modules.values()))
-                         for m in self.modules if m._modules]
+                         for m in self.modules]
+        # Those of a module at a time: there are more than a thousand.
+        self.settings = [
+            (m.__dict__, itemgetter(*(key for key in SETTINGS
+                                      if key in m.__dict__)))
+            for m in self.modules]
+        kinds = [type(m).__name__ for m in self.modules]
+        self.is_sharded = 'FullyShardedDataParallel' in kinds
+        self.synchronized = [m for m, kind in zip(self.modules, kinds)
+                             if kind == 'SyncBatchNorm']
 
     def same_modules(self) -> bool:
         """Whether none was added, removed or replaced."""
@@ -73,12 +84,16 @@ class _Watched:
     def look(self) -> tuple[list[int], list[Hashable], str]:
         """Which tensors there are and where, settings, and why nothing can be
         recorded, or ''."""
-        tensors, settings, obstacle = [], [], ''
+        tensors, obstacle = [], ''
+        settings = [read(attributes) for attributes, read in self.settings]
         if has_global_hooks():
             obstacle = 'hooks are registered for all modules'
+        if self.is_sharded:
+            obstacle = 'the weights of the backbone are sharded'
+        if any(m.training for m in self.synchronized):
+            # All processes would have to record at the same time.
+            obstacle = 'batch norms are synchronized between processes'
         for m in self.modules:
-            settings += [m.__dict__[key] for key in SETTINGS
-                         if key in m.__dict__]
             for p in m._parameters.values():
                 if p is not None:
                     tensors += (id(p), p.data_ptr())
@@ -88,11 +103,6 @@ class _Watched:
                     tensors.append(b.data_ptr())
             if is_intercepted(m):
                 obstacle = 'the backbone has hooks, which would not be called'
-            if type(m).__name__ == 'FullyShardedDataParallel':
-                obstacle = 'the weights of the backbone are sharded'
-            if type(m).__name__ == 'SyncBatchNorm' and m.training:
-                # All processes would have to record at the same time.
-                obstacle = 'batch norms are synchronized between processes'
         return tensors, settings, obstacle
 
 
@@ -190,8 +200,12 @@ class CUDAGraphs:
                     return None
                 self.memory = self.memory or _Memory(x.device)
                 self.recorder = threading.get_ident()
+                needs_grad = torch.is_grad_enabled()
                 try:
-                    with self.using_memory():
+                    # Tensors that are made in inference mode, also those of
+                    # torch for random numbers, could not be used outside.
+                    with self.using_memory(), torch.inference_mode(False), \
+                            torch.set_grad_enabled(needs_grad):
                         self.recordings[kind] = _Recording(self, module, x)
                 finally:
                     self.recorder = None
@@ -270,12 +284,10 @@ class _Memory:
         like = torch.empty_like(like, device='meta')
         room = self.rooms.get(name)
         if room is None or room.numel() < like.nbytes:
-            # The smaller one stays with the recordings that have it. Made in
-            # inference mode it could not be stored for a backward pass.
-            with torch.inference_mode(False):
-                room = self.rooms[name] = torch.empty(
-                    -(-like.nbytes // 16) * 16,  # whole numbers of any type
-                    dtype=torch.uint8, device=self.device)
+            # The smaller one stays with the recordings that have it.
+            room = self.rooms[name] = torch.empty(
+                -(-like.nbytes // 16) * 16,  # whole numbers of any type
+                dtype=torch.uint8, device=self.device)
         return room.view(like.dtype).as_strided(like.shape, like.stride())
 
     @contextmanager
@@ -344,7 +356,8 @@ class _Recording:
             for out in outs if out.requires_grad and leaves
         ]
         del outs
-        with torch.no_grad():
+        # In which buffers of all kinds can be written.
+        with torch.inference_mode():
             for buffer, value in buffers:
                 buffer.copy_(value)
         if any(self.differentiable) and not any(map(any, reached)):

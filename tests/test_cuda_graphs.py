@@ -48,7 +48,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.aten.native_batch_norm.default:
-            self.overwritten += [(t, t.clone()) for t in args[3:5]]
+            self.overwritten += [(t, t.clone()) for t in args[3:5]
+                                 if t is not None]
         elif func is torch.ops.aten.lerp_.Scalar:  # running moments
             self.overwritten.append((args[0], args[0].clone()))
         elif func is torch.ops.aten.add_.Tensor \
@@ -381,6 +382,7 @@ def test_parameters_that_nobody_uses_have_no_gradients(models, device):
 
 @pytest.mark.parametrize('kind, name, value, rate', [
     (nn.BatchNorm2d, 'momentum', 0., 0.),
+    (nn.BatchNorm2d, 'track_running_stats', False, 0.),
     (operators.DropPath, 'rate', 0., 0.9),
     (nn.GELU, 'approximate', 'tanh', 0.),
     (backbone.ConvModulation, 'fusion', 'sum', 0.),
@@ -417,6 +419,22 @@ def test_replaced_modules_are_seen(name, models, device):
     assert recorded(graphed) == 1
 
 
+def test_weights_of_modules_that_a_layer_has_got_are_seen(models, device):
+    eager, graphed = models()
+    x = images(device)
+    for _ in range(4):
+        step(eager, x), step(graphed, x)
+    for model in (eager, graphed):
+        nn.utils.parametrizations.weight_norm(model.stages[1][0].mlp.fc1)
+    for change in 1, 2:
+        for model in (eager, graphed):
+            norm = model.stages[1][0].mlp.fc1.parametrizations.weight
+            norm.original1.data = norm.original1.data * change
+        for _ in range(4):
+            assert_same(step(graphed, x), step(eager, x))
+        assert recorded(graphed) == 1
+
+
 def test_buffers_elsewhere_are_seen(models, device):
     eager, graphed = models()
     eager.eval(), graphed.eval()
@@ -432,7 +450,8 @@ def test_buffers_elsewhere_are_seen(models, device):
     assert recorded(graphed) == 1
 
 
-def test_inference_mode_has_a_graph_of_its_own(models, device):
+def test_inference_mode_takes_the_graph_of_no_grad(models, device):
+    """Recorded outside of it, so that what graphs share is not of it."""
     eager, graphed = models()
     eager.eval(), graphed.eval()
     x = images(device)
@@ -443,10 +462,22 @@ def test_inference_mode_has_a_graph_of_its_own(models, device):
                 assert_same(outs, eager(x))
         assert {out.is_inference() for out in outs} == {
             mode is torch.inference_mode}
-    assert recorded(graphed) == 2
-    for _ in range(4):  # what they share can be stored for a backward pass
+    assert recorded(graphed) == 1
+    recording, = graphed.cuda_graphs.recordings.values()
+    assert not any(t.is_inference() for t in (recording.x, *recording.outs))
+    for _ in range(4):
         assert_same(step(graphed, x), step(eager, x))
-    assert recorded(graphed) == 3
+    assert recorded(graphed) == 2
+
+
+def test_models_made_in_inference_mode_are_recorded(models, device):
+    with torch.inference_mode():
+        eager, graphed = models()
+        eager.eval(), graphed.eval()
+        x = images(device)
+        for _ in range(4):
+            assert_same(graphed(x), eager(x))
+    assert recorded(graphed) == 1
 
 
 def test_sharded_weights_run_without_graphs(models, device):
@@ -511,6 +542,7 @@ def test_new_parameter_in_the_memory_of_the_old_gets_its_gradient(
     for _ in range(4):
         step(graphed, x)
         assert norm.weight.grad is not None
+    assert recorded(graphed) == 1
 
 
 def test_threads_get_their_own_results(models, device):
@@ -759,6 +791,7 @@ def test_eps_that_changes_is_seen(models, device):
             model.norm0.eps = eps
         for _ in range(4):
             assert_same(step(graphed, x), step(eager, x))
+    assert recorded(graphed) == 2
 
 
 @pytest.mark.parametrize('device', ['cpu'], indirect=True)
