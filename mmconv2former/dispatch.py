@@ -325,7 +325,10 @@ def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
     """
     if x.dtype == torch.double:  # the others compute in fp32
         return torch_kernels
-    is_ordinary = type(x) is Tensor  # and not one that torch looks into
+    # And not one that torch looks into, nor is anything else looking on.
+    is_ordinary = type(x) is Tensor and (
+        torch.compiler.is_compiling()
+        or not torch._C._len_torch_dispatch_stack())
     if not x.is_cuda:
         if not is_ordinary or torch.compiler.is_compiling() \
                 or x.device.type != 'cpu' or _cpp_obstacle():
@@ -422,7 +425,9 @@ def available(x: Tensor, find_modified: FindModified | None = None) -> bool:
             missing = triton_obstacle(x.device) if x.is_cuda \
                 else _cpp_obstacle()
             reason = 'the model is in fp64' if x.dtype == torch.double \
-                else missing or f'they get a {type(x).__name__}'
+                else missing or (
+                    'a TorchDispatchMode looks on' if type(x) is Tensor
+                    else f'they get a {type(x).__name__}')
             log_once(f'fused operators of torch alone, because {reason}')
     return not obstacle
 

@@ -565,6 +565,8 @@ def test_conversion_of_the_backbone_alone_and_of_our_own_file(tmp_path):
      '1 missing: downsample_layers.0.0.weight'),
     ({**GOOD, 'downsample_layers.0.6.weight': torch.ones(8, 4, 3, 3)}, (),
      'the stem is of another kind'),
+    ({**GOOD, 'pred.weight': torch.ones(5, 12)}, (),
+     r'a.pth: the linear layer .*\(5, 12\).*expected \(classes, 1280\)'),
 ])
 def test_a_failed_conversion_leaves_nothing_behind(
         content, options, message, tmp_path):

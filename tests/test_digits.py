@@ -1,8 +1,9 @@
 """Digits: the data, the three configs and the report."""
+import base64
+import io
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from PIL import Image
 from pycocotools import mask as rle
 
 import make_digits as make
@@ -356,8 +358,7 @@ def test_dense_config_starts_from_the_classifier(runs, name, tmp_path):
         torch.testing.assert_close(carried[key], trained[key])
 
 
-def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
-                                                monkeypatch, capsys):
+def test_report_shows_table_curves_and_pictures(runs, data, tmp_path, capsys):
     names = [
         f'{step} {name}' for name in CONFIGS for step in ('train', 'test')
     ]
@@ -371,13 +372,9 @@ def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
     for name in list(CONFIGS)[1:]:
         shutil.copytree(work_dirs / name,
                         work_dirs / f'{name}{report.SCRATCH}')
-    monkeypatch.setattr(sys, 'argv', [
-        'report.py', '--work-dirs',
-        str(work_dirs), '--data',
-        str(data), '--compare', '--scenes', '1000', '--picture',
-        str(tmp_path / 'docs/digits.png')
-    ])
-    report.main()
+    report.main([
+        '--work-dirs', str(work_dirs), '--data', str(data), '--compare',
+        '--scenes', '1000', '--picture', str(tmp_path / 'docs/digits.png')])
     printed = capsys.readouterr().out
     table = printed[:printed.index('report:')].splitlines()
     assert len(table) == 2 + 4 + 1
@@ -387,7 +384,13 @@ def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
     assert sum('+0.000' in row for row in table) == 3
     page = (work_dirs / 'digits/report.html').read_text()
     assert page.count('<img ') == 3 and page.count('class="missed"') == 4
-    assert 'src="data:image/png;base64,' in page and 'http' not in page
+    assert 'http' not in page
+    drawn = re.findall('src="data:image/png;base64,([^"]*)"', page)
+    assert len(drawn) == 3
+    for png in drawn:  # Curves, red titles or masks: not empty axes.
+        pixels = np.array(Image.open(io.BytesIO(base64.b64decode(png))
+                                     ).convert('RGB')).astype(int)
+        assert (np.ptp(pixels, 2) > 50).sum() > 100
     picture = cv2.imread(str(tmp_path / 'docs/digits.png'))
     assert picture.std() > 10
     assert (tmp_path / 'docs/digits.png').stat().st_size < 300_000
@@ -398,11 +401,9 @@ def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
             ('--picture', 'file/a.png', 'cannot be written: .*file'),
             ('--out', 'file/a.html', 'cannot be written: .*file'),
             ('--data', 'docs', 'no scenes in .*quickstart.sh')):
-        monkeypatch.setattr(sys, 'argv', [
-            'report.py', '--work-dirs', str(work_dirs), '--data', str(data),
-            '--scenes', '1', option, str(tmp_path / path)])
         with pytest.raises(SystemExit) as end:
-            report.main()
+            report.main(['--work-dirs', str(work_dirs), '--data', str(data),
+                         '--scenes', '1', option, str(tmp_path / path)])
         told = capsys.readouterr().err or str(end.value)
         assert re.search(message, told), told
 
@@ -413,27 +414,48 @@ def test_report_shows_table_curves_and_pictures(runs, data, tmp_path,
     ('data\t3\ntot', 'seconds.tsv is damaged'),
     ('total\t3\n', r'no \*/\*\.json in'),
 ])
-def test_report_says_what_is_missing(seconds, missing, tmp_path, monkeypatch):
+def test_report_says_what_is_missing(seconds, missing, tmp_path):
     (tmp_path / 'digits').mkdir()
     if seconds:
         (tmp_path / 'digits/seconds.tsv').write_text(seconds)
-    monkeypatch.setattr(
-        sys, 'argv', ['report.py', '--compare', '--work-dirs', str(tmp_path)])
     with pytest.raises(
             SystemExit, match=f'{missing}.*quickstart.sh --compare first'):
-        report.main()
+        report.main(['--compare', '--work-dirs', str(tmp_path)])
 
 
 @pytest.mark.parametrize('read, file', [
-    ('read_metrics', 'test/*/*.json'),
-    ('read_losses', '*/vis_data/scalars.json'),
-    ('read_predictions', 'test/predictions.pkl'),
+    (report.read_metrics, 'test/*/*.json'),
+    (report.read_losses, '*/vis_data/scalars.json'),
+    (report.read_predictions, 'test/predictions.pkl'),
 ])
 def test_report_names_a_file_that_was_cut(read, file, runs, tmp_path):
     run = tmp_path / CLASSIFIER
     shutil.copytree(runs / CLASSIFIER, run)
-    assert getattr(report, read)(run)
+    assert read(run)
     path = report.newest(run, file)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(report.DataError, match=f'{path.name} is damaged'):
-        getattr(report, read)(run)
+        read(run)
+
+
+@pytest.mark.parametrize('size', [100, 10])
+def test_report_names_a_picture_that_was_cut(size, tmp_path):
+    path = tmp_path / 'a.png'
+    noise = np.random.RandomState(0).randint(256, size=(20, 20))
+    Image.fromarray(noise.astype(np.uint8)).save(path)
+    assert report.read_picture(path).shape == (20, 20)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(report.DataError, match='a.png is damaged'):
+        report.read_picture(path)
+
+
+def test_report_says_which_metric_is_missing(runs, tmp_path):
+    run = tmp_path / CLASSIFIER
+    shutil.copytree(runs / CLASSIFIER, run)
+    with pytest.raises(report.DataError, match='json has no accuracy/top5'):
+        report.read_metrics(run, ['accuracy/top1', 'accuracy/top5'])
+
+
+def test_report_refuses_predictions_of_other_scenes(runs, data):
+    with pytest.raises(report.DataError, match='of other scenes .*x.png is'):
+        report.paint_scenes(runs, data, ['x.png'])

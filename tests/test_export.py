@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
 import official
+from mmconv2former import Conv2Former
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCH = 'arch=dict(depths=[1, 1], dims=[8, 16], kernel_size=5)'
@@ -216,7 +217,7 @@ def test_operator_set_that_torch_does_not_write_is_refused(
 
     monkeypatch.setattr(torch.onnx, 'export', write_18)
     with pytest.raises(SystemExit, match='--opset 40: .* set 18 only'):
-        tool.write(None, str(tmp_path / 'x.onnx'), ['logits'], 40)
+        tool.write(None, str(tmp_path / 'x.onnx'), ['logits'], 40, ())
 
 
 def test_checkpoint_of_another_config_is_refused(tool, classifier, detector):
@@ -231,6 +232,65 @@ def test_detector_has_no_classifier(tool, detector):
 
 
 # -------------------------------------------------------------------- int8
+
+
+def test_models_of_larger_stride_are_checked_on_larger_images(
+        tool, tmp_path):
+    model = Conv2Former(dict(depths=5 * [1], dims=5 * [8], kernel_size=3),
+                        layer_scale_init_value=1.).eval()
+    report = '\n'.join(tool.export(
+        model, ['stage4'], [tmp_path / 'x.pt2'])).replace('  ', ' ')
+    assert 'sides of at least 128' in report
+    assert '2x192x256, 1x448x448' in report and 'height/64' in report
+
+
+def test_only_endings_of_the_formats_are_replaced(tool, classifier, tmp_path,
+                                                  monkeypatch):
+    written = []
+    monkeypatch.setattr(tool, 'export', lambda *args: written.append(
+        [path.name for path in args[2]]) or [])
+    for name in ('lr0.01', 'lr0.001', 'a.onnx'):
+        tool.main([*classifier[:2], '--format', 'onnx', 'torch', '--out',
+                   str(tmp_path / name)])
+    assert written == [['lr0.01.onnx', 'lr0.01.pt2'],
+                       ['lr0.001.onnx', 'lr0.001.pt2'], ['a.onnx', 'a.pt2']]
+
+
+def test_configs_in_the_new_style_name_no_scope(load_tool, tool, tmp_path):
+    """Their types are classes; saved by a run, they are names again."""
+    new, saved = tmp_path / 'new.py', tmp_path / 'saved.py'
+    new.write_text("""
+from mmengine.config import read_base  # which makes the style the new one
+
+from mmpretrain.models import (
+    ClsDataPreprocessor,
+    CrossEntropyLoss,
+    ImageClassifier,
+    LinearClsHead,
+)
+
+from mmconv2former import Conv2Former, Conv2FormerNeck
+
+default_scope = None
+model = dict(
+    type=ImageClassifier,
+    data_preprocessor=dict(type=ClsDataPreprocessor),
+    backbone=dict(type=Conv2Former, arch=dict(
+        depths=[1, 1], dims=[8, 16], kernel_size=3)),
+    neck=dict(type=Conv2FormerNeck, in_channels=16, out_channels=16),
+    head=dict(type=LinearClsHead, in_channels=16, num_classes=7,
+              loss=dict(type=CrossEntropyLoss)))
+""")
+    Config.fromfile(new).dump(saved)
+    checkpoint = tmp_path / 'x.pth'
+    get_flops, launch = load_tool('get_flops'), load_tool('launch')
+    for path in new, saved:
+        cfg = Config.fromfile(path)
+        assert launch.library(cfg) == 'mmpretrain'
+        model = get_flops.build_model(cfg)
+        torch.save({key: torch.ones(value.shape)
+                    for key, value in model.state_dict().items()}, checkpoint)
+        assert tool.load_model(cfg, str(checkpoint)).head.fc.weight.all()
 
 
 @pytest.fixture(scope='module')
@@ -351,6 +411,19 @@ def test_accuracy_is_counted_on_images_as_testing_sees_them(
             file, = (f for f, x in known.items()
                      if torch.allclose(x, image, atol=1e-5))
             assert file.parent.name == f'class{label}'
+
+
+def test_pipeline_of_a_wrapped_test_set_is_found(quantizer, classifier,
+                                                photographs):
+    cfg = Config.fromfile(classifier[0])
+    init_default_scope(cfg.default_scope)
+    for part in 'train', 'test':
+        data_set = cfg[f'{part}_dataloader'].dataset
+        data_set.data_root = str(photographs)
+    cfg.test_dataloader.dataset = dict(
+        type='ConcatDataset', datasets=[cfg.test_dataloader.dataset])
+    images, labels = next(quantizer.batches(cfg, 'train', 4))
+    assert images.shape == (4, 3, 64, 64) and len(labels) == 4
 
 
 def test_damaged_image_of_the_calibration_is_named(quantize, photographs):

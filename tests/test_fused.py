@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map_only
 
@@ -1427,6 +1428,17 @@ def test_empty_switch_is_no_switch(monkeypatch):
 def test_other_devices_run_plain_operators():
     assert 'device meta has no fused operators' == dispatch.find_obstacle(
         torch.ones(1, 8, 4, 4, device='meta'))
+
+
+@pytest.mark.parametrize('tracing_mode', ['real', 'fake', 'symbolic'])
+def test_traced_operators_are_all_there_are(tracing_mode):
+    model = Conv2Former(TINY, layer_scale_init_value=1.).eval()
+    x, other = torch.randn(2, 2, 3, 32, 32)
+    with torch.no_grad():
+        traced = make_fx(model, tracing_mode=tracing_mode,
+                         _allow_non_fake_inputs=True)(x)
+        for images in x, other:
+            torch.testing.assert_close(traced(images), model(images))
 
 
 def test_batches_of_2_to_the_31_positions_run_plain_operators():

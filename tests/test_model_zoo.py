@@ -206,7 +206,11 @@ def test_stem_of_grey_images_is_smaller(get_flops, capsys):
 @pytest.mark.parametrize('text, options, expected', [
     ('', [], 'no model'),
     ('model = dict(head=1)', [], 'give it with --shape H W'),
-    ('model = dict(head=1)', ['--shape', '16', '64'], 'got 16 64'),
+    ('model = dict(type="mmpretrain.ImageClassifier", backbone=dict('
+     'type="mmconv2former.Conv2Former", arch=dict(depths=[1], dims=[8], '
+     'kernel_size=3)), data_preprocessor=dict('
+     'type="mmpretrain.ClsDataPreprocessor"))',
+     ['--shape', '2', '64'], r'--shape 2 64.*at least 4.*got \(1, 3, 2, 64'),
 ])
 def test_what_cannot_be_counted_is_refused(text, options, expected, get_flops,
                                            tmp_path):
@@ -228,6 +232,7 @@ def test_what_cannot_be_counted_is_refused(text, options, expected, get_flops,
      'rpn_head EmbeddingRPNHead cannot be counted'),
     ('double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py',
      'roi_head DoubleHeadRoIHead cannot be counted.*x_reg'),
+    ('fast_rcnn/fast-rcnn_r50_fpn_1x_coco.py', 'no test_cfg.rpn'),
     ('tood/tood_r50_fpn_1x_coco.py', 'bbox_head TOODHead cannot be counted'),
 ])
 def test_detector_of_another_structure_is_refused(config, expected, get_flops):

@@ -1043,6 +1043,20 @@ def test_batch_that_the_learning_rate_fits_is_not_reported(tool, monkeypatch):
     assert note is None
 
 
+@pytest.mark.parametrize('scope, kind, expected', [
+    ('mmseg', 'EncoderDecoder', 'mmseg'),
+    ('mmengine', 'mmdet.MaskRCNN', 'mmdet'),
+    (None, 'mmpretrain.models.classifiers.image.ImageClassifier',
+     'mmpretrain'),
+    (None, type('Mine', (Conv2Former, ), {'__module__': 'mmdet.models'}),
+     'mmdet'),
+    (None, Conv2Former, ''),
+    (None, None, '')])
+def test_library_of_a_config(scope, kind, expected, tool):
+    cfg = Config(dict(default_scope=scope, model=dict(type=kind)))
+    assert tool('launch').library(cfg) == expected
+
+
 @pytest.mark.parametrize('option', ['auto_scale_lr=None',
                                     'auto_scale_lr.base_batch_size=0'])
 def test_auto_scale_lr_without_a_batch_size_is_refused(option, tool):

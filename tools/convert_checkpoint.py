@@ -31,7 +31,8 @@ from mmconv2former.checkpoint import (
 )
 
 
-def parse_args():
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; that of the process if ``argv`` is None."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,10 +48,10 @@ def parse_args():
         '--trust-pickle',
         action='store_true',
         help='unpickle any object in SRC; this can run code that SRC holds')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def sha256(path):
+def sha256(path: str | Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
@@ -59,7 +60,9 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def convert(src, dst, backbone_only=False, trust_pickle=False, prefix=None):
+def convert(src: Path, dst: Path, backbone_only: bool = False,
+            trust_pickle: bool = False,
+            prefix: str | None = None) -> dict[str, str | int]:
     """Convert a checkpoint and prove that the result loads.
 
     Args:
@@ -139,8 +142,12 @@ def convert(src, dst, backbone_only=False, trust_pickle=False, prefix=None):
         dst_sha256=digest)
 
 
-def prove(path, arch, backbone_only):
-    """Load a converted file strictly into the modules that it is for."""
+def prove(path: str, arch: dict, backbone_only: bool) -> None:
+    """Load a converted file strictly into the modules that it is for.
+
+    Raises:
+        CheckpointError: If it does not fit.
+    """
     weights, _ = model_weights(read_checkpoint(path))
     # What else the shapes tell. Where a tensor is missing, the loading says
     # so.
@@ -157,13 +164,26 @@ def prove(path, arch, backbone_only):
             + min((hidden + 1) / dim for hidden, dim, *_ in shapes)) / 2
     load_backbone(Conv2Former(arch, **settings), path)
     if not backbone_only:
-        neck = Conv2FormerNeck(arch['dims'][-1],
-                               len(weights['neck.norm.weight']))
-        load_neck(neck, path)
+        width = len(weights['neck.norm.weight'])
+        load_neck(Conv2FormerNeck(arch['dims'][-1], width), path)
+        shape = weights['head.fc.weight'].shape
+        if shape[1:] != (width, ) \
+                or weights['head.fc.bias'].shape != shape[:1]:
+            raise CheckpointError(
+                f'{path}: the linear layer of the head has a weight of shape '
+                f'{tuple(shape)} and a bias of shape '
+                f'{tuple(weights["head.fc.bias"].shape)}; expected (classes, '
+                f'{width}) and (classes,), for the layers before it have '
+                f'{width} channels')
 
 
-def main():
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """Convert, and print what has been converted.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+    """
+    args = parse_args(argv)
     try:
         report = convert(args.src, args.dst, args.backbone_only,
                          args.trust_pickle, args.prefix)

@@ -9,7 +9,8 @@ logits, without softmax; a backbone gives the feature maps that its config
 returns, with the output norms that it has.
 
 --format onnx writes .onnx for onnxruntime and others; --format torch writes
-.pt2 for torch.export.load, which takes images with sides of 64 pixels or more.
+.pt2 for torch.export.load, which takes images with sides of 64 pixels or more
+(twice the stride of the model).
 
 What was written is loaded and run on images of several sizes, and compared
 with the model in PyTorch, before --fuse. Where they differ, nothing is left
@@ -37,17 +38,12 @@ import launch
 from mmconv2former import fuse_for_inference
 
 SUFFIXES = dict(onnx='.onnx', torch='.pt2')
-# torch.export takes sides that the model reduces to 1 for a special case.
-MIN_SIDE = 64
-DYNAMIC = ({
-    0: Dim('batch'),
-    2: Dim('height', min=MIN_SIDE),
-    3: Dim('width', min=MIN_SIDE)
-}, )
 # Number, height and width of the images: what is traced, and what is checked.
+# For models of stride 32; those of larger strides get larger ones.
+STRIDE = 32
 TRACED = 2, 96, 128
 SIZES = (TRACED, (1, 224, 224), (3, 65, 97), (1, 131, 64))
-SMALL_SIZES = ((2, 33, 47), )  # ONNX does not keep MIN_SIDE
+SMALL_SIZES = ((2, 33, 47), )  # ONNX does not keep the smallest side
 TOLERANCE = 1e-4  # difference over the largest value
 # Of onnxscript 0.7, to which torch leaves the conversion.
 MIN_OPSET, MAX_OPSET = 18, 25
@@ -94,8 +90,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--out',
         type=Path,
         metavar='FILE',
-        help='file to write; the ending is replaced by that of the format. '
-        'Defaults to work_dirs/<config>/<config>_<part>')
+        help='file to write, with the ending of the format in place of .onnx '
+        'or .pt2 or behind the name. Defaults to '
+        'work_dirs/<config>/<config>_<part>')
     return parser.parse_args(argv)
 
 
@@ -127,7 +124,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
     Raises:
         SystemExit: If the checkpoint cannot be read or lacks weights.
     """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('compile', None)  # anew for each size
     model = MODELS.build(cfg.model)
@@ -199,8 +196,8 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def write(program: ExportedProgram, path: str, outputs: list[str],
-          opset: int) -> None:
+def write(program: ExportedProgram, path: str, outputs: list[str], opset: int,
+          dynamic: tuple[dict[int, Dim]]) -> None:
     """Write a program to an .onnx or a .pt2 file.
 
     Args:
@@ -208,6 +205,7 @@ def write(program: ExportedProgram, path: str, outputs: list[str],
         path (str): File to write.
         outputs (list[str]): Names of the outputs in ONNX.
         opset (int): Operator set of ONNX.
+        dynamic (tuple[dict]): The dynamic sides of the images.
 
     Raises:
         SystemExit: If the exporter does not write the operator set.
@@ -217,7 +215,7 @@ def write(program: ExportedProgram, path: str, outputs: list[str],
         return
     torch.onnx.export(
         program, (), path, dynamo=True, opset_version=opset,
-        input_names=['images'], output_names=outputs, dynamic_shapes=DYNAMIC,
+        input_names=['images'], output_names=outputs, dynamic_shapes=dynamic,
         external_data=False, verbose=False)
     import onnx
     written = onnx.load(path).opset_import[0].version
@@ -266,11 +264,11 @@ def difference(outs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return math.inf if math.isnan(worst) else worst
 
 
-def shape_of(out: Tensor) -> str:
-    """Shape of an output, given the one for TRACED."""
+def shape_of(out: Tensor, traced: tuple[int, int, int]) -> str:
+    """Shape of an output, given the one for the images that are traced."""
     sides = [
-        f'{name}/{traced // side}' for name, traced, side in zip(
-            ('height', 'width'), TRACED[1:], out.shape[2:])
+        f'{name}/{whole // side}' for name, whole, side in zip(
+            ('height', 'width'), traced[1:], out.shape[2:])
     ]
     return ', '.join(['batch', str(out.shape[1]), *sides])
 
@@ -297,15 +295,27 @@ def export(model: nn.Module, outputs: list[str], paths: list[Path],
     Raises:
         SystemExit: If a file would compute something else.
     """
+    strides = getattr(getattr(model, 'backbone', model), 'out_strides', ())
+    stride = max(STRIDE, *strides)
+    # torch.export takes sides that the model reduces to 1 for a special case.
+    min_side = 2 * stride
+    sizes = [(n, height * stride // STRIDE, width * stride // STRIDE)
+             for n, height, width in SIZES + SMALL_SIZES]
+    traced = sizes[0]
     expected = {
         size: run_model(model)(images(size, channels))
-        for size in SIZES + SMALL_SIZES
+        for size in sizes
     }
     if fuse:
         fuse_for_inference(model)
+    dynamic = ({
+        0: Dim('batch'),
+        2: Dim('height', min=min_side),
+        3: Dim('width', min=min_side)
+    }, )
     with torch.no_grad(), quiet():
         program = torch.export.export(
-            model, (images(TRACED, channels), ), dynamic_shapes=DYNAMIC,
+            model, (images(traced, channels), ), dynamic_shapes=dynamic,
             strict=False,
             # The stride of the 16x16 embeddings makes conditions on the sizes
             # that torch cannot prove; they are checked when it runs.
@@ -315,12 +325,13 @@ def export(model: nn.Module, outputs: list[str], paths: list[Path],
         is_onnx = path.suffix == SUFFIXES['onnx']
         with tempfile.TemporaryDirectory(dir=path.parent) as folder, quiet():
             temporary = osp.join(folder, path.name)
-            write(program, temporary, outputs, opset)
+            write(program, temporary, outputs, opset, dynamic)
             run = load(temporary)
-            sizes = SIZES + SMALL_SIZES * is_onnx
+            checked = [size for size in sizes
+                       if is_onnx or min(size[1:]) >= min_side]
             differences = {
                 size: difference(run(images(size, channels)), expected[size])
-                for size in sizes
+                for size in checked
             }
             worst = max(differences.values())
             if worst > TOLERANCE:
@@ -334,15 +345,15 @@ def export(model: nn.Module, outputs: list[str], paths: list[Path],
         report += [
             f'{path}: {kind}, {path.stat().st_size / 1e6:.1f} MB',
             f'  input   images  (batch, {channels}, height, width), sides of '
-            f'at least {32 if is_onnx else MIN_SIDE}'
+            f'at least {stride if is_onnx else min_side}'
         ]
         report += [
-            f'  output  {name}  ({shape_of(out)})'
-            for name, out in zip(outputs, expected[TRACED], strict=True)
+            f'  output  {name}  ({shape_of(out, traced)})'
+            for name, out in zip(outputs, expected[traced], strict=True)
         ]
+        listed = ', '.join('x'.join(map(str, size)) for size in checked)
         report += [
-            f'  checked on {", ".join("x".join(map(str, s)) for s in sizes)} '
-            '(number x height x width):',
+            f'  checked on {listed} (number x height x width):',
             f'  largest difference from the model {worst:.1e} of the largest '
             f'value, at most {TOLERANCE:.0e}'
         ]
@@ -379,7 +390,9 @@ def main(argv: list[str] | None = None) -> None:
     if out.is_dir():
         raise SystemExit(f"--out '{out}' is a folder; name a file")
     launch.check_writable(str(out.parent), '--out')
-    paths = [out.with_suffix(SUFFIXES[kind]) for kind in args.format]
+    if out.suffix in SUFFIXES.values():
+        out = out.with_suffix('')
+    paths = [Path(f'{out}{SUFFIXES[kind]}') for kind in args.format]
     for path in paths:
         if path.is_dir():
             raise SystemExit(f"'{path}' is a folder, and the model would be "

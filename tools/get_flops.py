@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data_checks
 import launch
+from argument_types import positive
 
 TRAINING_ONLY = 'auxiliary_head'
 # Parts that read the feature maps of the neck, or of the backbone.
@@ -63,9 +64,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--shape',
         nargs=2,
-        type=int,
+        type=positive,
         metavar=('H', 'W'),
-        help='height and width of the input in pixels, at least 32')
+        help='height and width of the input in pixels')
     return parser.parse_args(argv)
 
 
@@ -121,7 +122,7 @@ def build_model(cfg: Config) -> nn.Module:
     Raises:
         SystemExit: If it has parts that this tool cannot count.
     """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     try:
         with torch.device('meta'):
             model = MODELS.build(cfg.model)
@@ -205,12 +206,20 @@ def count(cfg: Config, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
             with torch.no_grad(), torch.device('meta'), FlopCounterMode(
                     display=False) as counter:
                 if name == 'roi_head':
+                    if 'rpn' not in cfg.model.test_cfg:
+                        raise SystemExit(
+                            'the roi_head cannot be counted, for on how many '
+                            'regions it runs is up to what they are read from:'
+                            ' the model has no test_cfg.rpn. ' + ADVICE)
                     run_roi_head(part, cfg.model.test_cfg)
                 elif name in HEADS:
                     for head in each(part):
                         head(feats)
                 else:
                     feats = part(feats)
+        except ValueError as error:  # our backbone about the size
+            raise SystemExit(f'--shape {shape[0]} {shape[1]}: the {name} '
+                             f'{type(part).__name__} {error}') from error
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise SystemExit(
                 f'the {name} {type(part).__name__} cannot be counted, for it '
@@ -231,9 +240,6 @@ def main(argv: list[str] | None = None) -> None:
         argv (list[str], optional): Arguments; those of the process if None.
     """
     args = parse_args(argv)
-    if args.shape is not None and min(args.shape) < 32:
-        raise SystemExit('--shape must be at least 32 32, which the stride '
-                         f'of 32 needs; got {args.shape[0]} {args.shape[1]}')
     cfg = launch.read_config(args)
     launch.check_model(cfg, args.config)
     shape = args.shape or default_shape(cfg)

@@ -449,6 +449,25 @@ def _describe_weights(weights: dict[str, Tensor]) -> str:
     return f'The file holds {describe_arch(arch)}. ' if arch['depths'] else ''
 
 
+def library(cfg: Config) -> str:
+    """The library of a config's task.
+
+    Args:
+        cfg (Config): The config. In mmengine's new style it names no scope,
+            and its model is a class, or the name of one with its module.
+
+    Returns:
+        str: 'mmpretrain', 'mmdet' or 'mmseg'; '' if it is another one.
+    """
+    kind = cfg.model.get('type')
+    classes = getattr(kind, '__mro__', ())
+    names = [cfg.get('default_scope'),
+             *(c.__module__ for c in classes), str(kind)]
+    roots = [str(name).partition('.')[0] for name in names]
+    return next((root for root in roots
+                 if root in ('mmpretrain', 'mmdet', 'mmseg')), '')
+
+
 def evaluators(cfg: Config, part: str) -> list[ConfigDict]:
     """Configs of the metrics of 'val' or 'test', as a list.
 
@@ -545,7 +564,7 @@ def build_runner(cfg: Config) -> Runner:
         loader = data_checks.build_loader(build_dataloader, *args, **kwargs)
         # A classifier may have more classes than the data.
         data_checks.check_loader(
-            loader, sizes, exact=cfg.get('default_scope') != 'mmpretrain')
+            loader, sizes, exact=library(cfg) != 'mmpretrain')
         built.append(loader)
         data_checks.check_agreement(built[0], loader)
         return loader

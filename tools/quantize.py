@@ -30,6 +30,7 @@ from torch import Tensor
 import data_checks
 import export
 import launch
+from argument_types import positive
 from data_error import one_message
 
 CALIBRATION_IMAGES = 256
@@ -59,14 +60,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='file to write; defaults to the name of MODEL with _int8')
     parser.add_argument(
         '--images',
-        type=int,
+        type=positive,
         default=1000,
         help='test images to compare the accuracy on at most; defaults to '
         '1000, drawn at random')
-    args = parser.parse_args(argv)
-    if args.images < 1:
-        parser.error(f'--images must be at least 1, got {args.images}')
-    return args
+    return parser.parse_args(argv)
 
 
 def batches(cfg: Config, part: str,
@@ -82,8 +80,9 @@ def batches(cfg: Config, part: str,
         tuple[Tensor, Tensor]: Images (N, 3, H, W) and their classes (N, ).
     """
     dataset = copy.deepcopy(cfg[f'{part}_dataloader'].dataset)
+    _, tested = next(data_checks.data_sets(cfg.test_dataloader.dataset, ''))
     for _, data_set in data_checks.data_sets(dataset, ''):
-        data_set.pipeline = cfg.test_dataloader.dataset.pipeline
+        data_set.pipeline = copy.deepcopy(tested.pipeline)
     loader = dict(
         batch_size=BATCH,
         num_workers=0,  # forks would copy the threads of onnxruntime
@@ -196,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     export.check_packages()
     launch.check_file(str(args.model), 'the ONNX file')
     cfg = launch.read_config(args)
-    if cfg.get('default_scope') != 'mmpretrain' or not cfg.get(
+    if launch.library(cfg) != 'mmpretrain' or not cfg.get(
             'test_dataloader') or not cfg.get('train_dataloader'):
         raise SystemExit('only a classifier with data for training and test '
                          f"can be quantised; '{args.config}' is the config of "
@@ -216,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--out '{out}' is a folder; name a file")
     launch.check_data(cfg, ('train', 'test'))
     launch.check_writable(str(out.parent), '--out')
-    init_default_scope(cfg.default_scope)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     with one_message(), tempfile.TemporaryDirectory(
             dir=out.parent) as folder:
         written = osp.join(folder, 'int8.onnx')

@@ -14,7 +14,7 @@ import html
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,15 +93,33 @@ def read(path: Path, parse: Callable[[bytes], Any]) -> Any:
         FileNotFoundError: If there is none.
         DataError: If it was cut or changed.
     """
+    content = path.read_bytes()
+    # The last two are what pillow raises for pictures.
     try:
-        return parse(path.read_bytes())
-    except (ValueError, EOFError, pickle.UnpicklingError) as error:
+        return parse(content)
+    except (ValueError, EOFError, pickle.UnpicklingError, OSError,
+            SyntaxError) as error:
         raise DataError(f'{path} is damaged ({error}): delete it') from error
 
 
-def read_metrics(run: Path) -> dict[str, float]:
-    """What the library's own evaluator found in the last test of a run."""
-    return read(newest(run / 'test', '*/*.json'), json.loads)
+def read_picture(path: Path) -> np.ndarray:
+    """The pixels of a picture; see :func:`read` for the errors."""
+    return read(path, lambda data: np.array(Image.open(io.BytesIO(data))))
+
+
+def read_metrics(run: Path, names: Iterable[str] = ()) -> dict[str, float]:
+    """What the library's own evaluator found in the last test of a run.
+
+    Raises:
+        FileNotFoundError: If there was no test.
+        DataError: If one of the metrics named is missing.
+    """
+    path = newest(run / 'test', '*/*.json')
+    found = read(path, json.loads)
+    for name in names:
+        if name not in found:
+            raise DataError(f'{path} has no {name}')
+    return found
 
 
 def read_losses(run: Path) -> tuple[list[int], list[float]]:
@@ -177,10 +195,11 @@ def make_rows(work_dirs: Path, seconds: dict[str, float],
     """
     rows = []
     for task in TASKS:
-        found = read_metrics(work_dirs / task.run)
+        keys = [metric.key for metric in task.metrics]
+        found = read_metrics(work_dirs / task.run, keys)
         scratch = {}
         if compare and task.has_scratch:
-            scratch = read_metrics(work_dirs / (task.run + SCRATCH))
+            scratch = read_metrics(work_dirs / (task.run + SCRATCH), keys)
         minutes = sum(taken for step, taken in seconds.items()
                       if step in (f'train {task.run}', f'test {task.run}'))
         for metric in task.metrics:
@@ -306,7 +325,7 @@ def draw_classes(rows: list[list[plt.Axes]], predictions: list[dict]) -> None:
     """Show images with the predicted digit, a wrong one in red."""
     for axes, image in zip((cell for row in rows for cell in row),
                            predictions):
-        draw_image(axes, np.array(Image.open(image['img_path'])))
+        draw_image(axes, read_picture(Path(image['img_path'])))
         predicted = int(image['pred_label'])
         wrong = predicted != int(image['gt_label'])
         axes.set_title(
@@ -333,14 +352,16 @@ def draw_scenes(grid: list[list[plt.Axes]], names: list[str], data: Path,
     for i, (row, name) in enumerate(zip(grid, names)):
         titles = ('scene', 'digits: truth', 'digits: Mask R-CNN',
                   'labels: truth', 'labels: UperNet') if i == 0 else [''] * 5
-        image = np.array(Image.open(data / 'scenes/val' / name))
+        if name not in truth or name not in found:
+            raise DataError(f'the predictions of {TASKS[1].run} are of other '
+                            f'scenes than those in {data}: {name} is missing')
+        image = read_picture(data / 'scenes/val' / name)
         draw_image(row[0], image, titles[0])
         draw_detections(row[1], image, truth[name], titles[1])
         draw_detections(row[2], image, found[name], titles[2])
-        draw_labels(
-            row[3], np.array(Image.open(data / 'scenes/labels/val' / name)),
-            titles[3])
-        draw_labels(row[4], np.array(Image.open(labels / name)), titles[4])
+        draw_labels(row[3], read_picture(data / 'scenes/labels/val' / name),
+                    titles[3])
+        draw_labels(row[4], read_picture(labels / name), titles[4])
 
 
 def paint_losses(work_dirs: Path, compare: bool) -> plt.Figure:
@@ -459,7 +480,8 @@ def write_page(path: Path, rows: list[dict],
     path.write_text(PAGE.format(table=format_html(rows), sections=sections))
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; that of the process if ``argv`` is None."""
     parser = argparse.ArgumentParser(
         description='Table, loss curves and pictures of the Digits runs.')
     parser.add_argument('--work-dirs', type=Path, default=Path('work_dirs'))
@@ -479,7 +501,7 @@ def parse_args() -> argparse.Namespace:
         '--picture',
         type=Path,
         help='write all three tasks in one PNG too, such as docs/digits.png')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.picture and args.picture.is_dir():
         parser.error(f'--picture {args.picture} is a folder: name a PNG in it')
     return args
@@ -522,8 +544,13 @@ def make_report(args: argparse.Namespace) -> None:
     print(f'report: {out}')
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """Make the report, or say what is missing.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+    """
+    args = parse_args(argv)
     try:
         make_report(args)
     except (FileNotFoundError, DataError) as error:

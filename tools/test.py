@@ -120,8 +120,7 @@ def _augment(cfg: Config) -> None:
 def _dump(cfg: Config, out: str) -> None:
     """Save predictions to a file, or to a folder in segmentation."""
     metrics = launch.evaluators(cfg, 'test')
-    scope = cfg.get('default_scope')
-    if scope == 'mmseg':
+    if launch.library(cfg) == 'mmseg':
         if out.endswith(('.pkl', '.pickle')) or osp.isfile(out):
             raise SystemExit(f"--out '{out}': of segmentation label maps are "
                              'written, as pictures; name a folder for them')
@@ -138,7 +137,8 @@ def _dump(cfg: Config, out: str) -> None:
     cfg.test_evaluator = [
         *metrics,
         dict(
-            type='DumpDetResults' if scope == 'mmdet' else 'DumpResults',
+            type='mmdet.DumpDetResults' if launch.library(cfg) == 'mmdet'
+            else 'DumpResults',
             out_file_path=out)
     ]
 

@@ -81,7 +81,7 @@ train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict()
 test_cfg = dict()
 # A rate for this batch size; --auto-scale-lr scales it to another one.
-auto_scale_lr = dict(base_batch_size=32)
+auto_scale_lr = dict(enable=False, base_batch_size=32)
 optim_wrapper = dict(
     optimizer=dict(
         type='AdamW', lr=1e-3, weight_decay=0.05, fused=True),

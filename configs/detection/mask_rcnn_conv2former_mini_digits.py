@@ -109,7 +109,7 @@ train_cfg = dict(
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 # A rate for this batch size; --auto-scale-lr scales it to another one.
-auto_scale_lr = dict(base_batch_size=8)
+auto_scale_lr = dict(enable=False, base_batch_size=8)
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(
