@@ -43,10 +43,9 @@ def make_row(model='a', samples=(0.1, 0.2, 0.4), **changes):
 @pytest.mark.parametrize('path', ['plain', 'fused'])
 @pytest.mark.parametrize('case', [
     CASE,
-    CASE._replace(drop_path=0.1),  # compared in evaluation mode
     CASE._replace(mode='forward'),
     CASE._replace(task='backbone', height=75),
-], ids=['train', 'eval', 'forward', 'backbone'])
+], ids=['train', 'forward', 'backbone'])
 def test_official_order_gives_what_the_package_gives(case, path):
     official = Candidate(OFFICIAL, case)
     results = Candidate(f'conv2former-n@{path}', case).results()
@@ -56,6 +55,13 @@ def test_official_order_gives_what_the_package_gives(case, path):
     assert len(results) == outputs + gradients
     found = differences(results, official.results())
     assert max(found.values()) < 1e-5, found
+
+
+def test_drop_path_is_timed_but_not_compared():
+    case = CASE._replace(drop_path=0.5)
+    steps, facts = benchmark.prepare([OFFICIAL, 'conv2former-n'], case, False)
+    assert facts['conv2former-n']['difference'] < 1e-5
+    assert [step.__self__.case for step in steps.values()] == [case, case]
 
 
 def test_isotropic_models_have_the_official_order_too():
@@ -188,6 +194,7 @@ def test_profile_names_the_operations_of_each_model(capsys, monkeypatch):
     ('conv2former-n@fast', 'official, plain, fused, compiled, graphs, folded'),
     ('ConvNeXt:tiny@plain', 'only conv2former-ARCH has paths'),
     ('ConvNext:tiny', 'Did you mean ConvNeXt'),
+    ('ConvNeXt:', 'such as ConvNeXt:tiny\n'),
     ('ConvNeXt:midget', 'Unavailable arch'),
     ('resnet50', 'TYPE:ARCH'),
 ])
@@ -294,6 +301,27 @@ def test_first_model_that_fails_on_a_gpu_does_not_end_the_others(monkeypatch):
     assert facts['bad']['failed'] == 'RuntimeError: no graph'
 
 
+def test_model_that_fails_while_it_is_timed_does_not_end_the_others(
+        monkeypatch):
+    calls = []
+
+    def fail():
+        calls.append(1)
+        if len(calls) > 3:
+            raise torch.cuda.OutOfMemoryError
+
+    steps = dict(good=lambda: None, bad=fail)
+    monkeypatch.setattr(benchmark, 'prepare', lambda *_: (
+        steps, {name: {} for name in steps}))
+    monkeypatch.setattr(benchmark, 'SAMPLE_SECONDS', 0.)
+    args = benchmark.parse_args(['--repeats', '5'])
+    rows, steps = benchmark.run_case(CASE, args)
+    good, bad = rows
+    assert len(good['samples']) == 5 and 'failed' not in good
+    assert bad['samples'] is None and bad['failed'] == 'out of memory'
+    assert list(steps) == ['good'] and len(calls) == 4
+
+
 def test_file_of_an_earlier_run_does_not_outlive_the_beginning(
         tmp_path, monkeypatch, capsys):
     path = tmp_path / 'x.json'
@@ -348,7 +376,7 @@ def test_memory_of_graphs_is_what_is_reserved(monkeypatch):
 def test_a_budget_of_seconds_leaves_some_repeats():
     args = argparse.Namespace(burn_in=1, repeats=50, seconds=1e-9)
     calls = {'a': [], 'b': []}
-    samples = benchmark.time_steps(
+    samples, _ = benchmark.time_steps(
         {name: lambda name=name: calls[name].append(1) for name in calls},
         'cpu', args)
     assert [len(s) for s in samples.values()] == [benchmark.MIN_REPEATS] * 2
@@ -432,6 +460,24 @@ def test_plot_of_single_cases_has_bars(tmp_path):
     del rows[1]['memory_step']
     plot_benchmark.plot(rows, picture)
     assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_plot_leaves_nothing_out(tmp_path):
+    series = [make_row(height=side, width=side) for side in (224, 384)]
+    for other in dict(mode='forward'), dict(batch=2):
+        with pytest.raises(SystemExit, match='not measured at several sizes'):
+            plot_benchmark.plot([*series, make_row(**other)],
+                                tmp_path / 'x.png')
+
+
+def test_batches_of_one_size_are_no_series_over_sizes(tmp_path, monkeypatch):
+    barred = []
+    monkeypatch.setattr(plot_benchmark, 'plot_bars',
+                        lambda rows, _: barred.append(len(rows)))
+    rows = [make_row(batch=batch) for batch in (1, 2)]
+    plot_benchmark.plot([*rows, make_row(batch=8, height=384, width=384)],
+                        tmp_path / 'x.png')
+    assert barred == [3]
 
 
 def test_plot_needs_a_step_of_a_model(tmp_path):

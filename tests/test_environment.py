@@ -324,6 +324,15 @@ def test_missing_compiler_is_named(sandbox):
                  'apt-get install build-essential')
 
 
+@pytest.mark.parametrize('command, told', [
+    ('none c++', "'none' is not in PATH"),
+    ('c++ -fnone', 'c++ -fnone cannot compile')])
+def test_compiler_may_be_several_words(command, told, sandbox):
+    (sandbox.bin / 'c++').unlink()
+    sandbox.write('bin/c++', '#!/bin/sh\n! [ "$1" = -fnone ]')
+    assert_stops(sandbox.run(CXX=command), told)
+
+
 def test_missing_python_headers_are_named(sandbox):
     sandbox.write('bin/python3', f"""#!/bin/sh
 case "$*" in *sysconfig*) echo /nowhere; exit ;; esac

@@ -1431,6 +1431,20 @@ def test_slurm_tests_with_what_the_environment_sets(slurm):
         'test.py c.py p.pth --out o.pkl --launcher slurm')
 
 
+@pytest.mark.parametrize('script, env, told', [
+    ('slurm_train.sh', dict(GPUS='8x'), 'got GPUS=8x GPUS_PER_NODE='),
+    ('slurm_train.sh', dict(GPUS='0'), 'got GPUS=0'),
+    ('slurm_train.sh', dict(GPUS='8', GPUS_PER_NODE='09'),
+     'GPUS=8 GPUS_PER_NODE=09'),
+    ('torchrun.sh', dict(NNODES='1:2'), "NNODES must be a number from 1, got "
+     "'1:2'")])
+def test_numbers_of_the_environment_are_checked(script, env, told):
+    done = subprocess.run(
+        ['bash', ROOT / 'tools' / script, '1', 'train.py', 'c.py', 'work'],
+        env={**os.environ, **env}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and told in done.stderr
+
+
 @pytest.mark.parametrize('missing', ['NODE_RANK', 'MASTER_ADDR'])
 def test_several_machines_have_to_be_told_where_they_meet(missing, tmp_path):
     env = {**os.environ, 'NNODES': '2', 'NODE_RANK': '1',

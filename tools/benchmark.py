@@ -9,9 +9,10 @@ tools/plot_benchmark.py prints the tables of such files anew and plots them.
 
 Every combination of mode, dtype, batch and size is a case. Before a case is
 timed, the outputs of the paths of an arch, and in training all gradients, are
-compared with those of its first path. A path that differs is not timed, nor is
-a model that fails; the run goes on without it, and ends with an error. A
-sample is as many steps as take a tenth of a second; the models take turns.
+compared, without drop path, with those of its first path. A path that differs
+is not timed, nor is a model that fails; the run goes on without it, and ends
+with an error. A sample is as many steps as take a tenth of a second; the
+models take turns.
 
 - forward: inference without gradients, in evaluation mode.
 - train: forward, loss, backward and dropping the gradients. The loss of the
@@ -39,7 +40,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
@@ -168,8 +169,6 @@ class Candidate:
 
     def results(self) -> dict[str, Tensor]:
         """Outputs, and in training the gradients of all parameters."""
-        # Each path draws its own drop path, and is compared without.
-        self.model.train(self.train and self.case.drop_path == 0)
         with switched(self.path), torch.set_grad_enabled(self.train):
             outs = self.outputs()
             if self.train:
@@ -179,7 +178,6 @@ class Candidate:
                      for name, p in self.model.named_parameters()
                      if p.grad is not None)
         self.model.zero_grad(set_to_none=True)
-        self.model.train(self.train)
         return {name: t.float().cpu() for name, t in found.items()}
 
     def loaded_bytes(self) -> int:
@@ -385,6 +383,21 @@ def rounding(name: str, case: Case, results: dict[str, Tensor],
     return known[name]
 
 
+def failure(error: Exception) -> str:
+    """Print why a model fails, and say it in a line.
+
+    Errors of Triton and of CUDA have no common base. The other models, and
+    what was measured before, shall not be lost.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    if isinstance(error, BuildError):
+        print(error, file=sys.stderr, flush=True)
+        return str(error)
+    traceback.print_exception(error)
+    return f'{type(error).__name__}: {error}'
+
+
 def prepare(names: list[str], case: Case,
             memory: bool) -> tuple[Steps, dict[str, dict]]:
     """Build the models, compare the paths, measure memory.
@@ -402,29 +415,24 @@ def prepare(names: list[str], case: Case,
     references, noises = {}, {}
     tolerance = max(TOLERANCES[case.dtype], TOLERANCES[case.weights_dtype])
     on_gpu, before = case.device == 'cuda', 0
+    # Each path draws its own drop path.
+    compared = case._replace(drop_path=0.)
     if on_gpu:  # what libraries allocate once is not the first model's
         with contextlib.suppress(Exception):  # it fails below once more
-            Candidate(names[0], case).results()
+            Candidate(names[0], compared).results()
     for name in names:
         if on_gpu:
             before = gpu_memory(name.partition('@')[2])
         try:
-            candidate = Candidate(name, case)
+            candidate = Candidate(name, compared)
             results = candidate.results()
+            if case != compared:
+                del candidate
+                candidate = Candidate(name, case)
             if memory:
                 facts[name].update(measure_memory(candidate, before))
-        except torch.cuda.OutOfMemoryError:
-            facts[name]['failed'] = OUT_OF_MEMORY
-            continue
-        except BuildError as error:
-            print(error, file=sys.stderr, flush=True)
-            facts[name]['failed'] = str(error)
-            continue
-        # Those of Triton and of CUDA have no common base. The other models,
-        # and what was measured before, shall not be lost.
         except Exception as error:
-            traceback.print_exc()
-            facts[name]['failed'] = f'{type(error).__name__}: {error}'
+            facts[name]['failed'] = failure(error)
             continue
         if on_gpu:
             facts[name]['roofline'] = roofline_seconds(
@@ -435,7 +443,7 @@ def prepare(names: list[str], case: Case,
             found = differences(results, reference)
             allowed = dict.fromkeys(found, tolerance)
             if max(found.values()) > tolerance > TOLERANCES['fp32']:
-                noise = rounding(first, case, reference, noises)
+                noise = rounding(first, compared, reference, noises)
                 # Less than all of it: what is not computed differs by 1.
                 allowed = {key: max(tolerance, min(3 * noise.get(key, 0.), .5))
                            for key in found}
@@ -451,17 +459,18 @@ def prepare(names: list[str], case: Case,
     return steps, facts
 
 
-def time_steps(steps: Steps, device: str,
-               args: argparse.Namespace) -> dict[str, list[float]]:
+def time_steps(steps: Steps, device: str, args: argparse.Namespace
+               ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time steps in turn.
 
     Args:
-        steps (Steps): The steps by name.
+        steps (Steps): The steps by name; those that fail are taken out.
         device (str): 'cpu' or 'cuda'.
         args (Namespace): With ``burn_in``, ``repeats`` and ``seconds``.
 
     Returns:
-        dict[str, list[float]]: Seconds per step, as many samples for each.
+        tuple[dict[str, list[float]], dict[str, str]]: Seconds per step, as
+        many samples for each, and why others have failed.
     """
     synchronize = getattr(torch, device).synchronize
 
@@ -473,25 +482,35 @@ def time_steps(steps: Steps, device: str,
         synchronize()
         return (time.perf_counter() - start) / count
 
-    began, counts = time.perf_counter(), {}
+    @contextlib.contextmanager
+    def going_on(name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            failed[name] = failure(error)
+            del steps[name], samples[name]  # and the model
+
+    began, counts, failed = time.perf_counter(), {}, {}
     samples = {name: [] for name in steps}
     # Now and then it would take some tenths of a second of a single sample.
     gc.collect()
     gc.disable()
     try:
-        for name in steps:
-            sample(name, args.burn_in)
-            counts[name] = max(1, int(SAMPLE_SECONDS / sample(name, 1)))
+        for name in list(steps):
+            with going_on(name):
+                sample(name, args.burn_in)
+                counts[name] = max(1, int(SAMPLE_SECONDS / sample(name, 1)))
         for repeat in range(args.repeats):
             spent = time.perf_counter() - began
             if args.seconds and repeat >= MIN_REPEATS and spent > args.seconds:
                 break
             # To and fro, so that each follows another that heats the chip.
             for name in list(steps)[::-1 if repeat % 2 else 1]:
-                samples[name].append(sample(name, counts[name]))
+                with going_on(name):
+                    samples[name].append(sample(name, counts[name]))
     finally:
         gc.enable()
-    return samples
+    return samples, failed
 
 
 def print_profile(steps: Steps, case: Case, rows: int) -> None:
@@ -542,7 +561,9 @@ def run_case(case: Case,
         steps, facts = optimizer_steps(args.models, case)
     else:
         steps, facts = prepare(args.models, case, args.memory)
-    samples = time_steps(steps, case.device, args)
+    samples, failed = time_steps(steps, case.device, args)
+    for name, reason in failed.items():
+        facts[name]['failed'] = reason
     rows = [
         dict(case._asdict(), model=name, samples=samples.get(name), **found)
         for name, found in facts.items()

@@ -133,7 +133,8 @@ def _build_mmpretrain(name: str, dense: bool, drop_path: float,
     kind, _, arch = name.partition(':')
     cls = BACKBONES.get(kind)
     if cls is None or not arch:
-        near = difflib.get_close_matches(kind, BACKBONES.module_dict)
+        near = [] if cls else difflib.get_close_matches(
+            kind, BACKBONES.module_dict)
         raise ValueError(
             'expected conv2former-ARCH, or TYPE:ARCH with a backbone of '
             'mmpretrain such as ConvNeXt:tiny' +

@@ -231,7 +231,7 @@ operators() {
     # Most of the time goes to compilers, one in each process.
     # shellcheck disable=SC2046 # one word for each
     "$python" -m pytest -m gpu -rs -n "$(nproc)" --dist worksteal \
-        $(grep -l 'mark\.gpu' tests/test_*.py)
+        $(grep -lw 'mark\.gpu' tests/test_*.py)
 }
 
 # In one process, which imports torch once. Of stdin, each line names a file

@@ -158,12 +158,14 @@ def plot_bars(rows: list[dict], path: Path) -> None:
 
 def _swept(rows: list[dict], fixed: tuple[str, ...],
            swept: tuple[str, ...]) -> list[list[dict]]:
-    """Rows that differ in what is swept alone."""
+    """Rows that differ in what is swept alone, for each of a model once."""
     groups = {}
     for row in rows:
         groups.setdefault(values(row, fixed), []).append(row)
     return [group for group in groups.values()
-            if len({values(row, swept) for row in group}) > 1]
+            if len({values(row, swept) for row in group}) > 1
+            and len({values(row, ('model', *swept)) for row in group})
+            == len(group)]
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -176,7 +178,8 @@ def plot(rows: list[dict], path: Path) -> None:
         path (Path): The picture to write.
 
     Raises:
-        SystemExit: If no step of a model was measured.
+        SystemExit: If no step of a model was measured, or some in a series
+            and others not.
     """
     rows = [
         row for row in rows if row['samples'] and row['mode'] != 'optimizer'
@@ -194,6 +197,13 @@ def plot(rows: list[dict], path: Path) -> None:
     if not groups:
         plot_bars(rows, path)
         return
+    drawn = list(itertools.chain(*groups))
+    others = {describe(row): None for row in rows if row not in drawn}
+    if others:
+        raise SystemExit(
+            f'--plot: {"; ".join(others)}: not measured at several '
+            f'{"sizes" if by_size else "batches"} as the others were, and '
+            'cannot be drawn with them; plot the files one by one')
     models = list(dict.fromkeys(row['model'] for row in rows))
     fig, axes = plt.subplots(
         len(groups), 2, figsize=(11, 1 + 3.5 * len(groups)), squeeze=False,

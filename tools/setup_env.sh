@@ -168,9 +168,10 @@ find_python() {
 
 # check_compiler PYTHON: mmcv's operators are C++ that includes Python.h
 check_compiler() {
-    local compiler=${CXX:-c++} include version
-    command -v "$compiler" >/dev/null ||
-        die "no C++ compiler: '$compiler' is not in PATH, and mmcv's \
+    local compiler include version
+    read -ra compiler <<<"${CXX:-c++}" # such as 'ccache g++'
+    command -v "${compiler[0]}" >/dev/null ||
+        die "no C++ compiler: '${compiler[0]}' is not in PATH, and mmcv's \
 operators are compiled" \
             'install one, e.g. apt-get install build-essential'
     include=$("$1" -c 'import sysconfig
@@ -181,8 +182,8 @@ print(sysconfig.get_paths()["include"])')
 operators are compiled with it" \
             "install them, e.g. apt-get install python$version-dev"
     printf '#include <Python.h>\n#include <vector>\n' |
-        "$compiler" -std=c++17 -fsyntax-only -I "$include" -x c++ - >&2 ||
-        die "$compiler cannot compile a C++17 file that includes Python.h \
+        "${compiler[@]}" -std=c++17 -fsyntax-only -I "$include" -x c++ - >&2 ||
+        die "${compiler[*]} cannot compile a C++17 file that includes Python.h \
 (its message stands above)" \
             'install a newer one, e.g. apt-get install build-essential'
     if nvidia-smi -L >/dev/null 2>&1 && [ -n "${CUDA_VISIBLE_DEVICES-all}" ] &&

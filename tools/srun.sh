@@ -8,6 +8,11 @@
 # here, so that two jobs on one machine keep apart.
 set -euo pipefail
 gpus=${GPUS:-8}
+if ! [[ "$gpus,${GPUS_PER_NODE:-1}" =~ ^[1-9][0-9]*,[1-9][0-9]*$ ]]; then
+    echo "$0: expected numbers from 1, got GPUS=$gpus" \
+        "GPUS_PER_NODE=${GPUS_PER_NODE:-}" >&2
+    exit 2
+fi
 per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
 read -ra more <<<"${SRUN_ARGS:-}"
 export MASTER_PORT=${MASTER_PORT:-$((20000 + RANDOM % 10000))}

@@ -9,6 +9,10 @@ gpus=$1
 script=$2
 shift 2
 
+if ! [[ ${NNODES:-1} =~ ^[1-9][0-9]*$ ]]; then
+    echo "$0: NNODES must be a number from 1, got '$NNODES'" >&2
+    exit 2
+fi
 if [ "${NNODES:-1}" != 1 ]; then
     # Otherwise each machine waits for the others to come to it.
     for name in NODE_RANK MASTER_ADDR; do
