@@ -248,7 +248,8 @@ def test_mmpretrains_constructor_and_backbones_work_too():
     model = Model(convnext)
     found = settings(model, build(model, decay_rate=.5, num_layers=6))
     assert found['backbone.downsample_layers.0.0.weight'] == (.5**7, WD)
-    with pytest.raises(ValueError, match='counts 6 layers.*num_layers is 12'):
+    with pytest.raises(ValueError, match='counts 6 layers and num_layers is '
+                                         '12; set num_layers=6 or leave'):
         build(model, decay_rate=.5, num_layers=12)
     with pytest.raises(ValueError, match='knows layer_wise decay only'):
         build(model, decay_rate=.5, decay_type='stage_wise')

@@ -97,6 +97,19 @@ def loss_of(model, batch):
     return model.parse_losses(model(**batch, mode='loss'))[0]
 
 
+@pytest.mark.parametrize('dtype, scale', [
+    ('float16', 2.**16), ('bfloat16', 1.)])
+def test_losses_are_scaled_in_fp16_alone(dtype, scale):
+    weight = torch.nn.Parameter(torch.ones(()))
+    wrapper = amp.CPUAmpOptimWrapper(
+        dtype, optimizer=torch.optim.SGD([weight], lr=0.5))
+    assert wrapper.loss_scaler.get_scale() == scale
+    wrapper.backward(weight * 1.)
+    assert weight.grad == scale
+    wrapper.step()
+    assert weight == 0.5
+
+
 @pytest.mark.parametrize('dtype, rtol', [
     (torch.float16, 2e-2),
     (torch.bfloat16, 5e-2),
