@@ -1,5 +1,6 @@
 """Layer-wise learning-rate decay for classifiers, detectors, segmentors."""
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -96,16 +97,29 @@ def describe_groups(param_groups: list[dict]) -> str:
     return '\n'.join(lines)
 
 
+def _are_alike(saved: dict, own: dict) -> bool:
+    """Whether two groups are the same, whatever the base rate is and however
+    far a schedule of the weight decay has gone."""
+    if any(saved.get(key) != own.get(key) for key in ('layer', 'names')):
+        return False
+    decays = [group.get('initial_weight_decay', group.get('weight_decay'))
+              for group in (saved, own)]
+    scales = saved.get('lr_scale'), own.get('lr_scale')
+    # Of another base rate the scale may be another in its last digit.
+    return all(
+        one == other or None not in (one, other)
+        and math.isclose(one, other, rel_tol=1e-6)
+        for one, other in (scales, decays))
+
+
 def _check_groups(optimizer: Optimizer, state_dict: dict) -> None:
     """Refuse saved groups that are not the optimizer's own.
 
     torch compares only their number and sizes, and then takes over the saved
     settings: a changed decay rate would be forgotten without a word.
     """
-    compared = ('layer', 'lr_scale', 'weight_decay', 'names')
     saved, own = state_dict['param_groups'], optimizer.param_groups
-    if [[group.get(key) for key in compared] for group in saved
-        ] == [[group.get(key) for key in compared] for group in own]:
+    if len(saved) == len(own) and all(map(_are_alike, saved, own)):
         _check_shapes(own, saved, state_dict['state'])
         return
     saved_names, own_names = ({

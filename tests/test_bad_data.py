@@ -729,6 +729,8 @@ def test_metric_file_that_is_damaged_is_told(coco, copy, tmp_path, content,
     ('{"categories": [{"id": 3, "name": "cell"}], "images": []}', {3: 'cell'}),
     ('{"images": [], "categories" :\n[{"name": "Küche", "id": 1}]}',
      {1: 'Küche'}),
+    ('{"info": {"categories": []}, "images": [{"id": 1, "categories": [1, 2]}]'
+     ', "categories": [{"id": 3, "name": "cell"}]}', {3: 'cell'}),
 ])
 def test_categories_are_read_wherever_they_stand(content, expected, tmp_path):
     path = tmp_path / 'file.json'
@@ -787,6 +789,27 @@ def test_heads_are_found_wherever_they_are():
     }
 
 
+def test_metric_has_to_ignore_what_the_heads_ignore():
+    model = Config.fromfile(ADE20K).model
+    sizes = data_checks.head_sizes(model)
+    assert data_checks.ignored_labels(model) == {
+        'model.decode_head.ignore_index': 255,
+        'model.auxiliary_head.ignore_index': 255}
+    model.decode_head.ignore_index = 200
+    model.auxiliary_head = [dict(ignore_index=None), dict(ignore_index=200)]
+    ignored = data_checks.ignored_labels(dict(module=model))
+    assert ignored == {'model.decode_head.ignore_index': 200,
+                       'model.auxiliary_head.1.ignore_index': 200}
+    metric = dict(type='IoUMetric')
+    with pytest.raises(DataError, match='Set test_evaluator.ignore_index=200'):
+        data_checks.check_ignored(metric, ignored, sizes, 'test_evaluator')
+    metric['ignore_index'] = 200
+    data_checks.check_ignored(metric, ignored, sizes, 'test_evaluator')
+    # A class that is not learned may count.
+    data_checks.check_ignored(dict(type='IoUMetric'), {'head': 0}, sizes, '')
+    data_checks.check_ignored(dict(type='Other'), ignored, sizes, '')
+
+
 def test_heads_with_classes_of_their_own_are_left_out():
     htc = Config.fromfile(Path(mmdet.__file__).parent.joinpath(
         '.mim/configs/htc/htc_r50_fpn_1x_coco.py')).model
@@ -796,6 +819,8 @@ def test_heads_with_classes_of_their_own_are_left_out():
         for kind in ('bbox', 'mask') for i in range(3)}
     edges = dict(type='STDCHead', num_classes=1, boundary_threshold=0.1)
     assert data_checks.head_sizes(dict(auxiliary_head=[edges])) == {}
+    masks = dict(type='FCNMaskHead', num_classes=1, class_agnostic=True)
+    assert data_checks.head_sizes(dict(mask_head=masks)) == {}
 
 
 def test_heads_for_things_do_not_count_the_stuff_of_panoptic_data(
@@ -889,15 +914,22 @@ def compare(data, sizes=None):
 
 
 @pytest.mark.parametrize('label', [2, -1])
-def test_label_of_a_list_that_is_no_class_is_named(label, pictures):
+@pytest.mark.parametrize('settings', [
+    dict(metainfo=dict(classes=['a', 'b'])),
+    dict(type='ImageNet21k', metainfo=None)])
+def test_label_of_a_list_that_is_no_class_is_named(
+        label, settings, pictures, monkeypatch):
+    monkeypatch.setattr(data_checks, 'SAMPLE', 1)
     first = sorted((pictures / 'train/a').iterdir())[0]
-    (pictures / 'list.txt').write_text(f'a/{first.name} {label}\n')
+    settings = dict(settings, data_prefix='train', split='',
+                    ann_file=str(pictures / 'list.txt'))
+    (pictures / 'list.txt').write_text(
+        3 * f'a/{first.name} 1\n' + f'a/{first.name} {label}\n')
     with pytest.raises(DataError, match=(
             f"'.*{first.name}' the label {label}, which is no class: they are "
             '0 to 1')):
-        check(IN1K, pictures, data_prefix='train', split='',
-              ann_file=str(pictures / 'list.txt'),
-              metainfo=dict(classes=['a', 'b']))
+        check(IN1K, pictures, sizes={'model.head.num_classes': 2}, exact=False,
+              **settings)
 
 
 def test_class_folder_that_only_one_part_of_the_data_has_is_named(pictures):
@@ -1137,10 +1169,19 @@ def test_labels_of_other_data_sets_start_at_zero(ade20k, copy):
             DataError, match='label 3 .* 0 to 2, and 255 for'):
         check(ADE20K, data, **settings)
     paint(label_maps(data)[1], 254)
-    with pytest.raises(DataError, match='254 .*reduce_zero_label, and ignore'):
+    with pytest.raises(DataError, match='254 .*reduce_zero_label. Another'):
         check(ADE20K, data, **settings)
     settings['ignore_index'] = 254
     check(ADE20K, data, **settings)
+    # As long as the model has no heads, which say what is ignored.
+    loader = build(ADE20K, data, **settings)
+    with pytest.raises(DataError, match='254 .* 0 to 2, and 255 for'):
+        data_checks.check_loader(loader, {}, True, {'head': 255})
+    with pytest.raises(DataError, match='same label: one=254, two=255'):
+        data_checks.check_loader(loader, {}, True, {'one': 254, 'two': 255})
+    paint(label_maps(data)[1], 255)
+    with pytest.raises(DataError, match='255 .* 0 to 2, and 254 for'):
+        check(ADE20K, data, **settings)
     paint(label_maps(data)[1], 253)
     with pytest.raises(DataError, match='253 .* 0 to 2, and 254 for'):
         check(ADE20K, data, **settings)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.optim import CosineAnnealingParamScheduler
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -340,6 +341,37 @@ def test_resuming_continues_with_the_same_groups():
     for old, new in zip(optim_wrapper.optimizer.state.values(),
                         again.optimizer.state.values(), strict=True):
         assert torch.equal(old['exp_avg'], new['exp_avg'])
+
+
+def test_resuming_goes_on_with_another_base_rate():
+    """The scales are quotients, which differ in the last digit."""
+    scales = []
+    for lr in 1e-4, 7.5e-5, 1.1e-3, 3e-4, 1e-3 / 3:
+        optimizer = dict(type='AdamW', lr=lr, weight_decay=WD)
+        model = Model()
+        again = build(model, optimizer, decay_rate=.95)
+        again.load_state_dict(
+            build(Model(), decay_rate=.95).state_dict())
+        scales.append([group['lr_scale'] for group in build(
+            model, optimizer, decay_rate=.95).optimizer.param_groups])
+    assert any(scale != scales[0] for scale in scales)
+
+
+def test_runs_with_a_schedule_of_the_weight_decay_are_resumed():
+    runs = []
+    for steps in 3, 0:
+        optim_wrapper = build(Model(), decay_rate=.5)
+        schedule = CosineAnnealingParamScheduler(
+            optim_wrapper, 'weight_decay', eta_min=WD / 10, T_max=9,
+            by_epoch=False)
+        for _ in range(steps):
+            optim_wrapper.step()
+            schedule.step()
+        runs.append(optim_wrapper)
+    saved, own = runs
+    assert saved.param_groups[0]['weight_decay'] < WD
+    own.load_state_dict(saved.state_dict())
+    assert own.param_groups[0]['weight_decay'] < WD
 
 
 def test_a_process_resumes_its_share_of_the_state():

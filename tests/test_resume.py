@@ -1,12 +1,18 @@
 """What tools/train.py --resume goes on from, and with what."""
 import logging
+import shutil
 import zipfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.optim import LinearLR, OptimWrapper
+from mmengine.optim import (
+    LinearLR,
+    LinearMomentum,
+    LinearParamScheduler,
+    OptimWrapper,
+)
 
 
 @pytest.fixture
@@ -32,6 +38,12 @@ def test_last_checkpoint_is_found_where_the_work_dir_was_moved(
     note.write_text('/gone/epoch_2.pth')
     assert resume.latest_checkpoint(str(tmp_path)) == str(
         tmp_path / 'epoch_2.pth')
+    copy = tmp_path / 'copy'
+    shutil.copytree(tmp_path, copy)
+    (copy / 'last_checkpoint').write_text(str(tmp_path / 'epoch_2.pth'))
+    assert resume.latest_checkpoint(str(copy)) == str(copy / 'epoch_2.pth')
+    (copy / 'epoch_2.pth').unlink()
+    assert resume.latest_checkpoint(str(copy)) == str(tmp_path / 'epoch_2.pth')
     note.unlink()  # where only the checkpoints were copied
     with pytest.raises(SystemExit, match='no file last_checkpoint in .*PATH, '
                        r'of epoch_1\.pth, epoch_2\.pth'):
@@ -77,6 +89,18 @@ def warnings(resume, runner, saved, caplog):
 
 def test_resuming_with_the_same_settings_says_nothing(resume, caplog):
     assert not warnings(resume, start(), checkpoint(start()), caplog)
+
+
+@pytest.mark.parametrize('schedule', [
+    lambda wrapper: LinearMomentum(wrapper, 0.5, end=10, by_epoch=False),
+    lambda wrapper: LinearParamScheduler(wrapper, 'weight_decay', 0.5, end=10,
+                                         by_epoch=False)])
+def test_what_a_schedule_has_changed_is_no_other_setting(schedule, resume,
+                                                         caplog):
+    runners = [start(), start()]
+    for runner in runners:
+        runner.param_schedulers = [schedule(runner.optim_wrapper)]
+    assert not warnings(resume, runners[0], checkpoint(runners[1]), caplog)
 
 
 def test_groups_that_do_not_learn_are_resumed(resume, caplog):

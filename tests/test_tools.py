@@ -1323,6 +1323,36 @@ def test_predictions_of_boxes_go_to_a_pickle_only(tool):
                         '--out', 'predictions.json')
 
 
+def test_predictions_are_saved_by_an_evaluator_too(tool, tmp_path):
+    launch = tool('launch')
+    test = tool('test')
+    metrics = [dict(type='Accuracy')]
+    cfg = Config(dict(default_scope='mmpretrain', model=dict(), test_evaluator=
+                      dict(type='Evaluator', metrics=metrics[0])))
+    assert launch.evaluators(cfg, 'test') == metrics
+    path = str(tmp_path / 'a.pkl')
+    test._dump(cfg, path)
+    assert cfg.test_evaluator == dict(type='Evaluator', metrics=[
+        *metrics, dict(type='DumpResults', out_file_path=path)])
+    cfg.test_evaluator.type = 'MultiDatasetsEvaluator'
+    with pytest.raises(SystemExit, match='is a MultiDatasetsEvaluator'):
+        test._dump(cfg, path)
+
+
+@pytest.mark.parametrize('scope, found', [('mmpretrain', True),
+                                          ('mmdet', False)])
+def test_home_is_known_where_a_library_knows_it(
+        scope, found, tool, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'data').mkdir()
+    cfg = Config(dict(default_scope=scope, model=dict(), train_dataloader=dict(
+        dataset=dict(type='Own', data_root='~/data', data_prefix='.'))))
+    expected = nullcontext() if found else pytest.raises(
+        SystemExit, match='MISSING')
+    with expected:
+        tool('launch').check_data(cfg, ('train', ))
+
+
 def test_predictions_do_not_go_to_a_folder(tool, tmp_path):
     (tmp_path / 'a.pkl').mkdir()
     with pytest.raises(SystemExit, match=r'a.pkl. is a folder; name a file'):

@@ -23,8 +23,7 @@ class CheckedLoad(BaseTransform):
         key (str): Where its input holds the path: 'img_path' or
             'seg_map_path'.
         num_classes (int, optional): Labels of a label map must be less, or
-            ``ignore_index``, or the 255 that reduce_zero_label makes of 0.
-            Defaults to None, any.
+            ``ignore_index``. Defaults to None, any.
         ignore_index (int): Label of what is ignored. Defaults to 255.
     """
 
@@ -93,7 +92,7 @@ class CheckedLoad(BaseTransform):
         wrong = wrong[~np.isin(wrong, (-1, 65535))]
         if wrong.size:
             raise self._no_class(path, wrong, results)
-        wrong = labels[(labels >= self.num_classes) & (labels != 255)
+        wrong = labels[(labels >= self.num_classes)
                        & (labels != self.ignore_index)]
         if wrong.size:
             # The numbers of the file, as the one who has to mend it sees them.
@@ -127,8 +126,9 @@ class CheckedLoad(BaseTransform):
             f'{count}, with labels {shift} to {count - 1 + shift}, and '
             f'{"0 and " * shift}{self.ignore_index} for what is ignored. '
             'Correct the file, or give metainfo.classes of the data sets and '
-            'num_classes of the heads, reduce_zero_label, and ignore_index of '
-            'both')
+            'num_classes of the heads, and reduce_zero_label. Another label '
+            'is ignored with ignore_index of all heads and evaluators and '
+            'seg_pad_val of the data preprocessor')
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.load!r})'

@@ -55,13 +55,19 @@ def _read_list(path: str, name: str, limit: int) -> list | None:
     if not osp.getsize(path):  # which cannot be mapped
         raise DataError(f"'{path}' is empty; expected the annotations of a "
                         'data set in COCO format')
+    first = None
     with open(path, 'rb') as file, mmap.mmap(
             file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        found = re.search(rb'"%s"\s*:\s*(?=\[)' % name.encode(), text)
-        if found is None:
-            return None
-        start = text[found.end():found.end() + limit].decode(errors='replace')
-    return json.JSONDecoder().raw_decode(start)[0]
+        for found in re.finditer(rb'"%s"\s*:\s*(?=\[)' % name.encode(), text):
+            start = text[found.end():found.end() + limit]
+            values, _ = json.JSONDecoder().raw_decode(
+                start.decode(errors='replace'))
+            if values and all(isinstance(value, dict) and 'id' in value
+                              for value in values):
+                return values
+            # What has no ids may be a list of that name inside of another.
+            first = values if first is None else first
+    return first
 
 
 def read_categories(path: str) -> dict[int, str]:

@@ -118,7 +118,8 @@ def head_sizes(model: ConfigDict) -> dict[str, int]:
             return {}
         last = re.sub(r'\.\d+$', '', where).rpartition('.')[2]
         if 'num_classes' in part and 'head' in last and last != 'rpn_head' \
-                and type_name(part) not in AUXILIARY_HEADS:
+                and type_name(part) not in AUXILIARY_HEADS \
+                and not part.get('class_agnostic'):
             sizes[f'{where}.num_classes'] = part['num_classes']
     return sizes
 
@@ -146,6 +147,51 @@ def model_sizes(cfg: ConfigDict) -> dict[str, int]:
     if one_hot and settings.get('num_classes'):
         sizes[f'{where}.num_classes'] = settings['num_classes']
     return sizes
+
+
+def ignored_labels(model: ConfigDict) -> dict[str, int]:
+    """Labels that the heads of a segmentor ignore.
+
+    Args:
+        model (ConfigDict): Config of the model.
+
+    Returns:
+        dict[str, int]: By the name of the setting.
+    """
+    model = model.get('module', model)  # test.py --tta wraps it
+    found = {}
+    for key in ('decode_head', 'auxiliary_head'):
+        heads = model.get(key) or []
+        for i, head in enumerate(heads if isinstance(heads, list)
+                                 else [heads]):
+            where = f'model.{key}{f".{i}" * isinstance(heads, list)}'
+            label = head.get('ignore_index', 255)
+            if label is not None:  # as masked losses want it
+                found[f'{where}.ignore_index'] = label
+    return found
+
+
+def check_ignored(metric: dict, ignored: dict[str, int], sizes: dict[str, int],
+                  where: str) -> None:
+    """Check that a metric ignores what the heads ignore.
+
+    Args:
+        metric (dict): Config of the metric.
+        ignored (dict[str, int]): Of :func:`ignored_labels`.
+        sizes (dict[str, int]): Of :func:`model_sizes`.
+        where (str): Name of the setting, such as 'val_evaluator'.
+
+    Raises:
+        DataError: If it counts a label that is no class.
+    """
+    own = metric.get('ignore_index', 255)
+    for key, label in ignored.items():
+        if type_name(metric) == 'IoUMetric' and label != own \
+                and label >= max(sizes.values(), default=0):
+            raise DataError(
+                f'{key}={label}, which is no class, and {where} ignores {own}:'
+                f' whatever is predicted where the label is {label} would '
+                f'count as wrong. Set {where}.ignore_index={label}')
 
 
 def check_topk(metric: dict, sizes: dict[str, int], where: str) -> None:
@@ -241,7 +287,8 @@ def _unread(cfg: ConfigDict) -> Iterator[Any]:
         yield data_set
 
 
-def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
+def check_loader(loader: Any, sizes: dict[str, int], exact: bool,
+                 ignored: dict[str, int] | None = None) -> None:
     """Check what a built data loader will give, and what it reads from now on.
 
     Args:
@@ -250,11 +297,18 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
         sizes (dict[str, int]): What :func:`head_sizes` returns.
         exact (bool): Whether the heads must have as many classes as the
             data. A classifier may have more.
+        ignored (dict[str, int], optional): What :func:`ignored_labels`
+            returns. Where there is none, data sets say which label is
+            ignored. Defaults to None.
 
     Raises:
         DataError: If something does not fit.
     """
-    found = list(_leaves(loader.dataset))
+    found, ignored = list(_leaves(loader.dataset)), ignored or {}
+    if len(set(ignored.values())) > 1:
+        raise DataError(
+            'the heads do not ignore the same label: ' +
+            ', '.join(f'{key}={label}' for key, label in ignored.items()))
     for data_set in found:
         meta = getattr(data_set, 'metainfo', {})
         classes = meta.get('classes')
@@ -277,9 +331,13 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool) -> None:
         limit = None
         if hasattr(data_set, 'reduce_zero_label'):
             limit = len(classes or ()) or max(sizes.values(), default=None)
+        label = next(iter(ignored.values()),
+                     getattr(data_set, 'ignore_index', 255))
         loads = list(wrap_loads(getattr(data_set, 'pipeline', None), limit,
-                                getattr(data_set, 'ignore_index', 255)))
+                                label))
         _check_sample(data_set, loads)
+        _check_listed_labels(
+            data_set, len(classes or ()) or min(sizes.values(), default=0))
     # A sampler without end has a length too.
     if loader.drop_last and not len(loader) \
             and 'Infinite' not in type(loader.sampler).__name__:
@@ -407,14 +465,6 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad']) -> None:
         path = info.get('img_path')
         if any(getattr(load.load, 'with_mask', False) for load in loads):
             coco_checks.check_masks(info)
-        label = info.get('gt_label')
-        classes = getattr(data_set, 'metainfo', {}).get('classes')
-        if classes and isinstance(label, int) \
-                and not 0 <= label < len(classes):
-            raise DataError(
-                f"{describe(data_set)} gives '{path}' the label {label}, "
-                f'which is no class: they are 0 to {len(classes) - 1}, '
-                'counted from 0. Correct the list')
         local = path and is_local(path, data_set)
         if local and not osp.isfile(path):
             raise DataError(f"{describe(data_set)} names the image '{path}', "
@@ -430,6 +480,28 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad']) -> None:
                 break
     if pixels.any():
         _tell_lone_class(data_set, pixels, ignored, count)
+
+
+def _check_listed_labels(data_set: Any, count: int) -> None:
+    """Refuse labels of a list of images that are no classes."""
+    # Those of folders are right, and there may be millions.
+    if not count or not getattr(data_set, 'ann_file', '') \
+            or not hasattr(data_set, 'get_data_info'):
+        return
+    for i in range(len(data_set)):
+        info = data_set.get_data_info(i)
+        labels = info.get('gt_label')
+        if labels is None or isinstance(labels, dict):  # or of several tasks
+            return
+        for label in labels if isinstance(labels, (list, tuple)) \
+                else [labels]:
+            if isinstance(label, int) and not 0 <= label < count:
+                raise DataError(
+                    f"{describe(data_set)} gives '{info.get('img_path')}' the "
+                    f'label {label}, which is no class: they are 0 to '
+                    f'{count - 1}, counted from 0. Correct the list, or give '
+                    'the names of the classes with metainfo.classes and their '
+                    'number with num_classes of the head')
 
 
 def _tell_lone_class(data_set: Any, pixels: np.ndarray, ignored: int,

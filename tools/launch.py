@@ -313,7 +313,9 @@ def check_data(cfg: Config, parts: tuple[str, ...]) -> None:
         for name, paths in wanted:
             layout.append(name)
             for key, path in paths.items():
-                found = osp.exists(osp.expanduser(path))
+                # The others take '~' for the name of a folder.
+                found = osp.exists(osp.expanduser(path) if library(cfg)
+                                   == 'mmpretrain' else path)
                 missing = missing or not found
                 layout.append(
                     f'  [{"found" if found else "MISSING"}] {path}  ({key})')
@@ -459,7 +461,7 @@ def library(cfg: Config) -> str:
     Returns:
         str: 'mmpretrain', 'mmdet' or 'mmseg'; '' if it is another one.
     """
-    kind = cfg.model.get('type')
+    kind = (cfg.get('model') or {}).get('type')
     classes = getattr(kind, '__mro__', ())
     names = [cfg.get('default_scope'),
              *(c.__module__ for c in classes), str(kind)]
@@ -479,6 +481,8 @@ def evaluators(cfg: Config, part: str) -> list[ConfigDict]:
         list[ConfigDict]: The configs.
     """
     metrics = cfg.get(f'{part}_evaluator') or []
+    if isinstance(metrics, dict) and 'metrics' in metrics:  # an evaluator
+        metrics = metrics.metrics
     return metrics if isinstance(metrics, list) else [metrics]
 
 
@@ -554,6 +558,7 @@ def build_runner(cfg: Config) -> Runner:
             **cfg.get('model_wrapper_cfg', {}), 'device_ids': None
         }
     sizes = data_checks.model_sizes(cfg)
+    ignored = data_checks.ignored_labels(cfg.model)
     if 'runner_type' in cfg:
         runner = RUNNERS.build(cfg)
     else:
@@ -564,7 +569,7 @@ def build_runner(cfg: Config) -> Runner:
         loader = data_checks.build_loader(build_dataloader, *args, **kwargs)
         # A classifier may have more classes than the data.
         data_checks.check_loader(
-            loader, sizes, exact=library(cfg) != 'mmpretrain')
+            loader, sizes, library(cfg) != 'mmpretrain', ignored)
         built.append(loader)
         data_checks.check_agreement(built[0], loader)
         return loader
@@ -575,6 +580,8 @@ def build_runner(cfg: Config) -> Runner:
             loop = build_loop(loop)
             for metric in evaluators(cfg, part):
                 data_checks.check_topk(metric, sizes, f'{part}_evaluator')
+                data_checks.check_ignored(metric, ignored, sizes,
+                                          f'{part}_evaluator')
                 coco_checks.check_metric(metric, loop.dataloader,
                                          f'{part}_evaluator')
             return loop

@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -20,7 +21,7 @@ from fsdp import ShardedStrategy
 
 # What the groups of an optimizer have besides its settings.
 _NOT_SETTINGS = {'params', 'param_names', 'names', 'layer', 'lr_scale', 'lr',
-                 'initial_lr'}
+                 'initial_lr', 'initial_momentum', 'initial_weight_decay'}
 # What a schedule keeps of where it stands.
 _PROGRESS = {'last_step', 'base_values', 'verbose'}
 
@@ -39,8 +40,12 @@ def latest_checkpoint(work_dir: str) -> str | None:
             one is missing, or if it does not name one of them.
     """
     path = find_latest_checkpoint(work_dir)
-    if path is not None and os.path.isfile(path):
-        return path
+    if path:
+        # First that of this folder, which may be the copy of another one.
+        beside = os.path.join(work_dir, os.path.basename(path))
+        for file in beside, path:
+            if os.path.isfile(file):
+                return file
     found = [file.name for file in Path(work_dir).glob('*.pth')]
     if path is None:
         if not any(name.startswith(('epoch_', 'iter_')) for name in found):
@@ -48,9 +53,6 @@ def latest_checkpoint(work_dir: str) -> str | None:
         reason = (f"there is no file last_checkpoint in '{work_dir}', but "
                   'there are checkpoints')
     else:
-        beside = os.path.join(work_dir, os.path.basename(path))
-        if os.path.isfile(beside):
-            return beside
         reason = (f"the file last_checkpoint in '{work_dir}' names the "
                   f"checkpoint '{path}', which does not exist")
     whole = _checkpoints(Path(work_dir))
@@ -164,6 +166,13 @@ def _check_optimizer(optimizer: Optimizer, saved: list[dict],
             f'that it was trained with, or start {anew}')
 
 
+def _setting(group: dict, key: str) -> Any:
+    """A setting of a group, before a schedule has changed it."""
+    if key == 'betas' and 'initial_momentum' in group:
+        return (group['initial_momentum'], *group[key][1:])
+    return group.get(f'initial_{key}', group[key])
+
+
 def _optimizer_settings(own: list[dict], saved: list[dict]) -> list[str]:
     """Settings of the optimizer that are others in the checkpoint, in the
     first group where there are any."""
@@ -173,9 +182,9 @@ def _optimizer_settings(own: list[dict], saved: list[dict]) -> list[str]:
                 group.get('lr_scale') or 1.)  # 0 of what does not learn
             for group in (theirs, ours))
         different = [
-            (key, theirs[key], ours[key])
+            (key, _setting(theirs, key), _setting(ours, key))
             for key in sorted({*theirs} & {*ours} - _NOT_SETTINGS)
-            if theirs[key] != ours[key]
+            if _setting(theirs, key) != _setting(ours, key)
         ]
         if not math.isclose(rate, own_rate, rel_tol=1e-6):
             different.insert(0, ('lr', rate, own_rate))

@@ -134,13 +134,23 @@ def _dump(cfg: Config, out: str) -> None:
     if osp.isdir(out):
         raise SystemExit(f"--out '{out}' is a folder; name a file")
     launch.check_writable(osp.dirname(osp.abspath(out)), '--out')
-    cfg.test_evaluator = [
+    metrics = [
         *metrics,
         dict(
             type='mmdet.DumpDetResults' if launch.library(cfg) == 'mmdet'
             else 'DumpResults',
             out_file_path=out)
     ]
+    evaluator = cfg.test_evaluator
+    if not isinstance(evaluator, dict) or 'metrics' not in evaluator:
+        cfg.test_evaluator = metrics
+    elif data_checks.type_name(evaluator) == 'Evaluator':
+        evaluator.metrics = metrics
+    else:
+        raise SystemExit(
+            f'--out: test_evaluator is a {data_checks.type_name(evaluator)}, '
+            'which cannot be given another metric, one that saves '
+            'predictions. Make it a list of metrics')
 
 
 def _paint(cfg: Config, folder: str, tta: bool) -> None:
