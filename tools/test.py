@@ -111,7 +111,8 @@ def _augment(cfg: Config) -> None:
         raise SystemExit(
             '--tta: the config has no tta_model and tta_pipeline, which say '
             'how to augment and how to merge; '
-            'configs/*/_base_/imagenet_224.py and ade20k_512.py show them')
+            'configs/classification/_base_/imagenet_224.py and '
+            'configs/segmentation/_base_/ade20k_512.py show them')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     for _, data_set in data_checks.data_sets(cfg.test_dataloader.dataset, ''):
         data_set.pipeline = cfg.tta_pipeline
