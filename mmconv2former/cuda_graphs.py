@@ -68,9 +68,8 @@ class _Watched:
                          for m in self.modules]
         # Those of a module at a time: there are more than a thousand.
         self.settings = [
-            (m.__dict__, itemgetter(*(key for key in SETTINGS
-                                      if key in m.__dict__)))
-            for m in self.modules]
+            (m.__dict__, itemgetter(*keys)) for m in self.modules
+            if (keys := [key for key in SETTINGS if key in m.__dict__])]
         kinds = [type(m).__name__ for m in self.modules]
         self.is_sharded = 'FullyShardedDataParallel' in kinds
         self.synchronized = [m for m, kind in zip(self.modules, kinds)
