@@ -325,7 +325,7 @@ def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
     """
     if x.dtype == torch.double:  # the others compute in fp32
         return torch_kernels
-    # And not one that torch looks into, nor is anything else looking on.
+    # Of no class that torch looks into, and with no mode that looks on.
     is_ordinary = type(x) is Tensor and (
         torch.compiler.is_compiling()
         or not torch._C._len_torch_dispatch_stack())

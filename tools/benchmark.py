@@ -427,7 +427,7 @@ def prepare(names: list[str], case: Case,
             candidate = Candidate(name, compared)
             results = candidate.results()
             if case != compared:
-                del candidate
+                del candidate  # not two of them in memory
                 candidate = Candidate(name, case)
             if memory:
                 facts[name].update(measure_memory(candidate, before))

@@ -124,3 +124,47 @@ def check_order(data_set: Any, classes: Any) -> None:
             f'order, and metainfo.classes has them in another one: '
             f'{some_of(list(classes), 5)} in place of {some_of(folders, 5)}. '
             'Sort metainfo.classes of the data sets of train, val and test')
+
+
+def check_label(data_set: Any, path: str, label: Any, count: int) -> None:
+    """Check that the label of an image is a class.
+
+    Args:
+        data_set (object): The data set.
+        path (str): The image.
+        label (object): The label; what is no whole number is left alone.
+        count (int): Number of classes; 0 if it is not known.
+
+    Raises:
+        DataError: If it is none.
+    """
+    if count and isinstance(label, int) and not 0 <= label < count:
+        raise DataError(
+            f"{describe(data_set)} gives '{path}' the label {label}, which is "
+            f'no class: they are 0 to {count - 1}, counted from 0. Correct '
+            'the list, or give the names of the classes with metainfo.classes '
+            'and their number with num_classes of the head')
+
+
+def check_listed_labels(data_set: Any, count: int) -> None:
+    """:func:`check_label` for all images of mmpretrain's lists.
+
+    In the file: to ask the data set for 14 million would take minutes.
+
+    Args:
+        data_set (object): The data set; others are left alone.
+        count (int): Number of classes; 0 if it is not known.
+
+    Raises:
+        DataError: If a label is no class.
+    """
+    path = getattr(data_set, 'ann_file', None)
+    if not getattr(data_set, 'with_label', False) or not path \
+            or not osp.isfile(path):
+        return
+    with open(path, 'rb') as file:
+        for line in file:
+            name, _, label = line.strip().rpartition(b' ')
+            if label.removeprefix(b'-').isdigit():
+                check_label(data_set, name.decode(errors='replace'),
+                            int(label), count)

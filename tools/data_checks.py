@@ -24,6 +24,8 @@ from mmengine.registry import DATASETS
 import coco_checks
 from checked_load import CheckedLoad, check_header, is_local, wrap_loads
 from classification_checks import (
+    check_label,
+    check_listed_labels,
     check_order,
     class_folders,
     explain_class_folders,
@@ -337,7 +339,7 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool,
                                 label))
         count = len(classes or ()) or min(sizes.values(), default=0)
         _check_sample(data_set, loads, count)
-        _check_listed_labels(data_set, count)
+        check_listed_labels(data_set, count)
     # A sampler without end has a length too.
     if loader.drop_last and not len(loader) \
             and 'Infinite' not in type(loader.sampler).__name__:
@@ -467,7 +469,7 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad'],
         path = info.get('img_path')
         if any(getattr(load.load, 'with_mask', False) for load in loads):
             coco_checks.check_masks(info)
-        _check_label(data_set, path, info.get('gt_label'), classes)
+        check_label(data_set, path, info.get('gt_label'), classes)
         local = path and is_local(path, data_set)
         if local and not osp.isfile(path):
             raise DataError(f"{describe(data_set)} names the image '{path}', "
@@ -483,35 +485,6 @@ def _check_sample(data_set: Any, loads: list['CheckedLoad'],
                 break
     if pixels.any():
         _tell_lone_class(data_set, pixels, ignored, count)
-
-
-def _check_label(data_set: Any, path: str, label: Any, count: int) -> None:
-    """Refuse the label of an image that is no class, of so many."""
-    if count and isinstance(label, int) and not 0 <= label < count:
-        raise DataError(
-            f"{describe(data_set)} gives '{path}' the label {label}, which is "
-            f'no class: they are 0 to {count - 1}, counted from 0. Correct '
-            'the list, or give the names of the classes with metainfo.classes '
-            'and their number with num_classes of the head')
-
-
-def _check_listed_labels(data_set: Any, count: int) -> None:
-    """Look at all labels of mmpretrain's lists of images.
-
-    In the file: to ask the data set for 14 million would take minutes.
-    """
-    kinds = [kind.__name__ for kind in type(data_set).__mro__]
-    path = getattr(data_set, 'ann_file', '')
-    if 'CustomDataset' not in kinds or not len(data_set) \
-            or not osp.isfile(path) \
-            or 'gt_label' not in data_set.get_data_info(0):
-        return
-    with open(path, 'rb') as file:
-        for line in file:
-            name, _, label = line.strip().rpartition(b' ')
-            if label.removeprefix(b'-').isdigit():
-                _check_label(data_set, name.decode(errors='replace'),
-                             int(label), count)
 
 
 def _tell_lone_class(data_set: Any, pixels: np.ndarray, ignored: int,

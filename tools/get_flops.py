@@ -165,7 +165,16 @@ def each(module: nn.Module) -> list[nn.Module]:
 
 
 def run_roi_head(roi_head: nn.Module, test_cfg: dict) -> None:
-    """Run box and mask heads on as many regions as testing has at most."""
+    """Run box and mask heads on as many regions as testing has at most.
+
+    Raises:
+        SystemExit: If the config does not say how many these are.
+    """
+    if 'rpn' not in test_cfg:
+        raise SystemExit(
+            'the roi_head cannot be counted, for it depends on the file of '
+            'proposals on how many regions it runs: the model has no '
+            f'test_cfg.rpn. {ADVICE}')
     for kind, regions in (('bbox', test_cfg.rpn.max_per_img),
                           ('mask', test_cfg.rcnn.max_per_img)):
         if not getattr(roi_head, f'with_{kind}'):
@@ -206,11 +215,6 @@ def count(cfg: Config, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
             with torch.no_grad(), torch.device('meta'), FlopCounterMode(
                     display=False) as counter:
                 if name == 'roi_head':
-                    if 'rpn' not in cfg.model.test_cfg:
-                        raise SystemExit(
-                            'the roi_head cannot be counted, for on how many '
-                            'regions it runs is up to what they are read from:'
-                            ' the model has no test_cfg.rpn. ' + ADVICE)
                     run_roi_head(part, cfg.model.test_cfg)
                 elif name in HEADS:
                     for head in each(part):
@@ -218,8 +222,9 @@ def count(cfg: Config, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
                 else:
                     feats = part(feats)
         except ValueError as error:  # our backbone about the size
-            raise SystemExit(f'--shape {shape[0]} {shape[1]}: the {name} '
-                             f'{type(part).__name__} {error}') from error
+            raise SystemExit(
+                f'the {name} {type(part).__name__} {error}; give another size '
+                'with --shape H W') from error
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise SystemExit(
                 f'the {name} {type(part).__name__} cannot be counted, for it '

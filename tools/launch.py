@@ -291,6 +291,8 @@ def check_data(cfg: Config, parts: tuple[str, ...]) -> None:
         SystemExit: If a path is missing; the message shows every path that
             is expected, each marked as found or missing.
     """
+    # The others take '~' for the name of a folder.
+    expand = osp.expanduser if library(cfg) == 'mmpretrain' else str
     layout, missing = [], False
     for part in parts:
         loader = cfg.get(f'{part}_dataloader')
@@ -313,9 +315,7 @@ def check_data(cfg: Config, parts: tuple[str, ...]) -> None:
         for name, paths in wanted:
             layout.append(name)
             for key, path in paths.items():
-                # The others take '~' for the name of a folder.
-                found = osp.exists(osp.expanduser(path) if library(cfg)
-                                   == 'mmpretrain' else path)
+                found = osp.exists(expand(path))
                 missing = missing or not found
                 layout.append(
                     f'  [{"found" if found else "MISSING"}] {path}  ({key})')
