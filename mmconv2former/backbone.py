@@ -21,6 +21,8 @@ from .operators import (
     Pointwise,
     add_position,
     at_least_fp32,
+    to_nchw,
+    to_nhwc,
 )
 from .registry import MODELS
 
@@ -228,11 +230,11 @@ class Block(nn.Module):
         branches = ((self.attn, self.layer_scale_1),
                     (self.mlp, self.layer_scale_2))
         if self._is_fusible() and dispatch.available(x, self.modified):
-            x = x.permute(0, 2, 3, 1).contiguous()
+            x = to_nhwc(x).contiguous()
             x = fused_block(x, *(
                 branch.branch(scale, self.drop_path.factor(x))
                 for branch, scale in branches))
-            return x.permute(0, 3, 1, 2)
+            return to_nchw(x)
         for branch, scale in branches:
             # In the precision of x: the fp32 scale would raise that of the
             # residual under autocast.

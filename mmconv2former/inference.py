@@ -243,7 +243,7 @@ class PaddedGELU(nn.Module):
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return F.pad(y - value, (1, 1, 1, 1)) + value
         n, c, h, w = x.shape  # faster, but ONNX has no such assignments
-        out = x.new_empty(n, h + 2, w + 2, c).permute(0, 3, 1, 2)
+        out = to_nchw(x.new_empty(n, h + 2, w + 2, c))
         out[:, :, ::h + 1] = out[..., ::w + 1] = value
         out[:, :, 1:-1, 1:-1] = y
         return out

@@ -50,16 +50,6 @@ FUSIONS = {
 }
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 convolution: (N, H, W, C), (O, C), (O, ) -> (N, H, W, O)."""
-    if x.device.type == 'cpu' and x.dtype == torch.float32:
-        # oneDNN's; torch asks MKL for fp32 products, which on AMD is half as
-        # fast.
-        return to_nhwc(
-            F.conv2d(to_nchw(x), weight[:, :, None, None], bias))
-    return F.linear(x, weight, bias)
-
-
 def add_position(z: Tensor, depthwise: Callable[[Tensor], Tensor]) -> Tensor:
     """The middle of the MLP: ``h + GELU(DW_3(h))`` with ``h = GELU(z)``.
 
@@ -136,9 +126,15 @@ class Pointwise(nn.Conv2d):
                              f'padding or groups, got {self}')
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, O, H, W), in channels-last memory."""
-        return to_nchw(
-            pointwise(to_nhwc(x), self.weight.flatten(1), self.bias))
+        """(N, C, H, W) -> (N, O, H, W)."""
+        weight = self.weight.flatten(1)
+        if x.device.type == 'cpu' and x.dtype == torch.float32:
+            # oneDNN's; torch asks MKL for fp32 products, which on AMD is half
+            # as fast. By way of the matrix the gradient gets the strides of
+            # the weight; in channels-last memory it would have others, of
+            # which DDP warns.
+            return F.conv2d(x, weight[:, :, None, None], self.bias)
+        return to_nchw(F.linear(to_nhwc(x), weight, self.bias))
 
 
 class DropPath(nn.Module):
