@@ -122,7 +122,7 @@ class CUDAGraphs:
     def __init__(self, limit: int) -> None:
         self.limit, self.turn = limit, 0
         self.lock = threading.RLock()
-        self.recorder: int | None = None  # the thread that is recording
+        self.recording_thread: int | None = None  # its identifier
         self.stream: torch.cuda.Stream | None = None
         self.watched: _Watched | None = None
         self._clear()
@@ -167,7 +167,7 @@ class CUDAGraphs:
         Raises:
             RuntimeError: If the module does what cannot be recorded.
         """
-        if self.recorder == threading.get_ident():
+        if self.recording_thread == threading.get_ident():
             return None  # the module is run to be recorded
         if is_transformed() or not self.can_record(x):
             return None
@@ -198,7 +198,7 @@ class CUDAGraphs:
                 if self.seen[kind] <= WARM_UP:
                     return None
                 self.memory = self.memory or _Memory(x.device)
-                self.recorder = threading.get_ident()
+                self.recording_thread = threading.get_ident()
                 needs_grad = torch.is_grad_enabled()
                 try:
                     # Tensors that are made in inference mode, also those of
@@ -207,7 +207,7 @@ class CUDAGraphs:
                             torch.set_grad_enabled(needs_grad):
                         self.recordings[kind] = _Recording(self, module, x)
                 finally:
-                    self.recorder = None
+                    self.recording_thread = None
                 log_once(f'CUDA graph for images of shape {tuple(x.shape)}')
             return self.recordings[kind]
 
@@ -359,11 +359,6 @@ class _Recording:
         with torch.inference_mode():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        if any(self.differentiable) and not any(map(any, reached)):
-            raise RuntimeError(
-                'the backbone cannot be recorded into CUDA graphs, because '
-                'its weights are not its parameters: build it with '
-                'cuda_graphs=False')
         used = [any(column) for column in zip(*reached)]
         self.parameters = {
             name: p
@@ -374,6 +369,8 @@ class _Recording:
                         for row in reached]
 
     def _record(self, module: nn.Module, memory: _Memory) -> None:
+        if any(self.differentiable) and not self.parameters:
+            raise RuntimeError('its weights are not its parameters')
         # New leaves in the same memory. What autograd, or DDP, has tied to
         # the parameters belongs to other streams than the recording one.
         leaves = _leaves(self.parameters)

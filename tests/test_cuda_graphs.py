@@ -575,7 +575,7 @@ def test_other_threads_wait_for_a_recording(models, device, monkeypatch):
     def wait_once(self, x):
         # In the first pass of the recording, where the module has other
         # parameters than its own.
-        if graphed.cuda_graphs.recorder and not recording.is_set():
+        if graphed.cuda_graphs.recording_thread and not recording.is_set():
             recording.set()
             waiting.wait(1)
         return forward(self, x)
