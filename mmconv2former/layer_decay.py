@@ -239,10 +239,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise ValueError('paramwise_cfg needs decay_rate in (0, 1], got '
                              f'{rate!r}')
-        decay_type = self.paramwise_cfg.get('decay_type', 'layer_wise')
-        if decay_type not in ('layer_wise', 'stage_wise'):
-            raise ValueError("decay_type must be 'layer_wise' or "
-                             f"'stage_wise', got {decay_type!r}")
         if self.base_lr is None:
             raise ValueError('layer-wise decay needs lr in the optimizer '
                              f'config, got {dict(self.optimizer_cfg)}')
