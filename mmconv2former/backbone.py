@@ -1,6 +1,7 @@
 """Conv2Former, hierarchical and isotropic, as an OpenMMLab backbone."""
 import math
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -409,7 +410,7 @@ class Conv2Former(PretrainedModule):
                  fused: bool = True,
                  compile: bool | dict = False,
                  cuda_graphs: bool | int = False,
-                 init_cfg: dict | Sequence[dict] | None = None):
+                 init_cfg: dict | Sequence[dict] | None = None) -> None:
         super().__init__(init_cfg)
         self.arch = resolve_arch(arch)
         if kernel_size is not None:
@@ -521,7 +522,7 @@ class Conv2Former(PretrainedModule):
                 f'{out_indices!r}')
         return tuple(sorted({i % num_stages for i in indices}))
 
-    def load_pretrained(self, checkpoint: str,
+    def load_pretrained(self, checkpoint: str | PathLike,
                         prefix: str | None = None) -> None:
         """See :func:`mmconv2former.checkpoint.load_backbone`."""
         load_backbone(self, checkpoint, prefix)

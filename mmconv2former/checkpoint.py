@@ -115,7 +115,7 @@ def _describe_path(path: Path) -> str:
 
 
 def find_checkpoint(
-        checkpoint: str,
+        checkpoint: str | os.PathLike,
         keys: Sequence[str] = ('model.backbone.init_cfg', )) -> str:
     """Find a checkpoint file.
 
@@ -410,7 +410,7 @@ def naming(path: str) -> Iterator[None]:
 
 
 def load_backbone(backbone: nn.Module,
-                  checkpoint: str,
+                  checkpoint: str | os.PathLike,
                   prefix: str | None = None) -> None:
     """Load a pre-trained backbone, wholly or not at all.
 
@@ -422,7 +422,7 @@ def load_backbone(backbone: nn.Module,
 
     Args:
         backbone (Conv2Former): The backbone, changed in place.
-        checkpoint (str): As for :func:`find_checkpoint`.
+        checkpoint (str | PathLike): As for :func:`find_checkpoint`.
         prefix (str, optional): What precedes the backbone's names in the
             file. Defaults to None, which finds it.
 
@@ -543,7 +543,7 @@ def _misfits(theirs: dict[str, Tensor], ours: dict[str, Tensor],
 
 
 def load_neck(neck: nn.Module,
-              checkpoint: str,
+              checkpoint: str | os.PathLike,
               prefix: str | None = None) -> None:
     """Load the neck of a pre-trained classifier, wholly or not at all.
 
@@ -552,7 +552,7 @@ def load_neck(neck: nn.Module,
 
     Args:
         neck (Conv2FormerNeck): The neck, changed in place.
-        checkpoint (str): As for :func:`find_checkpoint`.
+        checkpoint (str | PathLike): As for :func:`find_checkpoint`.
         prefix (str, optional): As for :func:`load_backbone`. Defaults to
             None.
 
@@ -601,12 +601,12 @@ class PretrainedModule(BaseModule):
     mmengine's own ``Pretrained`` only warns about tensors that do not fit.
     """
 
-    def load_pretrained(self, checkpoint: str,
+    def load_pretrained(self, checkpoint: str | os.PathLike,
                         prefix: str | None = None) -> None:
         """Load weights of a pre-trained model, wholly or not at all.
 
         Args:
-            checkpoint (str): As for :func:`find_checkpoint`.
+            checkpoint (str | PathLike): As for :func:`find_checkpoint`.
             prefix (str, optional): What precedes the names in the file.
                 Defaults to None, which finds it.
         """

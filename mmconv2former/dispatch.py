@@ -401,16 +401,18 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
     return ''
 
 
-def available(x: Tensor, find_modified: FindModified | None = None) -> bool:
+def available(x: Tensor, find_modified: FindModified) -> bool:
     """Whether the fused operators can take these layers; logged once.
 
     Args:
         x (Tensor): Input of the block, (N, C, H, W).
-        find_modified (FindModified, optional): Of the block. Defaults to
-            None.
+        find_modified (FindModified): Of the block.
 
     Returns:
         bool: Whether they can.
+
+    Raises:
+        ValueError: If the environment variable is neither 0 nor 1.
     """
     obstacle = find_obstacle(x, find_modified)
     if not torch.compiler.is_compiling():

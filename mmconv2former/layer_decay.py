@@ -3,6 +3,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -244,7 +245,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                              f'config, got {dict(self.optimizer_cfg)}')
 
     def add_params(self, params: list[dict], module: nn.Module,
-                   **kwargs) -> None:
+                   **kwargs: Any) -> None:
         """Add the parameter groups of a whole model.
 
         Args:

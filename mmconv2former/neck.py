@@ -1,5 +1,6 @@
 """The part of the official classification head before the linear layer."""
 from collections.abc import Sequence
+from os import PathLike
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Conv2FormerNeck(PretrainedModule):
         self.norm = LayerNorm2d(out_channels)
         init_convs(self)
 
-    def load_pretrained(self, checkpoint: str,
+    def load_pretrained(self, checkpoint: str | PathLike,
                         prefix: str | None = None) -> None:
         """See :func:`mmconv2former.checkpoint.load_neck`."""
         load_neck(self, checkpoint, prefix)

@@ -206,7 +206,9 @@ def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
 
 
 def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``h + GELU(DW_3(h))``, ``h = GELU(z)`` (there ``add_position``).
+    """``h + GELU(DW_3(h))``, ``h = GELU(z)``.
+
+    See :func:`mmconv2former.operators.add_position`.
 
     Args:
         z (Tensor): (N, H, W, C).
