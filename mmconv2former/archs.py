@@ -28,8 +28,9 @@ ARCHS = {
     'isotropic-base-3conv':
     dict(depths=(18, ), dims=(640, ), kernel_size=11, stem='3conv'),
 }
-# Their strides, and the kernel of their last convolution, by which files of
-# weights tell them apart.
+# One row per stem: its stride, and the kernel of its last convolution, by
+# which a file of weights is recognised. Their layers are in
+# backbone.STEM_LAYERS under the same keys.
 STEMS = {
     'conv': dict(stride=4, last_kernel=2),
     'patch': dict(stride=16, last_kernel=16),

@@ -219,7 +219,7 @@ def _fetched(path: str) -> Iterator[str]:
     with ExitStack() as stack:
         try:
             local = stack.enter_context(get_local_path(path))
-        # Of the connection, of a scheme or of a client that is not there.
+        # No connection, an unknown scheme, or a missing client library.
         except (OSError, HTTPException, LookupError, ImportError) as error:
             raise CheckpointError(
                 f'cannot fetch {path} ({type(error).__name__}: {error}). Get '

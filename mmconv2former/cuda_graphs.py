@@ -32,8 +32,8 @@ from .dispatch import (
 # Batches of a kind that run as ever before it is recorded, so that kinds which
 # do not come back take no memory.
 WARM_UP = 2
-# Attributes of modules: numbers that kernels are given, which kernels in what
-# precision, what makes a layer another one, and which outputs there are.
+# Module attributes that change what is computed or returned; another value
+# needs another recording.
 SETTINGS = ('training', 'momentum', 'eps', 'rate', 'fused', 'residual_in_fp32',
             'approximate', 'stride', 'padding', 'padding_mode', 'dilation',
             'groups', 'track_running_stats', 'fusion', 'out_indices',

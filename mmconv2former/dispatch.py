@@ -20,9 +20,8 @@ from torch.nn.modules import module as torch_module
 
 from . import cpp_kernels, fake_kernels, torch_kernels
 
-# From the channels and the device of the input of a block to a module of the
-# block that is not as the block has made it, and would be passed by, if there
-# is one.
+# (channels, device) of a block's input -> its first module that was changed or
+# has hooks, or None.
 FindModified = Callable[[int, torch.device], nn.Module | None]
 # The environment variable that turns the fused path off everywhere.
 FUSED_VARIABLE = 'MMCONV2FORMER_FUSED'
@@ -43,11 +42,11 @@ remember_forward(nn.Sequential, nn.Conv2d, nn.GELU, nn.BatchNorm2d)
 
 
 def is_intercepted(module: nn.Module) -> bool:
-    """Whether a call does more than the class says, which reading the weights
-    would pass by: hooks, or a ``forward`` that was put in its place.
+    """Whether the module has hooks or a replaced ``forward``.
 
-    The latter is how mmengine turns on activation checkpointing, and
-    accelerate the offloading of weights.
+    The fused path reads weights without calling modules and would skip both.
+    mmengine replaces ``forward`` to turn on activation checkpointing, and
+    accelerate to offload weights.
     """
     return bool(module._forward_hooks or module._forward_pre_hooks
                 or module._backward_hooks or module._backward_pre_hooks
@@ -115,7 +114,8 @@ def is_gelu(layer: nn.Module) -> bool:
 
 
 def has_usual_moments(norm: nn.BatchNorm2d) -> bool:
-    """Whether a batch norm has all that those in its place read and write."""
+    """Whether a batch norm has weight, bias, running moments and a fixed
+    momentum, which its replacements read and update."""
     return (norm.weight is not None and norm.bias is not None
             and norm.running_mean is not None
             and norm.num_batches_tracked is not None
@@ -253,6 +253,8 @@ def _as_operator(function: Callable) -> Callable:
 
 
 def _register(triton_kernels: ModuleType) -> None:
+    # Not an operator of Triton's function: these take and return no lists of
+    # lists, and return no tensor that they were given.
     TRITON.operands = partial(torch_kernels.join_operands,
                               filters=triton_kernels.filters)
     TRITON.deferred_sums = torch_kernels.deferred_sums

@@ -291,13 +291,15 @@ class BlockFunction(torch.autograd.Function):
         ctx.shapes = [[p.shape for p in branch] for branch in branches]
         saved = []
         for p, w in zip(branches, (weights, mlp_weights)):
-            # Views of parameters as tensors of their own: of a change of them
-            # autograd speaks as of any other, not of views.
+            # Detached: these may be views of parameters, and torch's error
+            # about one changed before the backward pass would be about views
+            # instead of the change.
             matrices = w[0].detach(), w[6 if folds else 4].detach()
             saved.extend(_Saved(*p[:3], matrices[0], *w[2:4], matrices[1],
                                 *p[-2:]))
         ctx.save_for_backward(*saved, x, mlp_x, keep, mlp_keep,
-                              # Where the CPU emulates that type.
+                              # `asked` is not `dtype` only where the CPU
+                              # emulates it.
                               *(t.to(asked) for t in (zv, a, z)))
         return out
 

@@ -95,7 +95,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for backbone in backbones:
             _fold_backbone(backbone, shared)
-    return model.eval()
+    return model.eval()  # new modules begin in training mode
 
 
 def _shared(modules: list[nn.Module]) -> set[nn.Module]:
