@@ -7,9 +7,7 @@ channels, which it pads in a pass of its own for each call, and torch's batch
 norm is ten times slower than memory at few channels. Here images and feature
 maps have a multiple of 8 channels from the start, GELU is part of the passes
 of the batch norm, and the last convolution is a matrix product over the
-patches that the pass before it writes. The functions down to
-:func:`gelu_norm_backward` are the reference of those of the same names in
-:mod:`mmconv2former.triton_kernels.stem`.
+patches that the pass before it writes.
 
 Tensors are (N, H, W, C) where nothing else is said.
 """
@@ -29,101 +27,10 @@ from .dispatch import (
     refuse_second_derivatives,
     without_autocast,
 )
-from .operators import at_least_fp32, to_nchw, to_nhwc
-from .torch_kernels import patches, unpatch
+from .operators import to_nchw, to_nhwc
+from .torch_kernels import pad_channels
 
 aten = torch.ops.aten
-
-
-def pixels_first(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Images with their channels last, and zeros in further ones.
-
-    Args:
-        x (Tensor): (N, C, H, W).
-        channels (int): Number of channels of the result, a power of two.
-        dtype (torch.dtype): Of the result.
-
-    Returns:
-        Tensor: (N, H, W, channels).
-    """
-    return F.pad(to_nhwc(x.to(dtype)), (0, channels - x.shape[1]))
-
-
-def gelu_moments(x: Tensor, running_mean: Tensor, running_var: Tensor,
-                 eps: float, momentum: float) -> tuple[Tensor, Tensor]:
-    """Moments of GELU(x) for a batch norm, whose running ones are updated.
-
-    Args:
-        x (Tensor): (N, H, W, C).
-        running_mean, running_var (Tensor): Of the first channels, which are
-            those that count, (D, ).
-        eps (float): Added to the variance.
-        momentum (float): Of the running moments.
-
-    Returns:
-        tuple[Tensor]: Mean and inverse standard deviation, (C, ), in fp32.
-    """
-    h = at_least_fp32(F.gelu(x))
-    var, mean = torch.var_mean(h, (0, 1, 2), correction=0)
-    count, used = h[..., 0].numel(), len(running_mean)
-    running_mean.lerp_(mean[:used].to(running_mean), momentum)
-    running_var.lerp_((var[:used] * (count / max(count - 1, 1))).to(
-        running_var), momentum)
-    return mean, torch.rsqrt(var + eps)
-
-
-def _padded(x: Tensor, channels: int) -> Tensor:
-    return F.pad(x, (0, channels - x.shape[-1]))
-
-
-def gelu_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
-              bias: Tensor, patch: int, channels: int) -> Tensor:
-    """``(GELU(x) - mean) * rstd * weight + bias``, as patches.
-
-    Args:
-        x (Tensor): (N, H, W, C).
-        mean, rstd (Tensor): (C, ).
-        weight, bias (Tensor): Of the first channels, (D, ), and 0 for others.
-        patch (int): Side of the patches P. What does not fill a patch is left
-            out.
-        channels (int): Of the result, E; zeros from C on.
-
-    Returns:
-        Tensor: The patches, (N, H // P, W // P, P * P * E).
-    """
-    c = x.shape[3]
-    h = at_least_fp32(F.gelu(x))
-    out = (h - mean) * (rstd * _padded(weight, c)) + _padded(bias, c)
-    return patches(_padded(out.to(x.dtype), channels), patch)
-
-
-def gelu_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
-                       weight: Tensor, training: bool, patch: int,
-                       channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`gelu_norm`.
-
-    Args:
-        grad (Tensor): Of the result, (N, H // P, W // P, P * P * E).
-        training (bool): Whether mean and rstd are those of GELU(x), and
-            gradients pass through them.
-        channels (int): Of the gradient of x; zeros from C on.
-        x, mean, rstd, weight, patch: As above.
-
-    Returns:
-        tuple[Tensor]: Gradients of x, and of weight and bias in fp32.
-    """
-    n, height, width, c = x.shape
-    grad = unpatch(grad.to(mean.dtype), patch, height, width)[..., :c]
-    z = x.to(mean.dtype)
-    normed = (F.gelu(x).to(z) - mean) * rstd
-    grad_bias = grad.sum((0, 1, 2))
-    grad_weight = (grad * normed).sum((0, 1, 2))
-    if training:
-        grad = grad - (grad_bias + normed * grad_weight) / (n * height * width)
-    grad = aten.gelu_backward(grad * (rstd * _padded(weight, c)), z)
-    used = len(weight)
-    return (_padded(grad.to(x.dtype), channels), grad_weight[:used],
-            grad_bias[:used])
 
 
 def _multiple_of_8(channels: int) -> int:
@@ -163,7 +70,8 @@ class StemFunction(torch.autograd.Function):
 
     Args:
         x (Tensor): Images without gradients, (N, C, H, W).
-        kernels (module): Functions such as those of this module.
+        kernels (module): :mod:`mmconv2former.triton_kernels.stem`, or their
+            reference, :mod:`mmconv2former.torch_kernels`.
         layers (Sequence[nn.Module]): Convolution, batch norm, convolution,
             batch norm, convolution.
         parameters (Tensor): The weights of the first convolution, weight and
@@ -250,7 +158,7 @@ def _moments(z: Tensor, norm: nn.BatchNorm2d,
                                     norm.eps, norm.momentum)
     dtype = torch.promote_types(z.dtype, torch.float32)
     mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-    return tuple(_padded(t, z.shape[3])
+    return tuple(pad_channels(t, z.shape[3])
                  for t in (mean, torch.rsqrt(var + norm.eps)))
 
 

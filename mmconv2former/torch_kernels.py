@@ -2,7 +2,9 @@
 
 The reference of :mod:`mmconv2former.triton_kernels` and
 :mod:`mmconv2former.cpp_kernels`, whose functions have the same names, and what
-runs where these cannot.
+runs where these cannot. The last ones, from :func:`pixels_first` on, are the
+reference of :mod:`mmconv2former.triton_kernels.stem` and run in tests only:
+without its kernels the stem runs its layers.
 
 Tensors are (N, H, W, C). No function here builds a graph for autograd.
 """
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import at_least_fp32
+from .operators import at_least_fp32, to_nhwc
 from .products import depthwise, depthwise_backward
 
 aten = torch.ops.aten
@@ -465,3 +467,95 @@ def scaled_linear_backward(
         outs += (grad_weight.mul_(scale[:, None]), grad_bias.mul_(scale),
                  grad_scale)
     return tuple(outs)
+
+
+def pad_channels(x: Tensor, channels: int) -> Tensor:
+    """(..., C) -> (..., channels), with zeros from C on."""
+    return F.pad(x, (0, channels - x.shape[-1]))
+
+
+def pixels_first(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Images with their channels last, and zeros in further ones.
+
+    Args:
+        x (Tensor): (N, C, H, W).
+        channels (int): Number of channels of the result, a power of two.
+        dtype (torch.dtype): Of the result.
+
+    Returns:
+        Tensor: (N, H, W, channels).
+    """
+    return pad_channels(to_nhwc(x.to(dtype)), channels)
+
+
+def gelu_moments(x: Tensor, running_mean: Tensor, running_var: Tensor,
+                 eps: float, momentum: float) -> tuple[Tensor, Tensor]:
+    """Moments of GELU(x) for a batch norm, whose running ones are updated.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        running_mean, running_var (Tensor): Of the first channels, which are
+            those that count, (D, ).
+        eps (float): Added to the variance.
+        momentum (float): Of the running moments.
+
+    Returns:
+        tuple[Tensor]: Mean and inverse standard deviation, (C, ), in fp32.
+    """
+    h = at_least_fp32(F.gelu(x))
+    var, mean = torch.var_mean(h, (0, 1, 2), correction=0)
+    count, used = h[..., 0].numel(), len(running_mean)
+    running_mean.lerp_(mean[:used].to(running_mean), momentum)
+    running_var.lerp_((var[:used] * (count / max(count - 1, 1))).to(
+        running_var), momentum)
+    return mean, torch.rsqrt(var + eps)
+
+
+def gelu_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
+              bias: Tensor, patch: int, channels: int) -> Tensor:
+    """``(GELU(x) - mean) * rstd * weight + bias``, as patches.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        mean, rstd (Tensor): (C, ).
+        weight, bias (Tensor): Of the first channels, (D, ), and 0 for others.
+        patch (int): Side of the patches P. What does not fill a patch is left
+            out.
+        channels (int): Of the result, E; zeros from C on.
+
+    Returns:
+        Tensor: The patches, (N, H // P, W // P, P * P * E).
+    """
+    c = x.shape[3]
+    h = at_least_fp32(F.gelu(x))
+    out = (h - mean) * (rstd * pad_channels(weight, c)) + pad_channels(bias, c)
+    return patches(pad_channels(out.to(x.dtype), channels), patch)
+
+
+def gelu_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
+                       weight: Tensor, training: bool, patch: int,
+                       channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gelu_norm`.
+
+    Args:
+        grad (Tensor): Of the result, (N, H // P, W // P, P * P * E).
+        training (bool): Whether mean and rstd are those of GELU(x), and
+            gradients pass through them.
+        channels (int): Of the gradient of x; zeros from C on.
+        x, mean, rstd, weight, patch: As above.
+
+    Returns:
+        tuple[Tensor]: Gradients of x, and of weight and bias in fp32.
+    """
+    n, height, width, c = x.shape
+    grad = unpatch(grad.to(mean.dtype), patch, height, width)[..., :c]
+    z = x.to(mean.dtype)
+    normed = (F.gelu(x).to(z) - mean) * rstd
+    grad_bias = grad.sum((0, 1, 2))
+    grad_weight = (grad * normed).sum((0, 1, 2))
+    if training:
+        grad = grad - (grad_bias + normed * grad_weight) / (n * height * width)
+    grad = aten.gelu_backward(grad * (rstd * pad_channels(weight, c)), z)
+    used = len(weight)
+    return (pad_channels(grad.to(x.dtype), channels), grad_weight[:used],
+            grad_bias[:used])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmconv2former import dispatch, fused_stem
+from mmconv2former import dispatch, fused_stem, torch_kernels
 from mmconv2former.backbone import STEM_LAYERS, Stem
 
 
@@ -38,7 +38,7 @@ def run(function, stem, x, training=None):
     return out, *grads, *after.values()
 
 
-def by_function(x, stem, kernels=fused_stem):
+def by_function(x, stem, kernels=torch_kernels):
     conv1, _, norm1, conv2, _, norm2, conv3 = stem
     return fused_stem.StemFunction.apply(
         x, kernels, (conv1, norm1, conv2, norm2, conv3), conv1.weight,
@@ -76,7 +76,7 @@ def test_batch_norms_in_different_modes(index):
 def test_running_moments_in_16_bits_are_widened_first():
     norm = make_stem()[2].to(torch.bfloat16).eval()
     z = torch.zeros(1, 1, 1, norm.num_features, dtype=torch.bfloat16)
-    mean, rstd = fused_stem._moments(z, norm, fused_stem)
+    mean, rstd = fused_stem._moments(z, norm, torch_kernels)
     assert torch.equal(mean, norm.running_mean.float())
     assert torch.equal(rstd, (norm.running_var.float() + norm.eps).rsqrt())
 

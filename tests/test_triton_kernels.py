@@ -20,13 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
-from mmconv2former import (
-    dispatch,
-    fake_kernels,
-    fused_block,
-    fused_stem,
-    torch_kernels,
-)
+from mmconv2former import dispatch, fake_kernels, fused_block, torch_kernels
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
@@ -419,8 +413,8 @@ def test_gelu_and_batch_norm_of_the_stem_are_as_exact(
     results, running = {}, {}
     for name, module, inputs in (
             ('own', stem_kernels, (x, mean, var)),
-            ('plain', fused_stem, (x, mean, var)),
-            ('true', fused_stem, (x.double(), mean.double(), var.double()))):
+            ('plain', torch_kernels, (x, mean, var)),
+            ('true', torch_kernels, [t.double() for t in (x, mean, var)])):
         x_, *running[name] = (t.clone() for t in inputs)
         results[name] = *module.gelu_moments(x_, *running[name], EPS, 0.1), \
             *running[name]
@@ -431,7 +425,7 @@ def test_gelu_and_batch_norm_of_the_stem_are_as_exact(
     mean, rstd, *_ = results['own']
     out = compare(
         *(functools.partial(module.gelu_norm, patch=patch, channels=wider)
-          for module in (stem_kernels, fused_stem)),
+          for module in (stem_kernels, torch_kernels)),
         x, mean, rstd, weight, bias)
     assert out.dtype == dtype
     grad, = draw(dtype, out.shape)
@@ -439,7 +433,7 @@ def test_gelu_and_batch_norm_of_the_stem_are_as_exact(
         grad_x, *grads = compare(
             *(functools.partial(module.gelu_norm_backward, training=training,
                                 patch=patch, channels=wider)
-              for module in (stem_kernels, fused_stem)),
+              for module in (stem_kernels, torch_kernels)),
             grad, x, mean, rstd, weight)
         assert grad_x.dtype == dtype
         assert {t.dtype for t in grads} == {torch.float32}
@@ -452,7 +446,7 @@ def test_images_get_their_channels_last(stem_kernels, channels_last):
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     own, plain = (module.pixels_first(x, 8, torch.float16)
-                  for module in (stem_kernels, fused_stem))
+                  for module in (stem_kernels, torch_kernels))
     assert own.is_contiguous() and torch.equal(own, plain)
 
 

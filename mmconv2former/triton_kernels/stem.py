@@ -1,7 +1,8 @@
 """Triton kernels of the stem: GELU and batch norm between its convolutions.
 
 Functions without a leading underscore stand in for those of the same names in
-:mod:`mmconv2former.fused_stem`, which describes them and is their reference.
+:mod:`mmconv2former.torch_kernels`, which describes them and is their
+reference.
 What is said of precision and order in :mod:`mmconv2former.triton_kernels`
 holds here too, but for GELU, which is exact of fp16 as well: the error of the
 other form has one sign, and would be that of the mean of a million values.
@@ -51,7 +52,7 @@ def _pixels_first_launch(shape: tuple[int, ...], strides: tuple[int, ...],
 
 
 def pixels_first(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """See :func:`mmconv2former.fused_stem.pixels_first`."""
+    """See :func:`mmconv2former.torch_kernels.pixels_first`."""
     n, _, height, width = x.shape
     out = x.new_empty((n, height, width, channels), dtype=dtype)
     _pixels_first_launch(x.shape, x.stride(), channels)(x, out)
@@ -139,7 +140,7 @@ def _moments_launches(shape: tuple[int, ...], used: int, eps: float,
 
 def gelu_moments(x: Tensor, running_mean: Tensor, running_var: Tensor,
                  eps: float, momentum: float) -> tuple[Tensor, Tensor]:
-    """See :func:`mmconv2former.fused_stem.gelu_moments`."""
+    """See :func:`mmconv2former.torch_kernels.gelu_moments`."""
     c = x.shape[3]
     first, second, parts = _moments_launches(
         x.shape, len(running_mean), float(eps), float(momentum))
@@ -188,7 +189,7 @@ def _gelu_norm_launch(shape: tuple[int, ...], used: int, patch: int,
 
 def gelu_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
               bias: Tensor, patch: int, channels: int) -> Tensor:
-    """See :func:`mmconv2former.fused_stem.gelu_norm`."""
+    """See :func:`mmconv2former.torch_kernels.gelu_norm`."""
     n, height, width, _ = x.shape
     out = x.new_empty(
         (n, height // patch, width // patch, patch * patch * channels))
@@ -281,7 +282,7 @@ def _gelu_norm_backward_launches(
 def gelu_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,
                        weight: Tensor, training: bool, patch: int,
                        channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`mmconv2former.fused_stem.gelu_norm_backward`."""
+    """See :func:`mmconv2former.torch_kernels.gelu_norm_backward`."""
     first, second, partial = _gelu_norm_backward_launches(
         x.shape, len(weight), grad.shape[3] // patch**2, patch, channels)
     partial = x.new_empty(partial, dtype=torch.float32)
