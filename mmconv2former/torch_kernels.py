@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .depthwise import depthwise, depthwise_backward
 from .operators import at_least_fp32, to_nhwc
-from .products import depthwise, depthwise_backward
 
 aten = torch.ops.aten
 

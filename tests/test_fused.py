@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from mmconv2former import (
     Conv2Former,
+    depthwise,
     dispatch,
     fake_kernels,
     fused_block,
@@ -333,7 +334,7 @@ def test_depthwise_weight_gradient_is_as_exact_as_torchs(
         return weight.grad
 
     exact = torchs(x.double(), grad.double())
-    ours = products.depthwise_grad_weight(grad, x, k)
+    ours = depthwise.depthwise_grad_weight(grad, x, k)
     assert ours.dtype == torch.float32
     error = (torchs(x, grad) - exact).abs().max()
     noise = 1e-6 * exact.abs().max()
@@ -1319,13 +1320,13 @@ def test_kernels_of_gpus_are_operators_of_torch_with_the_same_results():
     kernels = dispatch.TRITON
     c = 8
     zv, z, x = (torch.randn(2, 3, 5, n).half() for n in (2 * c, c, c))
-    depthwise = torch.randn(c, 1, 5, 5).half(), torch.randn(c).half()
+    filters = torch.randn(c, 1, 5, 5).half(), torch.randn(c).half()
     small = torch.randn(c, 1, 3, 3).half(), torch.randn(c).half()
     weight, bias = torch.rand(c).half(), torch.rand(c).half()
     keep, vectors = torch.rand(2, 1, 1, 1).half(), [torch.rand(c)] * 2
     calls = dict(
-        gate=(zv, *depthwise), gate_forward=(zv, *depthwise),
-        gate_backward=(x, zv, x, *depthwise),
+        gate=(zv, *filters), gate_forward=(zv, *filters),
+        gate_backward=(x, zv, x, *filters),
         position=(z, *small), position_backward=(x, z, *small),
         layer_norm=(x, weight, bias, 1e-6, torch.half),
         layer_norm_backward=(x, x, weight, bias, 1e-6, x, 1, True),
@@ -1473,8 +1474,8 @@ def test_convolutions_that_onednn_does_not_end_are_left_to_fp32(
     x = random(1, 3, 4, channels, dtype=torch.bfloat16)
     weight = random(channels, 1, kernel_size, kernel_size,
                     dtype=torch.bfloat16)
-    out = products.depthwise(x, weight, weight[:, 0, 0, 0])
+    out = depthwise.depthwise(x, weight, weight[:, 0, 0, 0])
     assert taken == [dtype] and out.dtype == torch.bfloat16
-    expected = products.depthwise(x.float(), weight.float(),
-                                  weight[:, 0, 0, 0].float())
+    expected = depthwise.depthwise(x.float(), weight.float(),
+                                   weight[:, 0, 0, 0].float())
     torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
