@@ -17,11 +17,12 @@ from mmconv2former.backbone import Block
 triton = pytest.importorskip('triton', reason='Triton is not installed')
 tl = importlib.import_module('triton.language')
 kernels = importlib.import_module('mmconv2former.triton_kernels')
-banded, depthwise, launch, pointwise, stem, sums = (
+banded, depthwise, launch, norm, stem, sums, weights = (
     importlib.import_module(f'mmconv2former.triton_kernels.{name}')
-    for name in ('banded', 'depthwise', 'launch', 'pointwise', 'stem', 'sums'))
+    for name in ('banded', 'depthwise', 'launch', 'norm', 'stem', 'sums',
+                 'weights'))
 
-MODULES = [depthwise, pointwise, stem, sums,
+MODULES = [depthwise, norm, stem, sums, weights,
            *[banded] * banded.HAS_NARROW_PRODUCTS]
 KERNELS = {name for module in MODULES for name in vars(module)
            if name.endswith('_kernel')}

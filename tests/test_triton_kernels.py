@@ -24,11 +24,11 @@ from mmconv2former import dispatch, fake_kernels, fused_block, torch_kernels
 from mmconv2former.backbone import Block, Downsampling
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
-banded, depthwise, pointwise, sums, stem, tiling, launches = (
+banded, depthwise, norm, sums, stem, tiling, weights, launches = (
     importlib.import_module(f'mmconv2former.triton_kernels.{name}')
-    for name in ('banded', 'depthwise', 'pointwise', 'sums', 'stem', 'tiling',
-                 'launch'))
-MODULES = banded, depthwise, pointwise, sums, stem
+    for name in ('banded', 'depthwise', 'norm', 'sums', 'stem', 'tiling',
+                 'weights', 'launch'))
+MODULES = banded, depthwise, norm, sums, stem, weights
 
 EPS = 1e-6
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -193,12 +193,12 @@ def plain_sum_and_norm(x, y, scale, keep, weight, bias):
 
 def sum_and_norm_backward(grad, x, weight, bias, eps, residual, scale, keep,
                           dtype, sums_residual):
-    norm = layer_norm_backward(grad, x, weight, bias, eps, residual, 1,
-                               sums_residual)
-    own, scaled, total = scale_residual_backward(norm[0], scale, keep)
+    grads = layer_norm_backward(grad, x, weight, bias, eps, residual, 1,
+                                sums_residual)
+    own, scaled, total = scale_residual_backward(grads[0], scale, keep)
     if scale is keep is None:
         total = total.new_empty(0)
-    return *norm, own, scaled, total
+    return *grads, own, scaled, total
 
 
 def double(x):
@@ -381,10 +381,10 @@ def test_sum_with_its_norm_is_as_exact(kernels, n, h, w, c, dtype, scaled,
         return lambda *inputs: function(*inputs[:-1], inputs[0].dtype,
                                         *inputs[-1:])
 
-    for norm in (weight, bias), (None, None):
+    for affine in (weight, bias), (None, None):
         out, normed = compare(
             lambda *inputs: kernels.scale_residual_norm(*inputs, EPS, dtype),
-            plain_sum_and_norm, x, y, *factors, *norm)
+            plain_sum_and_norm, x, y, *factors, *affine)
         assert out.dtype == normed.dtype == dtype
     for sums_residual in True, False:
         grad_x, *sums, again, total, own, scaled_, own_total = compare(

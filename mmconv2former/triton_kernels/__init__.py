@@ -19,17 +19,16 @@ from .depthwise import (
     position,
     position_backward,
 )
-from .pointwise import (
+from .norm import (
     layer_norm,
     layer_norm_backward,
-    operands,
     scale_residual,
     scale_residual_backward,
     scale_residual_norm,
     scale_residual_norm_backward,
-    scaled_linear_backward,
 )
 from .sums import deferred_sums
+from .weights import operands, scaled_linear_backward
 
 __all__ = [
     'deferred_sums', 'filters', 'gate', 'gate_backward', 'gate_forward',
