@@ -523,11 +523,6 @@ def _misfits(theirs: dict[str, Tensor], ours: dict[str, Tensor],
         and not _OUT_NORM_KEY.match(key)
         and int(key.split('.')[1]) < num_stages
     ]
-    reshaped = [
-        f'{key} {tuple(theirs[key].shape)} instead of {tuple(value.shape)}'
-        for key, value in ours.items()
-        if key in theirs and theirs[key].shape != value.shape
-    ]
     other_numbers = [
         f'{key} {theirs[key].dtype} instead of {value.dtype}'
         for key, value in ours.items() if key in theirs
@@ -536,10 +531,66 @@ def _misfits(theirs: dict[str, Tensor], ours: dict[str, Tensor],
     return [
         f'{len(names)} {what}: {_some(names)}'
         for names, what in ((missing, 'missing'),
-                            (reshaped, 'of another shape'),
+                            (_reshaped(theirs, ours), 'of another shape'),
                             (other_numbers, 'of another kind of numbers'),
                             (left_over, 'that the model lacks')) if names
     ]
+
+
+def _reshaped(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> list[str]:
+    """Tensors of a file that have another shape than those of that name."""
+    return [
+        f'{key} {tuple(theirs[key].shape)} instead of {tuple(value.shape)}'
+        for key, value in ours.items()
+        if key in theirs and theirs[key].shape != value.shape
+    ]
+
+
+def rename_classifier(weights: dict[str, Tensor],
+                      parts: Sequence[str] = ('neck', 'head'),
+                      prefix: str | None = None) -> dict[str, Tensor]:
+    """Give the tensors of an official classifier our names.
+
+    Args:
+        weights (dict[str, Tensor]): Tensors with official names (or ours),
+            any prefix.
+        parts (Sequence[str]): What of the official head to keep beside the
+            backbone: 'neck', all but its linear layer, and 'head', that one.
+            Defaults to both.
+        prefix (str, optional): As for :func:`find_prefix`. Defaults to None.
+
+    Returns:
+        dict[str, Tensor]: Tensors under ``backbone.`` and the names of the
+        parts, as ``ImageClassifier`` names them.
+
+    Raises:
+        CheckpointError: If the tensors are not of one Conv2Former, or a part
+            is wanted and not there.
+    """
+    prefix = find_prefix(weights, prefix)
+    outer = prefix.removesuffix('backbone.')
+    wanted = [layer for layer in _HEAD_LAYERS.values()
+              if layer.split('.')[0] in parts]
+    renamed = {}
+    for key, value in weights.items():
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and _BACKBONE_KEY.match(name):
+            renamed['backbone.' + name] = value
+        elif key.startswith(outer):
+            layer, _, leaf = key.removeprefix(outer).rpartition('.')
+            layer = _HEAD_LAYERS.get(layer, layer)
+            if layer in wanted:
+                renamed[f'{layer}.{leaf}'] = value
+    missing = [
+        f'{layer}.{leaf}' for layer in wanted for leaf in ('weight', 'bias')
+        if f'{layer}.{leaf}' not in renamed
+    ]
+    if missing:
+        raise CheckpointError(
+            'the file has no whole classification head, missing '
+            f'{_some(missing)}; take the backbone alone (--backbone-only of '
+            'tools/convert_checkpoint.py, no init_cfg in the neck)')
+    return renamed
 
 
 def load_neck(neck: nn.Module,
@@ -572,11 +623,7 @@ def load_neck(neck: nn.Module,
         }
     ours = neck.state_dict()
     _refuse_meta(ours, path)
-    reshaped = [
-        f'{key} {tuple(theirs[key].shape)} instead of {tuple(value.shape)}'
-        for key, value in ours.items() if theirs[key].shape != value.shape
-    ]
-    if reshaped:
+    if reshaped := _reshaped(theirs, ours):
         raise CheckpointError(
             f'{path} does not fit the neck. Tensors of another shape: '
             f'{_some(reshaped)}. Give the neck the in_channels and '
@@ -645,50 +692,3 @@ class PretrainedModule(BaseModule):
                     f'{", ".join(sorted(_PRETRAINED_KEYS))}')
             self.load_pretrained(cfg['checkpoint'], cfg.get('prefix'))
         self._is_init = True
-
-
-def rename_classifier(weights: dict[str, Tensor],
-                      parts: Sequence[str] = ('neck', 'head'),
-                      prefix: str | None = None) -> dict[str, Tensor]:
-    """Give the tensors of an official classifier our names.
-
-    Args:
-        weights (dict[str, Tensor]): Tensors with official names (or ours),
-            any prefix.
-        parts (Sequence[str]): What of the official head to keep beside the
-            backbone: 'neck', all but its linear layer, and 'head', that one.
-            Defaults to both.
-        prefix (str, optional): As for :func:`find_prefix`. Defaults to None.
-
-    Returns:
-        dict[str, Tensor]: Tensors under ``backbone.`` and the names of the
-        parts, as ``ImageClassifier`` names them.
-
-    Raises:
-        CheckpointError: If the tensors are not of one Conv2Former, or a part
-            is wanted and not there.
-    """
-    prefix = find_prefix(weights, prefix)
-    outer = prefix.removesuffix('backbone.')
-    wanted = [layer for layer in _HEAD_LAYERS.values()
-              if layer.split('.')[0] in parts]
-    renamed = {}
-    for key, value in weights.items():
-        name = key.removeprefix(prefix)
-        if key.startswith(prefix) and _BACKBONE_KEY.match(name):
-            renamed['backbone.' + name] = value
-        elif key.startswith(outer):
-            layer, _, leaf = key.removeprefix(outer).rpartition('.')
-            layer = _HEAD_LAYERS.get(layer, layer)
-            if layer in wanted:
-                renamed[f'{layer}.{leaf}'] = value
-    missing = [
-        f'{layer}.{leaf}' for layer in wanted for leaf in ('weight', 'bias')
-        if f'{layer}.{leaf}' not in renamed
-    ]
-    if missing:
-        raise CheckpointError(
-            'the file has no whole classification head, missing '
-            f'{_some(missing)}; take the backbone alone (--backbone-only of '
-            'tools/convert_checkpoint.py, no init_cfg in the neck)')
-    return renamed
