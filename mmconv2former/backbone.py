@@ -417,7 +417,8 @@ class Conv2Former(PretrainedModule):
             self.arch['kernel_size'] = kernel_size
         depths, dims = self.arch['depths'], self.arch['dims']
         self._check_arguments(in_channels, mlp_ratio, fusion, drop_path_rate,
-                              layer_scale_init_value, frozen_stages)
+                              layer_scale_init_value, frozen_stages, with_cp,
+                              compile, cuda_graphs)
         self.in_channels = in_channels
         self.out_indices = self._resolve_out_indices(out_indices)
         self.out_norm = out_norm
@@ -453,24 +454,16 @@ class Conv2Former(PretrainedModule):
         self._freeze_stages()
         self.cuda_graphs = None
         if cuda_graphs:
-            if compile is not False or with_cp \
-                    or not isinstance(cuda_graphs, int) or cuda_graphs < 0:
-                raise ValueError(
-                    'cuda_graphs must be a bool or a number of kinds of '
-                    'batches, without compile and with_cp, got '
-                    f'{cuda_graphs!r}, compile={compile!r} and '
-                    f'with_cp={with_cp!r}')
             self.cuda_graphs = CUDAGraphs(
                 16 if cuda_graphs is True else cuda_graphs)
-        if not isinstance(compile, (bool, dict)):
-            raise ValueError('compile must be a bool or a dict of options of '
-                             f'torch.compile, got {compile!r}')
         if compile is not False:  # also by the defaults, an empty dict
             self.compile(**(compile if isinstance(compile, dict) else {}))
 
     def _check_arguments(self, in_channels: int, mlp_ratio: float, fusion: str,
                          drop_path_rate: float, layer_scale_init_value: float,
-                         frozen_stages: int) -> None:
+                         frozen_stages: int, with_cp: bool,
+                         compile: bool | dict,
+                         cuda_graphs: bool | int) -> None:
         if type(in_channels) is not int or in_channels < 1:
             raise ValueError('in_channels must be a positive integer, got '
                              f'{in_channels!r}')
@@ -505,6 +498,16 @@ class Conv2Former(PretrainedModule):
                 f'frozen_stages must be an integer in -1 .. {num_stages} (-1 '
                 'none, 0 the stem, k the stem and k stages), got '
                 f'{frozen_stages!r}')
+        if cuda_graphs and (
+                compile is not False or with_cp
+                or not isinstance(cuda_graphs, int) or cuda_graphs < 0):
+            raise ValueError(
+                'cuda_graphs must be a bool or a number of kinds of batches, '
+                f'without compile and with_cp, got {cuda_graphs!r}, '
+                f'compile={compile!r} and with_cp={with_cp!r}')
+        if not isinstance(compile, (bool, dict)):
+            raise ValueError('compile must be a bool or a dict of options of '
+                             f'torch.compile, got {compile!r}')
 
     def _resolve_out_indices(
             self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
