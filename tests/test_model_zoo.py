@@ -310,14 +310,6 @@ def test_official_files_have_the_name_that_configs_look_for():
     } != {}
 
 
-@pytest.mark.parametrize('text', [ZOO, DATA], ids=['model_zoo', 'data'])
-def test_every_file_that_the_docs_name_exists(text):
-    named = set(re.findall(
-        r'(?<![\w/.])(?:tools|configs|tests|docs)/[\w./-]*\w', text))
-    named |= {f'docs/{link}' for link in re.findall(r'\]\((\w+\.md)', text)}
-    assert named and not {x for x in named if not (ROOT / x).exists()}
-
-
 # ------------------------------------------------------------- docs/data.md
 
 

@@ -1,4 +1,4 @@
-"""What the README says is so."""
+"""What the README says is so, and files that it or the docs name exist."""
 import re
 from pathlib import Path
 
@@ -59,12 +59,22 @@ def test_the_config_lines_work_in_a_detector(tmp_path):
     assert min(group['lr_scale'] for group in groups) == pytest.approx(.95**7)
 
 
-def test_every_file_that_is_named_exists():
-    named = set(re.findall(
-        r'\b(?:tools|configs|docs|mmconv2former|benchmarks)/[\w./-]*\w', README
-    ))
-    assert len(named) > 10
-    assert [name for name in named if not (ROOT / name).exists()] == []
+@pytest.mark.parametrize(
+    'path', [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))],
+    ids=lambda path: path.name)
+def test_every_file_that_is_named_exists(path):
+    text = path.read_text()
+    named = {ROOT / name for name in re.findall(
+        r'\b(?:tools|configs|tests|docs|mmconv2former|benchmarks)/[\w./-]*\w',
+        text)}
+    named |= {path.parent / link
+              for link in re.findall(r'\]\(([\w./-]+)[)#]', text)}
+    assert len(named) > 2
+    assert [name for name in named if not name.exists()] == []
+
+
+def test_there_are_docs():
+    assert len([*ROOT.glob('docs/*.md')]) > 5
 
 
 def test_every_module_of_the_package_is_named():
