@@ -88,9 +88,12 @@ def downsampling(x: Tensor, norm: nn.Module, conv: nn.Module) -> Tensor:
     # Kernels are asked for, and so compiled, where nothing else is in the way.
     if dispatch.find_obstacle(x) or dispatch.kernels_for(x) is torch_kernels:
         return convolution(norm(x), conv)
-    if not _is_unmodified(x, norm, conv) or norm.weight is None \
-            and torch.is_grad_enabled() and any(
-                t.requires_grad for t in (x, conv.weight, conv.bias)):
+    is_unmodified = _is_unmodified(x, norm, conv)
+    # The backward pass of the norm reads its weight.
+    lacks_weight = is_unmodified and norm.weight is None \
+        and torch.is_grad_enabled() and any(
+            t.requires_grad for t in (x, conv.weight, conv.bias))
+    if not is_unmodified or lacks_weight:
         if not torch.compiler.is_compiling():
             log_once('plain operators of a downsampling, because its layers '
                      'were replaced or have hooks, or its norm no weight')
