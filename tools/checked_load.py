@@ -28,7 +28,8 @@ class CheckedLoad(BaseTransform):
     """
 
     def __init__(self, load: BaseTransform, key: str,
-                 num_classes: int | None = None, ignore_index: int = 255):
+                 num_classes: int | None = None,
+                 ignore_index: int = 255) -> None:
         self.load = load
         self.key = key
         self.num_classes = num_classes

@@ -5,6 +5,8 @@
 state of the optimizer, and, as settings may ask, of the weights, of which the
 blocks of the backbone are gathered one at a time.
 """
+from typing import Any
+
 import torch
 from mmengine._strategy import FSDPStrategy
 from mmengine.device import get_device
@@ -44,7 +46,8 @@ class ShardedStrategy(FSDPStrategy):
     """
 
     def __init__(self, *, model_wrapper: dict | None = None,
-                 state_dict_cfg: str | dict = 'full', **kwargs):
+                 state_dict_cfg: str | dict = 'full',
+                 **kwargs: Any) -> None:
         settings = dict(
             type='MMFullyShardedDataParallel',
             sharding_strategy='SHARD_GRAD_OP',

@@ -28,6 +28,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -48,14 +49,14 @@ CLASSIFICATION_SIZE, CLASSIFICATION_DIGIT_PX = 64, (44, 52)
 MIN_VISIBLE = 0.85
 
 
-def load_sources():
+def load_sources() -> tuple[np.ndarray, np.ndarray]:
     """Return the source digits, (1797, 8, 8) in [0, 1], and their classes."""
     from sklearn.datasets import load_digits
     digits = load_digits()
     return digits.images.astype(np.float32) / 16, digits.target.astype(int)
 
 
-def split_sources(labels, seed):
+def split_sources(labels: np.ndarray, seed: int) -> dict[str, list[int]]:
     """Split source indices class by class.
 
     Args:
@@ -75,7 +76,7 @@ def split_sources(labels, seed):
     return {name: sorted(indices) for name, indices in split.items()}
 
 
-def draw_canvas(rng, size):
+def draw_canvas(rng: np.random.RandomState, size: int) -> np.ndarray:
     """Return a textured colour canvas, (size, size, 3) float32 in [0, 1]."""
     texture = np.zeros((size, size), np.float32)
     for cells, weight in ((3, 1.0), (8, 0.5), (24, 0.35)):
@@ -95,7 +96,8 @@ def draw_canvas(rng, size):
     return canvas.clip(0, 1).astype(np.float32)
 
 
-def draw_ink(rng, source, pixels):
+def draw_ink(rng: np.random.RandomState, source: np.ndarray,
+             pixels: int) -> np.ndarray:
     """Enlarge a source digit smoothly and turn it a little.
 
     Args:
@@ -119,7 +121,8 @@ def draw_ink(rng, source, pixels):
     return ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
 
 
-def draw_colour(rng, canvas, behind):
+def draw_colour(rng: np.random.RandomState, canvas: float,
+                behind: np.ndarray) -> np.ndarray:
     """Return an ink lighter than the canvas and unlike what lies behind it.
 
     Args:
@@ -139,7 +142,9 @@ def draw_colour(rng, canvas, behind):
     return max(colours, key=lambda colour: np.abs(colour - behind).sum())
 
 
-def draw_scene(rng, size, sources, pixel_range):
+def draw_scene(rng: np.random.RandomState, size: int,
+               sources: Sequence[np.ndarray], pixel_range: tuple[int, int]
+               ) -> tuple[np.ndarray, np.ndarray]:
     """Draw digits on one canvas, the later ones over the earlier ones.
 
     A digit that would hide too much of another is placed elsewhere; after 30
@@ -184,7 +189,8 @@ def draw_scene(rng, size, sources, pixel_range):
     return (canvas * 255).round().astype(np.uint8), instances
 
 
-def annotate(instances, labels):
+def annotate(instances: np.ndarray,
+             labels: Sequence[int]) -> tuple[list[dict], np.ndarray]:
     """Describe the visible digits of an instance map.
 
     Args:
@@ -216,7 +222,9 @@ def annotate(instances, labels):
     return annotations, label_map
 
 
-def write_classification(root, split, images, labels, indices, settings):
+def write_classification(root: Path, split: str, images: np.ndarray,
+                         labels: np.ndarray, indices: list[int],
+                         settings: dict[str, int]) -> dict[str, list[int]]:
     """Write one split as class folders.
 
     Returns:
@@ -236,7 +244,9 @@ def write_classification(root, split, images, labels, indices, settings):
     return shown
 
 
-def write_scenes(root, split, images, labels, indices, settings):
+def write_scenes(root: Path, split: str, images: np.ndarray,
+                 labels: np.ndarray, indices: list[int],
+                 settings: dict[str, int]) -> dict[str, list[int]]:
     """Write one split of the scenes, its COCO file and its label maps.
 
     Returns:
@@ -279,7 +289,7 @@ def write_scenes(root, split, images, labels, indices, settings):
     return shown
 
 
-def read_manifest(dest):
+def read_manifest(dest: Path) -> dict | None:
     """Read what this tool noted in ``dest``.
 
     Returns:
@@ -295,7 +305,7 @@ def read_manifest(dest):
     return manifest if is_ours else None
 
 
-def files_of(manifest):
+def files_of(manifest: dict) -> set[str]:
     """Names of all files of the data with that manifest.
 
     Args:
@@ -310,7 +320,7 @@ def files_of(manifest):
             *(name.replace('scenes/', 'scenes/labels/', 1) for name in scenes)}
 
 
-def check_replaceable(dest, manifest):
+def check_replaceable(dest: Path, manifest: dict | None) -> None:
     """Check that replacing ``dest`` destroys nothing but Digits data.
 
     Args:
@@ -338,17 +348,17 @@ def check_replaceable(dest, manifest):
             'one first')
 
 
-def is_filled(path):
+def is_filled(path: Path) -> bool:
     """Whether there is such a file, and something in it."""
     return path.is_file() and path.stat().st_size > 0
 
 
-def make_digits(dest,
-                train_scenes=1000,
-                val_scenes=100,
-                views=3,
-                seed=0,
-                report=print):
+def make_digits(dest: str | Path,
+                train_scenes: int = 1000,
+                val_scenes: int = 100,
+                views: int = 3,
+                seed: int = 0,
+                report: Callable[[str], None] = print) -> bool:
     """Make the Digits data in ``dest``, unless it is there already.
 
     Args:
@@ -409,7 +419,15 @@ def make_digits(dest,
     return True
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+
+    Returns:
+        Namespace: The options.
+    """
     parser = argparse.ArgumentParser(
         description='Make the Digits data: classification, instance and '
         'semantic segmentation from 1,797 real handwritten digits.')
@@ -425,7 +443,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Make the data.
+
+    Args:
+        argv (list[str], optional): Arguments; those of the process if None.
+    """
     args = parse_args(argv)
     start = time.time()
     try:
