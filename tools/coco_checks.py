@@ -2,6 +2,10 @@
 
 pycocotools and mmdet take such a file as it is: they leave out what does not
 fit without a word, or end in a KeyError.
+
+``explain_*`` run when a data set could not be built, and say what in its file
+is the reason. ``check_*`` run on what has been built: before the first
+iteration, and :func:`check_masks` also with each image that is read.
 """
 import json
 import logging
@@ -23,6 +27,9 @@ _KEYS = {
     'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
     'categories': ('id', 'name')
 }
+_MASK_FORMAT = ('a mask is a list of polygons, [[x1, y1, x2, y2, x3, y3, '
+                "...], ...], or run lengths, {'size': [height, width], "
+                "'counts': ...}, which fill that size")
 
 
 def _read_json(path: str) -> dict:
@@ -110,6 +117,100 @@ def read_categories(path: str) -> dict[int, str]:
     return names
 
 
+def compare_categories(data_set: Any) -> dict[int, str]:
+    """Compare the categories of a COCO file with the classes.
+
+    mmdet leaves out, without a word, classes that the file does not have and
+    annotations of other categories, and numbers the labels in the order of
+    the file.
+
+    Args:
+        data_set (CocoDataset): The data set, loaded or not.
+
+    Returns:
+        dict[int, str]: The categories.
+
+    Raises:
+        DataError: If they are not the classes.
+    """
+    path, classes = data_set.ann_file, list(data_set.metainfo['classes'])
+    names = read_categories(path)
+    ids = getattr(data_set, 'cat_ids', names)
+    found = [names[key] for key in ids if names[key] in classes]
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"'{path}' has more than one category of the name "
+            f'{some_of(twice)}. Give each a name of its own, or merge them')
+    if found != classes:
+        missing = [name for name in classes if name not in found]
+        raise DataError(
+            f"'{path}' does not fit the classes of the config. " +
+            (f'It has no category {some_of(missing)}. '
+             if missing else 'It has them in another order. ') +
+            f'Its categories: {some_of(list(names.values()))}. Set '
+            'metainfo.classes of the data sets of train, val and test to '
+            'those names, in that order, and num_classes of the heads to '
+            'their number')
+    return names
+
+
+def check_category_ids(path: str, used: set,
+                       categories: dict[int, str]) -> None:
+    """Look for annotations of a COCO file that are of no category."""
+    stray = sorted(used - set(categories), key=str)
+    if stray:
+        raise DataError(
+            f"'{path}' has annotations with category_id {some_of(stray)}, "
+            f'and its categories are {some_of(list(categories))}. Correct the '
+            'ids, or add the categories to the file')
+
+
+def _check_shared_ids(path: str, content: dict) -> None:
+    """Look for images or annotations of a file that have the same id.
+
+    Of such images pycocotools takes the last, and gives it the annotations of
+    all.
+    """
+    for name in 'images', 'annotations':
+        first: dict[Any, int] = {}
+        for i, entry in enumerate(content.get(name, ())):
+            before = first.setdefault(entry.get('id'), i)
+            if before != i:
+                raise DataError(
+                    f"'{path}' has the id {entry.get('id')} twice, at entries "
+                    f"{before} and {i} of '{name}'. Number all {name} of the "
+                    'file in one go')
+
+
+def _without_objects(content: dict) -> str | None:
+    """Say why no image of a COCO file can have an object.
+
+    Args:
+        content (dict): The file.
+
+    Returns:
+        str | None: What follows its name in a message. None if there are
+        annotations of its images.
+    """
+    images = content.get('images') or []
+    annotations = content.get('annotations') or []
+    ids, used = (
+        sorted({entry.get(key) for entry in entries}, key=str)
+        for entries, key in ((images, 'id'), (annotations, 'image_id')))
+    if not images:
+        return "lists no 'images'. Add them to the file"
+    if not annotations:
+        return ("has no 'annotations', so there is no object to train on. "
+                'Add them, or give the file that has them as ann_file')
+    if not set(ids) & set(used):
+        return (f'has {len(annotations)} annotations, and none is of one of '
+                f'its images: they have the image_id {some_of(used, 5)}, '
+                f'and the images the id {some_of(ids, 5)}. Correct the '
+                'ids; a text is not the number that it spells')
+    return None
+
+
 def _with_files(data_sets: Iterable[Any]) -> Iterator[Any]:
     """Those data sets that read a COCO file of this machine."""
     for data_set in data_sets:
@@ -171,23 +272,6 @@ def explain_shared_ids(data_sets: Iterable[Any]) -> None:
         _check_shared_ids(data_set.ann_file, _read_json(data_set.ann_file))
 
 
-def _check_shared_ids(path: str, content: dict) -> None:
-    """Look for images or annotations of a file that have the same id.
-
-    Of such images pycocotools takes the last, and gives it the annotations of
-    all.
-    """
-    for name in 'images', 'annotations':
-        first: dict[Any, int] = {}
-        for i, entry in enumerate(content.get(name, ())):
-            before = first.setdefault(entry.get('id'), i)
-            if before != i:
-                raise DataError(
-                    f"'{path}' has the id {entry.get('id')} twice, at entries "
-                    f"{before} and {i} of '{name}'. Number all {name} of the "
-                    'file in one go')
-
-
 def explain_no_images(data_sets: Iterable[Any]) -> None:
     """Where no object of a file can be used, mmdet filters all images.
 
@@ -199,7 +283,7 @@ def explain_no_images(data_sets: Iterable[Any]) -> None:
     """
     for data_set in _with_files(data_sets):
         content = _read_json(data_set.ann_file)
-        check_ids(
+        check_category_ids(
             data_set.ann_file,
             {entry['category_id'] for entry in content.get('annotations', ())
              if 'category_id' in entry},
@@ -207,131 +291,6 @@ def explain_no_images(data_sets: Iterable[Any]) -> None:
         reason = _without_objects(content)
         if reason is not None:
             raise DataError(f"'{data_set.ann_file}' {reason}")
-
-
-def _without_objects(content: dict) -> str | None:
-    """Say why no image of a COCO file can have an object.
-
-    Args:
-        content (dict): The file.
-
-    Returns:
-        str | None: What follows its name in a message. None if there are
-        annotations of its images.
-    """
-    images = content.get('images') or []
-    annotations = content.get('annotations') or []
-    ids, used = (
-        sorted({entry.get(key) for entry in entries}, key=str)
-        for entries, key in ((images, 'id'), (annotations, 'image_id')))
-    if not images:
-        return "lists no 'images'. Add them to the file"
-    if not annotations:
-        return ("has no 'annotations', so there is no object to train on. "
-                'Add them, or give the file that has them as ann_file')
-    if not set(ids) & set(used):
-        return (f'has {len(annotations)} annotations, and none is of one of '
-                f'its images: they have the image_id {some_of(used, 5)}, '
-                f'and the images the id {some_of(ids, 5)}. Correct the '
-                'ids; a text is not the number that it spells')
-    return None
-
-
-def compare_categories(data_set: Any) -> dict[int, str]:
-    """Compare the categories of a COCO file with the classes.
-
-    mmdet leaves out, without a word, classes that the file does not have and
-    annotations of other categories, and numbers the labels in the order of
-    the file.
-
-    Args:
-        data_set (CocoDataset): The data set, loaded or not.
-
-    Returns:
-        dict[int, str]: The categories.
-
-    Raises:
-        DataError: If they are not the classes.
-    """
-    path, classes = data_set.ann_file, list(data_set.metainfo['classes'])
-    names = read_categories(path)
-    ids = getattr(data_set, 'cat_ids', names)
-    found = [names[key] for key in ids if names[key] in classes]
-    twice = sorted({name for name in found if found.count(name) > 1})
-    if twice:
-        raise DataError(
-            f"'{path}' has more than one category of the name "
-            f'{some_of(twice)}. Give each a name of its own, or merge them')
-    if found != classes:
-        missing = [name for name in classes if name not in found]
-        raise DataError(
-            f"'{path}' does not fit the classes of the config. " +
-            (f'It has no category {some_of(missing)}. '
-             if missing else 'It has them in another order. ') +
-            f'Its categories: {some_of(list(names.values()))}. Set '
-            'metainfo.classes of the data sets of train, val and test to '
-            'those names, in that order, and num_classes of the heads to '
-            'their number')
-    return names
-
-
-def check_images(path: str) -> None:
-    """Look for images of a COCO file that have the same id.
-
-    Args:
-        path (str): The file.
-
-    Raises:
-        DataError: If there are any.
-    """
-    try:
-        # COCO's 118,000 take 30 MB.
-        images = _read_list(path, 'images', 2**28)
-    except json.JSONDecodeError:  # not the whole of them
-        return
-    _check_shared_ids(path, dict(images=images or ()))
-
-
-def check_ids(path: str, used: set, categories: dict[int, str]) -> None:
-    """Look for annotations of a COCO file that are of no category."""
-    stray = sorted(used - set(categories), key=str)
-    if stray:
-        raise DataError(
-            f"'{path}' has annotations with category_id {some_of(stray)}, "
-            f'and its categories are {some_of(list(categories))}. Correct the '
-            'ids, or add the categories to the file')
-
-
-def check_objects(data_set: Any, alone: bool) -> None:
-    """Look for an object to train on; mmdet would train without any.
-
-    Args:
-        data_set (CocoDataset): The data set, loaded.
-        alone (bool): Whether it is all the data. Otherwise it may be
-            pictures of nothing, by intention.
-
-    Raises:
-        DataError: If there is none.
-    """
-    for info in map(data_set.get_data_info, range(len(data_set))):
-        # Panoptic segments, or frames of a video, are objects too.
-        if info.get('segments_info') or 'instances' not in info or not all(
-                instance.get('ignore_flag') for instance in info['instances']):
-            return
-    path = data_set.ann_file
-    content = _read_json(path)
-    if not alone and not content.get('annotations'):
-        return
-    reason = _without_objects(content)
-    if reason is None:
-        entry = content['annotations'][0]
-        reason = (
-            'has no object to train on. mmdet leaves out an annotation whose '
-            'area is 0, whose bbox (x, y, width and height, in pixels) is '
-            'less than a pixel wide or high or outside the image, and one '
-            'that is ignore or iscrowd. Correct them; entry 0 has '
-            f'area={entry.get("area")} and bbox={entry.get("bbox")}')
-    raise DataError(f"'{path}' {reason}")
 
 
 def explain_entries(data_sets: Iterable[Any]) -> None:
@@ -374,40 +333,53 @@ def _wrong_value(entry: Any) -> str:
     return ''
 
 
-def _is_mask(mask: Any) -> bool:
-    """Whether it is a list of polygons, which may be arrays, or run lengths.
+def check_image_ids(path: str) -> None:
+    """Look for images of a COCO file that have the same id.
+
+    Args:
+        path (str): The file.
+
+    Raises:
+        DataError: If there are any.
     """
-    if isinstance(mask, dict):
-        return _is_run_lengths(**mask)
-    return isinstance(mask, list) and all(
-        isinstance(polygon, Iterable) and all(
-            isinstance(number, Real) and math.isfinite(number)
-            for number in polygon)
-        for polygon in mask)
-
-
-def _is_run_lengths(counts: Any = None, size: Any = None,
-                    **_: Any) -> bool:
-    """Whether these fill a mask; of others pycocotools takes what lies in
-    memory, or ends in an error without a name."""
-    if not isinstance(size, list) or len(size) != 2 or not all(
-            isinstance(number, int) for number in size):
-        return False
-    if isinstance(counts, list):
-        return all(isinstance(number, int) and number >= 0
-                   for number in counts) and sum(counts) == size[0] * size[1]
-    from pycocotools import mask  # comes with mmdet
-
     try:
-        mask.decode(dict(counts=counts, size=size))
-    except (TypeError, ValueError):
-        return False
-    return True
+        # COCO's 118,000 take 30 MB.
+        images = _read_list(path, 'images', 2**28)
+    except json.JSONDecodeError:  # not the whole of them
+        return
+    _check_shared_ids(path, dict(images=images or ()))
 
 
-_MASK_FORMAT = ('a mask is a list of polygons, [[x1, y1, x2, y2, x3, y3, '
-                "...], ...], or run lengths, {'size': [height, width], "
-                "'counts': ...}, which fill that size")
+def check_objects(data_set: Any, alone: bool) -> None:
+    """Look for an object to train on; mmdet would train without any.
+
+    Args:
+        data_set (CocoDataset): The data set, loaded.
+        alone (bool): Whether it is all the data. Otherwise it may be
+            pictures of nothing, by intention.
+
+    Raises:
+        DataError: If there is none.
+    """
+    for info in map(data_set.get_data_info, range(len(data_set))):
+        # Panoptic segments, or frames of a video, are objects too.
+        if info.get('segments_info') or 'instances' not in info or not all(
+                instance.get('ignore_flag') for instance in info['instances']):
+            return
+    path = data_set.ann_file
+    content = _read_json(path)
+    if not alone and not content.get('annotations'):
+        return
+    reason = _without_objects(content)
+    if reason is None:
+        entry = content['annotations'][0]
+        reason = (
+            'has no object to train on. mmdet leaves out an annotation whose '
+            'area is 0, whose bbox (x, y, width and height, in pixels) is '
+            'less than a pixel wide or high or outside the image, and one '
+            'that is ignore or iscrowd. Correct them; entry 0 has '
+            f'area={entry.get("area")} and bbox={entry.get("bbox")}')
+    raise DataError(f"'{path}' {reason}")
 
 
 def check_masks(info: dict) -> None:
@@ -440,42 +412,35 @@ def check_masks(info: dict) -> None:
                 'in the annotation file')
 
 
-def _check_crowds(path: str, where: str, entries: list[dict]) -> None:
-    """Look for objects that pycocotools fails to count after an epoch.
-
-    Raises:
-        DataError: If there are any.
+def _is_mask(mask: Any) -> bool:
+    """Whether it is a list of polygons, which may be arrays, or run lengths.
     """
-    for entry in entries:
-        if 'iscrowd' not in entry:
-            raise DataError(
-                f"{where} measures with '{path}', and its annotation with the "
-                f"id {entry.get('id')} has no 'iscrowd', which pycocotools "
-                "wants. Add 'iscrowd': 0 to the annotations of single objects")
+    if isinstance(mask, dict):
+        return _is_run_lengths(**mask)
+    return isinstance(mask, list) and all(
+        isinstance(polygon, Iterable) and all(
+            isinstance(number, Real) and math.isfinite(number)
+            for number in polygon)
+        for polygon in mask)
 
 
-def _check_measured_masks(path: str, where: str, entries: list[dict]) -> None:
-    """Look for masks that pycocotools fails to read after an epoch.
+def _is_run_lengths(counts: Any = None, size: Any = None,
+                    **_: Any) -> bool:
+    """Whether these fill a mask; of others pycocotools takes what lies in
+    memory, or ends in an error without a name."""
+    if not isinstance(size, list) or len(size) != 2 or not all(
+            isinstance(number, int) for number in size):
+        return False
+    if isinstance(counts, list):
+        return all(isinstance(number, int) and number >= 0
+                   for number in counts) and sum(counts) == size[0] * size[1]
+    from pycocotools import mask  # comes with mmdet
 
-    Raises:
-        DataError: If there are any.
-    """
-    wrong = []
-    for entry in entries:
-        mask = entry.get('segmentation')
-        # Four numbers and less it does not take for a polygon.
-        if not (mask and _is_mask(mask) and
-                (isinstance(mask, dict) or len(mask[0]) > 4)):
-            wrong.append(entry)
-    if wrong:
-        raise DataError(
-            f"{where} measures masks, and '{path}' has annotations without "
-            f'one that can be read ({len(wrong)}), such as that with the id '
-            f'{wrong[0].get("id")} and the segmentation '
-            f'{str(wrong[0].get("segmentation"))[:100]}; {_MASK_FORMAT}, and '
-            'the first polygon has three corners and more. Correct them, '
-            'take them out of the file, or measure boxes alone: '
-            f'{where}.metric=bbox')
+    try:
+        mask.decode(dict(counts=counts, size=size))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def check_metric(metric: dict, loader: Any, where: str) -> None:
@@ -550,3 +515,41 @@ def _compare_files(path: str, data_set: Any, where: str) -> None:
             f"{where} measures with '{path}', and its data set reads "
             f"'{data_set.ann_file}': {reason}. Set "
             f'{where}.ann_file={data_set.ann_file}')
+
+
+def _check_crowds(path: str, where: str, entries: list[dict]) -> None:
+    """Look for objects that pycocotools fails to count after an epoch.
+
+    Raises:
+        DataError: If there are any.
+    """
+    for entry in entries:
+        if 'iscrowd' not in entry:
+            raise DataError(
+                f"{where} measures with '{path}', and its annotation with the "
+                f"id {entry.get('id')} has no 'iscrowd', which pycocotools "
+                "wants. Add 'iscrowd': 0 to the annotations of single objects")
+
+
+def _check_measured_masks(path: str, where: str, entries: list[dict]) -> None:
+    """Look for masks that pycocotools fails to read after an epoch.
+
+    Raises:
+        DataError: If there are any.
+    """
+    wrong = []
+    for entry in entries:
+        mask = entry.get('segmentation')
+        # Four numbers and less it does not take for a polygon.
+        if not (mask and _is_mask(mask) and
+                (isinstance(mask, dict) or len(mask[0]) > 4)):
+            wrong.append(entry)
+    if wrong:
+        raise DataError(
+            f"{where} measures masks, and '{path}' has annotations without "
+            f'one that can be read ({len(wrong)}), such as that with the id '
+            f'{wrong[0].get("id")} and the segmentation '
+            f'{str(wrong[0].get("segmentation"))[:100]}; {_MASK_FORMAT}, and '
+            'the first polygon has three corners and more. Correct them, '
+            'take them out of the file, or measure boxes alone: '
+            f'{where}.metric=bbox')
