@@ -9,6 +9,14 @@ from typing import Any
 from data_error import DataError, describe, some_of
 
 
+def _list_of(data_set: Any) -> str | None:
+    """The list of images and labels that mmpretrain reads for a data set, if
+    there is one on this machine."""
+    path = getattr(data_set, 'ann_file', None)
+    has_list = getattr(data_set, 'with_label', False) and path
+    return path if has_list and osp.isfile(path) else None
+
+
 def explain_lists(unread: Iterable[Any]) -> None:
     """mmpretrain reads a path, a space and a number from each line of a list.
 
@@ -18,11 +26,7 @@ def explain_lists(unread: Iterable[Any]) -> None:
     Raises:
         DataError: If a line is another one.
     """
-    for data_set in unread:
-        path = getattr(data_set, 'ann_file', None)
-        if not getattr(data_set, 'with_label', False) or not path \
-                or not osp.isfile(path):
-            continue
+    for path in filter(None, map(_list_of, unread)):
         try:
             lines = Path(path).read_text(encoding='utf-8').splitlines()
         except UnicodeDecodeError as error:
@@ -158,9 +162,8 @@ def check_listed_labels(data_set: Any, count: int) -> None:
     Raises:
         DataError: If a label is no class.
     """
-    path = getattr(data_set, 'ann_file', None)
-    if not getattr(data_set, 'with_label', False) or not path \
-            or not osp.isfile(path):
+    path = _list_of(data_set)
+    if path is None:
         return
     with open(path, 'rb') as file:
         for line in file:
