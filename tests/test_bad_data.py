@@ -450,7 +450,7 @@ def test_a_part_whose_objects_are_all_left_out_is_refused(coco, copy):
     data_set = DATASETS.build({**cfg.train_dataloader.dataset,
                                'filter_cfg': None})
     with pytest.raises(DataError, match='no object to train on'):
-        coco_checks.check_objects(data_set, alone=False)
+        coco_checks.check_data_set(data_set, alone=False)
 
 
 def boxes_only(content):

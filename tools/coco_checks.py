@@ -117,7 +117,7 @@ def read_categories(path: str) -> dict[int, str]:
     return names
 
 
-def compare_categories(data_set: Any) -> dict[int, str]:
+def _compare_categories(data_set: Any) -> dict[int, str]:
     """Compare the categories of a COCO file with the classes.
 
     mmdet leaves out, without a word, classes that the file does not have and
@@ -155,9 +155,13 @@ def compare_categories(data_set: Any) -> dict[int, str]:
     return names
 
 
-def check_category_ids(path: str, used: set,
-                       categories: dict[int, str]) -> None:
-    """Look for annotations of a COCO file that are of no category."""
+def _check_category_ids(path: str, used: set,
+                        categories: dict[int, str]) -> None:
+    """Look for annotations of a COCO file that are of no category.
+
+    Raises:
+        DataError: If there are any.
+    """
     stray = sorted(used - set(categories), key=str)
     if stray:
         raise DataError(
@@ -283,11 +287,11 @@ def explain_no_images(data_sets: Iterable[Any]) -> None:
     """
     for data_set in _with_files(data_sets):
         content = _read_json(data_set.ann_file)
-        check_category_ids(
+        _check_category_ids(
             data_set.ann_file,
             {entry['category_id'] for entry in content.get('annotations', ())
              if 'category_id' in entry},
-            compare_categories(data_set))
+            _compare_categories(data_set))
         reason = _without_objects(content)
         if reason is not None:
             raise DataError(f"'{data_set.ann_file}' {reason}")
@@ -333,11 +337,30 @@ def _wrong_value(entry: Any) -> str:
     return ''
 
 
-def check_image_ids(path: str) -> None:
-    """Look for images of a COCO file that have the same id.
+def check_data_set(data_set: Any, alone: bool) -> None:
+    """Check the COCO file of a data set, as far as loading it does not.
 
     Args:
-        path (str): The file.
+        data_set (object): The data set, loaded. Others are left alone, and so
+            are files that are not on this machine.
+        alone (bool): Whether it is all the data. Otherwise it may be
+            pictures of nothing, by intention.
+
+    Raises:
+        DataError: If its categories are not the classes, or, in training, if
+            images have the same id or there is no object.
+    """
+    if not hasattr(data_set, 'cat_ids') or not osp.isfile(data_set.ann_file):
+        return
+    _check_category_ids(data_set.ann_file, set(data_set.cat_img_map),
+                        _compare_categories(data_set))
+    if not data_set.test_mode:
+        _check_image_ids(data_set.ann_file)
+        _check_objects(data_set, alone)
+
+
+def _check_image_ids(path: str) -> None:
+    """Look for images of a COCO file that have the same id.
 
     Raises:
         DataError: If there are any.
@@ -350,13 +373,8 @@ def check_image_ids(path: str) -> None:
     _check_shared_ids(path, dict(images=images or ()))
 
 
-def check_objects(data_set: Any, alone: bool) -> None:
+def _check_objects(data_set: Any, alone: bool) -> None:
     """Look for an object to train on; mmdet would train without any.
-
-    Args:
-        data_set (CocoDataset): The data set, loaded.
-        alone (bool): Whether it is all the data. Otherwise it may be
-            pictures of nothing, by intention.
 
     Raises:
         DataError: If there is none.

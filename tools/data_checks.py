@@ -322,13 +322,7 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool,
             _check_sizes(data_set, meta.get('thing_classes') or classes, sizes,
                          exact)
             check_order(data_set, classes)
-            if hasattr(data_set, 'cat_ids') and osp.isfile(data_set.ann_file):
-                coco_checks.check_category_ids(
-                    data_set.ann_file, set(data_set.cat_img_map),
-                    coco_checks.compare_categories(data_set))
-                if not data_set.test_mode:
-                    coco_checks.check_image_ids(data_set.ann_file)
-                    coco_checks.check_objects(data_set, len(found) == 1)
+            coco_checks.check_data_set(data_set, alone=len(found) == 1)
         # Only mmseg computes its loss from label maps as they are.
         limit = None
         if hasattr(data_set, 'reduce_zero_label'):
