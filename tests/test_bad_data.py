@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmdet
 import numpy as np
@@ -800,14 +801,15 @@ def test_metric_has_to_ignore_what_the_heads_ignore():
     ignored = data_checks.ignored_labels(dict(module=model))
     assert ignored == {'model.decode_head.ignore_index': 200,
                        'model.auxiliary_head.1.ignore_index': 200}
-    metric = dict(type='IoUMetric')
+    metric, loader = dict(type='IoUMetric'), SimpleNamespace(dataset=None)
+    check = data_checks.check_metric
     with pytest.raises(DataError, match='Set test_evaluator.ignore_index=200'):
-        data_checks.check_ignored(metric, ignored, sizes, 'test_evaluator')
+        check(metric, loader, sizes, ignored, 'test_evaluator')
     metric['ignore_index'] = 200
-    data_checks.check_ignored(metric, ignored, sizes, 'test_evaluator')
+    check(metric, loader, sizes, ignored, 'test_evaluator')
     # A class that is not learned may count.
-    data_checks.check_ignored(dict(type='IoUMetric'), {'head': 0}, sizes, '')
-    data_checks.check_ignored(dict(type='Other'), ignored, sizes, '')
+    check(dict(type='IoUMetric'), loader, sizes, {'head': 0}, '')
+    check(dict(type='Other'), loader, sizes, ignored, '')
 
 
 def test_heads_with_classes_of_their_own_are_left_out():

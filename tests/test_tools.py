@@ -20,6 +20,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
+import data_checks
 from mmconv2former import Conv2Former
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1248,15 +1249,15 @@ def test_label_maps_are_not_saved_in_a_pickle(tool, tmp_path):
 
 @pytest.mark.parametrize('topk, is_right', [
     (1, True), ((1, 5), True), (11, False), ([1, 20], False), (None, True)])
-def test_metric_of_more_classes_than_there_are_is_told(tool, topk, is_right):
-    tool('launch')
-    check = sys.modules['launch'].data_checks.check_topk
+def test_metric_of_more_classes_than_there_are_is_told(topk, is_right):
+    check, loader = data_checks.check_metric, SimpleNamespace(dataset=None)
     metric = dict(type='Accuracy', topk=topk)
-    check(metric, {}, 'val_evaluator')
+    check(metric, loader, {}, {}, 'val_evaluator')
     right = nullcontext() if is_right else pytest.raises(
         ValueError, match=r'val_evaluator: topk=.* the model has 10: set topk')
     with right:
-        check(metric, {'model.head.num_classes': 10}, 'val_evaluator')
+        check(metric, loader, {'model.head.num_classes': 10}, {},
+              'val_evaluator')
 
 
 @pytest.mark.parametrize('config', ['mask_rcnn', 'cascade_mask_rcnn'])

@@ -3,11 +3,11 @@
 Before the first iteration, when the runner has built a data loader,
 :func:`check_loader` compares its classes with the heads and its categories
 with the classes, and looks at a sample of its files; :func:`check_agreement`
-compares it with the data of training. What is peculiar to COCO's files is in
-:mod:`coco_checks`, to class folders and lists of images in
-:mod:`classification_checks`. The files that are read later
-:class:`checked_load.CheckedLoad` looks at: is it whole, and are its labels
-classes?
+compares it with the data of training, and :func:`check_metric` what measures
+on it. What is peculiar to COCO's files is in :mod:`coco_checks`, to class
+folders and lists of images in :mod:`classification_checks`. The files that
+are read later :class:`checked_load.CheckedLoad` looks at: is it whole, and
+are its labels classes?
 """
 import json
 import logging
@@ -173,15 +173,28 @@ def ignored_labels(model: ConfigDict) -> dict[str, int]:
     return found
 
 
-def check_ignored(metric: dict, ignored: dict[str, int], sizes: dict[str, int],
-                  where: str) -> None:
-    """Check that a metric ignores what the heads ignore.
+def check_metric(metric: dict, loader: Any, sizes: dict[str, int],
+                 ignored: dict[str, int], where: str) -> None:
+    """Check that a metric fits the model and the data.
 
     Args:
         metric (dict): Config of the metric.
-        ignored (dict[str, int]): Of :func:`ignored_labels`.
+        loader (DataLoader): The data that it will measure.
         sizes (dict[str, int]): Of :func:`model_sizes`.
+        ignored (dict[str, int]): Of :func:`ignored_labels`.
         where (str): Name of the setting, such as 'val_evaluator'.
+
+    Raises:
+        DataError: If it does not.
+    """
+    _check_topk(metric, sizes, where)
+    _check_ignored(metric, ignored, sizes, where)
+    coco_checks.check_metric(metric, loader, where)
+
+
+def _check_ignored(metric: dict, ignored: dict[str, int],
+                   sizes: dict[str, int], where: str) -> None:
+    """Check that a metric ignores what the heads ignore.
 
     Raises:
         DataError: If it counts a label that is no class.
@@ -196,13 +209,8 @@ def check_ignored(metric: dict, ignored: dict[str, int], sizes: dict[str, int],
                 f'count as wrong. Set {where}.ignore_index={label}')
 
 
-def check_topk(metric: dict, sizes: dict[str, int], where: str) -> None:
+def _check_topk(metric: dict, sizes: dict[str, int], where: str) -> None:
     """Check that a classifier has the classes that a metric counts up to.
-
-    Args:
-        metric (dict): Config of the metric.
-        sizes (dict[str, int]): Of :func:`model_sizes`.
-        where (str): Name of the setting, such as 'val_evaluator'.
 
     Raises:
         DataError: If it has not; mmpretrain would say so after an epoch.

@@ -31,7 +31,6 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-import coco_checks
 import data_checks
 from mmconv2former.archs import describe_arch
 from mmconv2former.checkpoint import (
@@ -579,11 +578,8 @@ def build_runner(cfg: Config) -> Runner:
         def build_and_compare(loop: Any) -> Any:
             loop = build_loop(loop)
             for metric in evaluators(cfg, part):
-                data_checks.check_topk(metric, sizes, f'{part}_evaluator')
-                data_checks.check_ignored(metric, ignored, sizes,
-                                          f'{part}_evaluator')
-                coco_checks.check_metric(metric, loop.dataloader,
-                                         f'{part}_evaluator')
+                data_checks.check_metric(metric, loop.dataloader, sizes,
+                                         ignored, f'{part}_evaluator')
             return loop
 
         return build_and_compare
