@@ -247,43 +247,50 @@ def build_loader(build: Callable, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         return build(cfg, *args, **kwargs)
     except (AssertionError, KeyError, RuntimeError, TypeError,
             ValueError) as error:
-        no_images = ('no images. Compare data_root, data_prefix, ann_file, '
-                     'the suffixes and filter_cfg with the files')
-        if isinstance(error, KeyError):
-            coco_checks.explain_missing_key(
-                _unread(cfg['dataset']), error.args[0])
-            raise
-        if isinstance(error, json.JSONDecodeError):
-            reason = f'an annotation file that is no JSON ({error})'
-        elif 'annotation file format' in str(error):  # pycocotools
-            coco_checks.explain_format(_unread(cfg['dataset']))
-            raise
-        elif 'are not unique' in str(error):  # mmdet
-            coco_checks.explain_shared_ids(_unread(cfg['dataset']))
-            raise
-        elif 'at least one array' in str(error):  # NumPy, asked by mmengine
-            coco_checks.explain_no_images(_unread(cfg['dataset']))
-            reason = no_images
-        elif 'subfolders' in str(error):  # mmpretrain
-            for data_set in _unread(cfg['dataset']):
-                _check_names(describe(data_set),
-                             data_set.metainfo.get('classes'))
-            explain_class_folders(_unread(cfg['dataset']))
-            reason = no_images
-        elif 'subset of classes' in str(error):  # mmseg
-            reason = ('classes that its type does not have. Data of your own '
-                      "takes type='BaseSegDataset', reduce_zero_label and "
-                      'the suffixes of its files (docs/data.md, Images and '
-                      'label maps)')
-        else:
-            if isinstance(error, (TypeError, ValueError)):
-                explain_lists(_unread(cfg['dataset']))
-                coco_checks.explain_entries(_unread(cfg['dataset']))
-            raise
+        _explain(error, cfg['dataset'])
+        raise
+
+
+def _explain(error: Exception, cfg: ConfigDict) -> None:
+    """Say why a data set cannot be built, where that can be told.
+
+    Args:
+        error (Exception): What building it has raised.
+        cfg (ConfigDict): Its config.
+
+    Raises:
+        DataError: With the reason.
+    """
+    text, reason = str(error), None
+    no_images = ('no images. Compare data_root, data_prefix, ann_file, the '
+                 'suffixes and filter_cfg with the files')
+    if isinstance(error, KeyError):
+        coco_checks.explain_missing_key(_unread(cfg), error.args[0])
+    elif isinstance(error, json.JSONDecodeError):
+        reason = f'an annotation file that is no JSON ({error})'
+    elif 'annotation file format' in text:  # pycocotools
+        coco_checks.explain_format(_unread(cfg))
+    elif 'are not unique' in text:  # mmdet
+        coco_checks.explain_shared_ids(_unread(cfg))
+    elif 'at least one array' in text:  # NumPy, asked by mmengine
+        coco_checks.explain_no_images(_unread(cfg))
+        reason = no_images
+    elif 'subfolders' in text:  # mmpretrain
+        for data_set in _unread(cfg):
+            _check_names(describe(data_set), data_set.metainfo.get('classes'))
+        explain_class_folders(_unread(cfg))
+        reason = no_images
+    elif 'subset of classes' in text:  # mmseg
+        reason = ('classes that its type does not have. Data of your own '
+                  "takes type='BaseSegDataset', reduce_zero_label and the "
+                  'suffixes of its files (docs/data.md, Images and label '
+                  'maps)')
+    elif isinstance(error, (TypeError, ValueError)):
+        explain_lists(_unread(cfg))
+        coco_checks.explain_entries(_unread(cfg))
+    if reason is not None:
         settings = {
-            key: value
-            for key, value in cfg['dataset'].items() if key != 'pipeline'
-        }
+            key: value for key, value in cfg.items() if key != 'pipeline'}
         raise DataError(f'the data set {settings} has {reason}') from error
 
 
