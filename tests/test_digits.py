@@ -16,8 +16,8 @@ from mmengine.runner import Runner
 from PIL import Image
 from pycocotools import mask as rle
 
+import digits_report as report
 import make_digits as make
-import report
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = 'conv2former_mini_digits'

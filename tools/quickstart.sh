@@ -149,4 +149,4 @@ if [ $compare = yes ]; then
     wait_for_all
 fi
 printf '\n'
-"$python" tools/report.py "${report[@]}"
+"$python" tools/digits_report.py "${report[@]}"

@@ -4,7 +4,7 @@ Reads what training and testing left in WORK_DIRS (mmengine's logs, and the
 predictions that tools/test.py --out wrote), prints the table and writes one
 HTML page that needs no other file::
 
-    python tools/report.py --work-dirs work_dirs --data data/digits
+    python tools/digits_report.py --work-dirs work_dirs --data data/digits
 
 tools/quickstart.sh runs it; after that it can be run again at any time.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
@@ -313,7 +314,6 @@ def draw_labels(axes: plt.Axes, label_map: np.ndarray,
 def centres(mask: np.ndarray,
             least: int = 40) -> Iterator[tuple[float, float]]:
     """Centre (row, column) of each connected part of ``least`` pixels."""
-    import cv2
     _, _, stats, middle = cv2.connectedComponentsWithStats(
         mask.astype(np.uint8))
     for part, (x, y) in zip(stats[1:], middle[1:]):
@@ -321,10 +321,9 @@ def centres(mask: np.ndarray,
             yield y, x
 
 
-def draw_classes(rows: list[list[plt.Axes]], predictions: list[dict]) -> None:
+def draw_classes(plots: Iterable[plt.Axes], predictions: list[dict]) -> None:
     """Show images with the predicted digit, a wrong one in red."""
-    for axes, image in zip((cell for row in rows for cell in row),
-                           predictions):
+    for axes, image in zip(plots, predictions):
         draw_image(axes, read_picture(Path(image['img_path'])))
         predicted = int(image['pred_label'])
         wrong = predicted != int(image['gt_label'])
@@ -394,7 +393,7 @@ def paint_classes(work_dirs: Path, rows: int, columns: int) -> plt.Figure:
     step = max(1, len(predictions) // free)
     figure, grid = plt.subplots(
         rows, columns, figsize=(11, 0.95 * rows), layout='constrained')
-    draw_classes(grid, wrong + predictions[::step])
+    draw_classes(grid.flat, wrong + predictions[::step])
     return figure
 
 
@@ -419,7 +418,7 @@ def paint_overview(work_dirs: Path, data: Path,
         2, 1, height_ratios=[1, 2.05 * len(names)])
     predictions = read_predictions(work_dirs / TASKS[0].run)
     step = max(1, len(predictions) // 14)
-    draw_classes([top.subplots(1, 14)], predictions[::step])
+    draw_classes(top.subplots(1, 14), predictions[::step])
     grid = bottom.subplots(len(names), 5, squeeze=False)
     draw_scenes(grid, names, data, work_dirs)
     return figure
