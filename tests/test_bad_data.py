@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 import checked_load
 import coco_checks
+import config_queries
 import data_checks
 from data_error import DataError, one_message
 
@@ -777,28 +778,28 @@ def test_text_in_place_of_a_list_of_classes_is_refused(coco, copy):
 
 
 def test_heads_are_found_wherever_they_are():
-    assert set(data_checks.head_sizes(Config.fromfile(CASCADE).model)) == {
+    assert set(config_queries.head_sizes(Config.fromfile(CASCADE).model)) == {
         *(f'model.roi_head.bbox_head.{i}.num_classes' for i in range(3)),
         'model.roi_head.mask_head.num_classes'
     }
-    assert data_checks.head_sizes(Config.fromfile(ADE20K).model) == {
+    assert config_queries.head_sizes(Config.fromfile(ADE20K).model) == {
         'model.decode_head.num_classes': 150,
         'model.auxiliary_head.num_classes': 150
     }
-    assert data_checks.head_sizes(Config.fromfile(IN1K).model) == {
+    assert config_queries.head_sizes(Config.fromfile(IN1K).model) == {
         'model.head.num_classes': 1000
     }
 
 
 def test_metric_has_to_ignore_what_the_heads_ignore():
     model = Config.fromfile(ADE20K).model
-    sizes = data_checks.head_sizes(model)
-    assert data_checks.ignored_labels(model) == {
+    sizes = config_queries.head_sizes(model)
+    assert config_queries.ignored_labels(model) == {
         'model.decode_head.ignore_index': 255,
         'model.auxiliary_head.ignore_index': 255}
     model.decode_head.ignore_index = 200
     model.auxiliary_head = [dict(ignore_index=None), dict(ignore_index=200)]
-    ignored = data_checks.ignored_labels(dict(module=model))
+    ignored = config_queries.ignored_labels(dict(module=model))
     assert ignored == {'model.decode_head.ignore_index': 200,
                        'model.auxiliary_head.1.ignore_index': 200}
     metric, loader = dict(type='IoUMetric'), SimpleNamespace(dataset=None)
@@ -816,13 +817,13 @@ def test_heads_with_classes_of_their_own_are_left_out():
     htc = Config.fromfile(Path(mmdet.__file__).parent.joinpath(
         '.mim/configs/htc/htc_r50_fpn_1x_coco.py')).model
     assert 'semantic_head' in htc.roi_head
-    assert data_checks.head_sizes(htc) == {
+    assert config_queries.head_sizes(htc) == {
         f'model.roi_head.{kind}_head.{i}.num_classes': 80
         for kind in ('bbox', 'mask') for i in range(3)}
     edges = dict(type='STDCHead', num_classes=1, boundary_threshold=0.1)
-    assert data_checks.head_sizes(dict(auxiliary_head=[edges])) == {}
+    assert config_queries.head_sizes(dict(auxiliary_head=[edges])) == {}
     masks = dict(type='FCNMaskHead', num_classes=1, class_agnostic=True)
-    assert data_checks.head_sizes(dict(mask_head=masks)) == {}
+    assert config_queries.head_sizes(dict(mask_head=masks)) == {}
 
 
 def test_heads_for_things_do_not_count_the_stuff_of_panoptic_data(
@@ -873,19 +874,19 @@ def test_samplers_without_end_need_no_whole_batch(pictures):
 
 def test_length_of_one_hot_labels_is_a_size_of_the_model():
     cfg = Config.fromfile(IN1K)
-    assert data_checks.model_sizes(cfg) == {
+    assert config_queries.model_sizes(cfg) == {
         'model.head.num_classes': 1000,
         'data_preprocessor.num_classes': 1000
     }
     cfg.model.data_preprocessor = dict(num_classes=7)
-    assert data_checks.model_sizes(cfg) == {
+    assert config_queries.model_sizes(cfg) == {
         'model.head.num_classes': 1000,
         'model.data_preprocessor.num_classes': 7
     }
     cfg.model.train_cfg = None  # the labels stay numbers
-    assert data_checks.model_sizes(cfg) == {'model.head.num_classes': 1000}
-    assert data_checks.model_sizes(Config.fromfile(
-        ADE20K)) == data_checks.head_sizes(Config.fromfile(ADE20K).model)
+    assert config_queries.model_sizes(cfg) == {'model.head.num_classes': 1000}
+    assert config_queries.model_sizes(Config.fromfile(
+        ADE20K)) == config_queries.head_sizes(Config.fromfile(ADE20K).model)
 
 
 @pytest.mark.parametrize('head, preprocessor, named', [
@@ -1068,7 +1069,7 @@ def test_errors_of_data_sets_of_ones_own_are_theirs(monkeypatch):
 
 
 def test_heads_whose_classes_are_texts_are_left_out():
-    assert data_checks.head_sizes(dict(
+    assert config_queries.head_sizes(dict(
         type='GroundingDINO', language_model=dict(type='BertModel'),
         bbox_head=dict(type='GroundingDINOHead', num_classes=256))) == {}
 

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
+import config_queries
 import official
 from mmconv2former import Conv2Former
 
@@ -283,10 +284,10 @@ model = dict(
 """)
     Config.fromfile(new).dump(saved)
     checkpoint = tmp_path / 'x.pth'
-    get_flops, launch = load_tool('get_flops'), load_tool('launch')
+    get_flops = load_tool('get_flops')
     for path in new, saved:
         cfg = Config.fromfile(path)
-        assert launch.library(cfg) == 'mmpretrain'
+        assert config_queries.library(cfg) == 'mmpretrain'
         model = get_flops.build_model(cfg)
         torch.save({key: torch.ones(value.shape)
                     for key, value in model.state_dict().items()}, checkpoint)

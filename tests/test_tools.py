@@ -20,6 +20,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
+import config_queries
 import data_checks
 from mmconv2former import Conv2Former
 
@@ -410,9 +411,8 @@ def test_wrapped_data_sets_are_checked(tool, tmp_path):
     assert 'train_dataloader.dataset.dataset.datasets.1' in message
 
 
-def test_root_of_the_data_may_be_a_path(tool, tmp_path):
-    launch = tool('train').launch
-    assert launch.data_paths(Config(dict(
+def test_root_of_the_data_may_be_a_path(tmp_path):
+    assert config_queries.data_paths(Config(dict(
         type='CustomDataset', data_root=tmp_path, data_prefix='train'))) == {
             'data_prefix.images, one folder per class': f'{tmp_path}/train'}
 
@@ -420,7 +420,7 @@ def test_root_of_the_data_may_be_a_path(tool, tmp_path):
 def test_data_in_other_storages_is_not_looked_for(tool):
     launch = tool('launch')
     leaf = dict(type='CustomDataset', data_prefix='gone')
-    assert launch.data_paths({**leaf, 'data_root': 's3://a'}) == {}
+    assert config_queries.data_paths({**leaf, 'data_root': 's3://a'}) == {}
     storage = dict(backend='petrel')
     launch.check_data(
         Config(dict(
@@ -437,7 +437,7 @@ def test_data_sets_that_name_no_path_are_left_to_their_class(tool):
                 dataset=dict(type='CIFAR10', data_root='gone',
                              split='train'))))
     launch = tool('launch')
-    assert launch.data_paths(cfg.train_dataloader.dataset) == {}
+    assert config_queries.data_paths(cfg.train_dataloader.dataset) == {}
     launch.check_data(cfg, ('train', ))
 
 
@@ -1053,9 +1053,9 @@ def test_batch_that_the_learning_rate_fits_is_not_reported(tool, monkeypatch):
      'mmdet'),
     (None, Conv2Former, ''),
     (None, None, '')])
-def test_library_of_a_config(scope, kind, expected, tool):
+def test_library_of_a_config(scope, kind, expected):
     cfg = Config(dict(default_scope=scope, model=dict(type=kind)))
-    assert tool('launch').library(cfg) == expected
+    assert config_queries.library(cfg) == expected
 
 
 @pytest.mark.parametrize('option', ['auto_scale_lr=None',
@@ -1325,12 +1325,11 @@ def test_predictions_of_boxes_go_to_a_pickle_only(tool):
 
 
 def test_predictions_are_saved_by_an_evaluator_too(tool, tmp_path):
-    launch = tool('launch')
     test = tool('test')
     metrics = [dict(type='Accuracy')]
     cfg = Config(dict(default_scope='mmpretrain', model=dict(), test_evaluator=
                       dict(type='Evaluator', metrics=metrics[0])))
-    assert launch.evaluators(cfg, 'test') == metrics
+    assert config_queries.evaluators(cfg, 'test') == metrics
     path = str(tmp_path / 'a.pkl')
     test._dump(cfg, path)
     assert cfg.test_evaluator == dict(type='Evaluator', metrics=[
@@ -1373,7 +1372,7 @@ def test_types_may_be_classes(tool, tmp_path):
     assert hook.enable and hook.out_dir == str(tmp_path / 'painted')
     data_set = Config(dict(data=dict(type=CustomDataset, data_root='x'))).data
     launch = sys.modules['launch']
-    assert launch.data_paths(data_set) == {
+    assert config_queries.data_paths(data_set) == {
         'data_root, one folder per class': 'x'}
     assert launch.without_sync_bn(
         dict(type=torch.nn.SyncBatchNorm)) == dict(type='BN')

@@ -12,7 +12,6 @@ are its labels classes?
 import json
 import logging
 import os.path as osp
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,145 +31,11 @@ from classification_checks import (
     explain_lists,
     odd_folders,
 )
+from config_queries import data_sets, type_name
 from data_error import DataError, describe, some_of
 
 # Files of a data set that are looked at before the first iteration.
 SAMPLE = 100
-# Heads with classes of their own: of stuff, an edge or none, or texts.
-AUXILIARY_HEADS = ('FusedSemanticHead', 'SCNetSemanticHead', 'STDCHead',
-                   'SideAdapterCLIPHead')
-
-
-def type_name(cfg: dict) -> str:
-    """Name of the class that a config is of.
-
-    Args:
-        cfg (dict): Config with a ``type``: a name with or without scope or,
-            in mmengine's new style, the class.
-
-    Returns:
-        str: The name without scope; '' if there is no ``type``.
-    """
-    kind = cfg.get('type') or ''
-    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
-
-
-def has_hook(cfg: ConfigDict, name: str) -> bool:
-    """Whether a config has a custom hook of that type."""
-    return any(type_name(hook) == name
-               for hook in cfg.get('custom_hooks') or ())
-
-
-def data_sets(cfg: ConfigDict, where: str) -> Iterator[tuple[str, ConfigDict]]:
-    """Data sets in a data-set config, those inside wrappers too.
-
-    Args:
-        cfg (ConfigDict): Config of a data set or of a wrapper around one
-            (``dataset``) or several (``datasets``).
-        where (str): Dotted name of ``cfg`` in the whole config.
-
-    Yields:
-        tuple[str, ConfigDict]: Dotted name and config of a data set.
-    """
-    if 'dataset' in cfg:
-        yield from data_sets(cfg.dataset, f'{where}.dataset')
-    elif 'datasets' in cfg:
-        for i, inner in enumerate(cfg.datasets):
-            yield from data_sets(inner, f'{where}.datasets.{i}')
-    else:
-        yield where, cfg
-
-
-def config_parts(config: Any, where: str = 'model'
-                 ) -> Iterator[tuple[str, ConfigDict]]:
-    """A config and all those within it.
-
-    Args:
-        config (object): The config of a model, or a part of it.
-        where (str): Its dotted name.
-
-    Yields:
-        tuple[str, ConfigDict]: Dotted name and config of a part, such as
-        'model.backbone', or 'model.detector.backbone' of a teacher.
-    """
-    if isinstance(config, dict):
-        yield where, config
-        parts = config.items()
-    else:
-        parts = enumerate(config) if isinstance(config, (list, tuple)) else ()
-    for key, part in parts:
-        yield from config_parts(part, f'{where}.{key}')
-
-
-def head_sizes(model: ConfigDict) -> dict[str, int]:
-    """Numbers of classes that the heads in a model config are made for.
-
-    Args:
-        model (ConfigDict): The config.
-
-    Returns:
-        dict[str, int]: By the name of the setting. The head of the region
-        proposal network, which knows objects only, is left out, and so are
-        ``AUXILIARY_HEADS``. Empty where the classes are texts, of which the
-        number is a greatest one.
-    """
-    sizes = {}
-    for where, part in config_parts(model):
-        if 'language_model' in part:
-            return {}
-        last = re.sub(r'\.\d+$', '', where).rpartition('.')[2]
-        if 'num_classes' in part and 'head' in last and last != 'rpn_head' \
-                and type_name(part) not in AUXILIARY_HEADS \
-                and not part.get('class_agnostic'):
-            sizes[f'{where}.num_classes'] = part['num_classes']
-    return sizes
-
-
-def model_sizes(cfg: ConfigDict) -> dict[str, int]:
-    """Numbers of classes that a model and its preprocessing are made for.
-
-    Args:
-        cfg (Config): The whole config.
-
-    Returns:
-        dict[str, int]: Those of :func:`head_sizes` and, of a classifier that
-        trains on one-hot labels, the length of those.
-    """
-    model = cfg.model.get('module', cfg.model)  # test.py --tta wraps it
-    sizes = head_sizes(model)
-    # As mmengine does: that of the model goes before that of the config.
-    where = 'data_preprocessor'
-    settings = cfg.get(where)
-    if 'data_preprocessor' in model:
-        where, settings = f'model.{where}', model.data_preprocessor
-    settings = settings or {}
-    one_hot = settings.get('to_onehot') or settings.get('batch_augments') or (
-        model.get('train_cfg') or {}).get('augments')
-    if one_hot and settings.get('num_classes'):
-        sizes[f'{where}.num_classes'] = settings['num_classes']
-    return sizes
-
-
-def ignored_labels(model: ConfigDict) -> dict[str, int]:
-    """Labels that the heads of a segmentor ignore.
-
-    Args:
-        model (ConfigDict): Config of the model.
-
-    Returns:
-        dict[str, int]: By the name of the setting.
-    """
-    model = model.get('module', model)  # test.py --tta wraps it
-    found = {}
-    for key in ('decode_head', 'auxiliary_head'):
-        heads = model.get(key) or []
-        for i, head in enumerate(heads if isinstance(heads, list)
-                                 else [heads]):
-            where = f'model.{key}{f".{i}" * isinstance(heads, list)}'
-            label = head.get('ignore_index', 255)
-            if label is not None:  # as masked losses want it
-                found[f'{where}.ignore_index'] = label
-    return found
 
 
 def check_metric(metric: dict, loader: Any, sizes: dict[str, int],
@@ -180,8 +45,8 @@ def check_metric(metric: dict, loader: Any, sizes: dict[str, int],
     Args:
         metric (dict): Config of the metric.
         loader (DataLoader): The data that it will measure.
-        sizes (dict[str, int]): Of :func:`model_sizes`.
-        ignored (dict[str, int]): Of :func:`ignored_labels`.
+        sizes (dict[str, int]): Of :func:`config_queries.model_sizes`.
+        ignored (dict[str, int]): Of :func:`config_queries.ignored_labels`.
         where (str): Name of the setting, such as 'val_evaluator'.
 
     Raises:
@@ -311,12 +176,12 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool,
     Args:
         loader (DataLoader): The loader; the loading steps of its pipelines
             are put into :class:`CheckedLoad` in place.
-        sizes (dict[str, int]): What :func:`head_sizes` returns.
+        sizes (dict[str, int]): Of :func:`config_queries.model_sizes`.
         exact (bool): Whether the heads must have as many classes as the
             data. A classifier may have more.
-        ignored (dict[str, int], optional): What :func:`ignored_labels`
-            returns. Where there is none, data sets say which label is
-            ignored. Defaults to None.
+        ignored (dict[str, int], optional): Of
+            :func:`config_queries.ignored_labels`. Where there is none, data
+            sets say which label is ignored. Defaults to None.
 
     Raises:
         DataError: If something does not fit.

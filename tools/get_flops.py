@@ -34,9 +34,9 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import data_checks
 import launch
 from argument_types import positive
+from config_queries import data_sets, type_name
 
 TRAINING_ONLY = 'auxiliary_head'
 # Parts that read the feature maps of the neck, or of the backbone.
@@ -72,12 +72,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def crop_size(loader: dict | None) -> int | tuple[int, int] | None:
     """Size of the crop in the pipeline of a data loader, None without."""
-    for _, data_set in data_checks.data_sets(loader.dataset, '') \
-            if loader else ():
+    for _, data_set in data_sets(loader.dataset, '') if loader else ():
         for transform in data_set.get('pipeline') or ():
             for key, crops in (('crop_size', ('CenterCrop', 'RandomCrop')),
                                ('scale', ('RandomResizedCrop', ))):
-                if data_checks.type_name(transform) in crops:
+                if type_name(transform) in crops:
                     return transform[key]
     return None
 

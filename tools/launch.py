@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.config.utils import ConfigParsingError
 from mmengine.device import get_device
 from mmengine.logging import print_log
@@ -32,6 +32,15 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import data_checks
+from config_queries import (
+    data_paths,
+    data_sets,
+    evaluators,
+    ignored_labels,
+    library,
+    model_sizes,
+    type_name,
+)
 from mmconv2former.archs import describe_arch
 from mmconv2former.checkpoint import (
     CheckpointError,
@@ -241,44 +250,6 @@ def check_model(cfg: Config, path: str, *parts: str) -> None:
             raise SystemExit(f"config '{path}' has no {part}")
 
 
-def data_paths(data_set: ConfigDict) -> dict[str, str]:
-    """Paths that a data set reads, as mmengine's ``BaseDataset`` joins them.
-
-    Args:
-        data_set (ConfigDict): Config with ``data_root``, ``ann_file`` and
-            ``data_prefix`` (str or dict), each optional.
-
-    Returns:
-        dict[str, str]: Files and folders by the setting they come from.
-        Empty if the config names none: such a data set knows by itself what
-        it reads, or downloads it.
-    """
-    prefix = data_set.get('data_prefix') or {}
-    if not isinstance(prefix, dict):
-        prefix = {'images': prefix}
-    names = {f'data_prefix.{key}': name for key, name in prefix.items()}
-    kind = data_checks.type_name(data_set)
-    ann_file = data_set.get('ann_file')
-    if not names and kind.endswith(('ImageNet', 'ImageNet21k')):
-        names = {'split': data_set.get('split')}
-    if not ann_file and kind.endswith(
-        ('ImageNet', 'ImageNet21k', 'CustomDataset')):
-        names = {
-            f'{key}, one folder per class': name
-            for key, name in names.items()
-        }
-    names['ann_file'] = ann_file
-    root = os.fspath(data_set.get('data_root') or '')
-    if not any(names.values()) and kind.endswith('CustomDataset') \
-            and root and '://' not in root:
-        return {'data_root, one folder per class': root}
-    return {
-        key: osp.join(root, name)
-        for key, name in names.items()
-        if name and isinstance(name, str) and '://' not in root + name
-    }
-
-
 def check_data(cfg: Config, parts: tuple[str, ...]) -> None:
     """Check that the data which a run will read is there.
 
@@ -298,14 +269,13 @@ def check_data(cfg: Config, parts: tuple[str, ...]) -> None:
         if not loader or 'dataset' not in loader:
             continue
         wanted = [
-            (f'{where} ({data_checks.type_name(data_set)})',
-             data_paths(data_set))
-            for where, data_set in data_checks.data_sets(
+            (f'{where} ({type_name(data_set)})', data_paths(data_set))
+            for where, data_set in data_sets(
                 loader.dataset, f'{part}_dataloader.dataset')
             if not data_set.get('backend_args')
         ]
         wanted += [
-            (f'{part}_evaluator ({data_checks.type_name(metric)})', {
+            (f'{part}_evaluator ({type_name(metric)})', {
                 'ann_file': metric.ann_file
             })
             for metric in evaluators(cfg, part)
@@ -450,41 +420,6 @@ def _describe_weights(weights: dict[str, Tensor]) -> str:
     return f'The file holds {describe_arch(arch)}. ' if arch['depths'] else ''
 
 
-def library(cfg: Config) -> str:
-    """The library of a config's task.
-
-    Args:
-        cfg (Config): The config. In mmengine's new style it names no scope,
-            and its model is a class, or the name of one with its module.
-
-    Returns:
-        str: 'mmpretrain', 'mmdet' or 'mmseg'; '' if it is another one.
-    """
-    kind = (cfg.get('model') or {}).get('type')
-    classes = getattr(kind, '__mro__', ())
-    names = [cfg.get('default_scope'),
-             *(c.__module__ for c in classes), str(kind)]
-    roots = [str(name).partition('.')[0] for name in names]
-    return next((root for root in roots
-                 if root in ('mmpretrain', 'mmdet', 'mmseg')), '')
-
-
-def evaluators(cfg: Config, part: str) -> list[ConfigDict]:
-    """Configs of the metrics of 'val' or 'test', as a list.
-
-    Args:
-        cfg (Config): The config.
-        part (str): 'train' (which has none), 'val' or 'test'.
-
-    Returns:
-        list[ConfigDict]: The configs.
-    """
-    metrics = cfg.get(f'{part}_evaluator') or []
-    if isinstance(metrics, dict) and 'metrics' in metrics:  # an evaluator
-        metrics = metrics.metrics
-    return metrics if isinstance(metrics, list) else [metrics]
-
-
 def without_sync_bn(model: Any) -> Any:
     """Turn SyncBN into BN, since torch has the former on GPUs only.
 
@@ -496,7 +431,7 @@ def without_sync_bn(model: Any) -> Any:
     """
     if isinstance(model, dict):
         copy = {key: without_sync_bn(part) for key, part in model.items()}
-        return {**copy, 'type': 'BN'} if data_checks.type_name(copy) in (
+        return {**copy, 'type': 'BN'} if type_name(copy) in (
             'SyncBN', 'SyncBatchNorm') else copy
     if isinstance(model, (list, tuple)):
         return type(model)(without_sync_bn(part) for part in model)
@@ -556,8 +491,8 @@ def build_runner(cfg: Config) -> Runner:
             'find_unused_parameters': cfg.get('find_unused_parameters', False),
             **cfg.get('model_wrapper_cfg', {}), 'device_ids': None
         }
-    sizes = data_checks.model_sizes(cfg)
-    ignored = data_checks.ignored_labels(cfg.model)
+    sizes = model_sizes(cfg)
+    ignored = ignored_labels(cfg.model)
     if 'runner_type' in cfg:
         runner = RUNNERS.build(cfg)
     else:
@@ -589,4 +524,3 @@ def build_runner(cfg: Config) -> Runner:
     runner.build_val_loop = checked('val', runner.build_val_loop)
     runner.build_test_loop = checked('test', runner.build_test_loop)
     return runner
-

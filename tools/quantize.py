@@ -31,6 +31,7 @@ import data_checks
 import export
 import launch
 from argument_types import positive
+from config_queries import data_sets, library
 from data_error import one_message
 
 CALIBRATION_IMAGES = 256
@@ -80,8 +81,8 @@ def batches(cfg: Config, part: str,
         tuple[Tensor, Tensor]: Images (N, 3, H, W) and their classes (N, ).
     """
     dataset = copy.deepcopy(cfg[f'{part}_dataloader'].dataset)
-    _, tested = next(data_checks.data_sets(cfg.test_dataloader.dataset, ''))
-    for _, data_set in data_checks.data_sets(dataset, ''):
+    _, tested = next(data_sets(cfg.test_dataloader.dataset, ''))
+    for _, data_set in data_sets(dataset, ''):
         data_set.pipeline = copy.deepcopy(tested.pipeline)
     loader = dict(
         batch_size=BATCH,
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     export.check_packages()
     launch.check_file(str(args.model), 'the ONNX file')
     cfg = launch.read_config(args)
-    if launch.library(cfg) != 'mmpretrain' or not cfg.get(
+    if library(cfg) != 'mmpretrain' or not cfg.get(
             'test_dataloader') or not cfg.get('train_dataloader'):
         raise SystemExit('only a classifier with data for training and test '
                          f"can be quantised; '{args.config}' is the config of "

@@ -15,8 +15,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch.optim import Optimizer
 
-import data_checks
 import launch
+from config_queries import has_hook, type_name
 from fsdp import ShardedStrategy
 
 # What the groups of an optimizer have besides its settings.
@@ -96,8 +96,8 @@ def check_resumable(path: str, cfg: Config) -> None:
         isinstance(p, str)
         for group in checkpoint['optimizer'].get('param_groups', ())
         for p in group['params'])
-    sharded = data_checks.type_name(
-        cfg.get('strategy') or {}) == ShardedStrategy.__name__
+    strategy = cfg.get('strategy') or {}
+    sharded = type_name(strategy) == ShardedStrategy.__name__
     if saved != sharded:
         made, here = ('with', 'without') if saved else ('without', 'with')
         raise SystemExit(
@@ -134,8 +134,8 @@ class ResumedSettings(Hook):
             runner.logger.warning(
                 'The checkpoint overrules the config: ' + '; '.join(kept) +
                 f'. To train with what the config says, start {anew}')
-        if 'ema_state_dict' in checkpoint \
-                and not data_checks.has_hook(runner.cfg, 'EMAHook'):
+        if 'ema_state_dict' in checkpoint and not has_hook(
+                runner.cfg, 'EMAHook'):
             runner.logger.warning(
                 'The checkpoint is of a run with EMAHook, and this one has '
                 'none: it goes on from the averaged weights, with the state '

@@ -5,8 +5,8 @@ import os.path as osp
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
-import data_checks
 import launch
+from config_queries import data_sets, evaluators, has_hook, library, type_name
 from data_error import one_message
 from mmconv2former import fuse_for_inference
 
@@ -79,7 +79,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
 
 def _refuse_averaging(cfg: Config) -> None:
     """Refuse --fuse where a hook exchanges weights around the test."""
-    if data_checks.has_hook(cfg, 'EMAHook'):
+    if has_hook(cfg, 'EMAHook'):
         # mmengine saves the average as the weights of the model.
         raise SystemExit(
             '--fuse: EMAHook of the config exchanges weights, and a fused '
@@ -114,14 +114,14 @@ def _augment(cfg: Config) -> None:
             'configs/classification/_base_/imagenet_224.py and '
             'configs/segmentation/_base_/ade20k_512.py show them')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    for _, data_set in data_checks.data_sets(cfg.test_dataloader.dataset, ''):
+    for _, data_set in data_sets(cfg.test_dataloader.dataset, ''):
         data_set.pipeline = cfg.tta_pipeline
 
 
 def _dump(cfg: Config, out: str) -> None:
     """Save predictions to a file, or to a folder in segmentation."""
-    metrics = launch.evaluators(cfg, 'test')
-    if launch.library(cfg) == 'mmseg':
+    metrics = evaluators(cfg, 'test')
+    if library(cfg) == 'mmseg':
         if out.endswith(('.pkl', '.pickle')) or osp.isfile(out):
             raise SystemExit(f"--out '{out}': of segmentation label maps are "
                              'written, as pictures; name a folder for them')
@@ -138,20 +138,20 @@ def _dump(cfg: Config, out: str) -> None:
     metrics = [
         *metrics,
         dict(
-            type='mmdet.DumpDetResults' if launch.library(cfg) == 'mmdet'
+            type='mmdet.DumpDetResults' if library(cfg) == 'mmdet'
             else 'DumpResults',
             out_file_path=out)
     ]
     evaluator = cfg.test_evaluator
     if not isinstance(evaluator, dict) or 'metrics' not in evaluator:
         cfg.test_evaluator = metrics
-    elif data_checks.type_name(evaluator) == 'Evaluator':
+    elif type_name(evaluator) == 'Evaluator':
         evaluator.metrics = metrics
     else:
         raise SystemExit(
-            f'--out: test_evaluator is a {data_checks.type_name(evaluator)}, '
-            'which cannot be given another metric, one that saves '
-            'predictions. Make it a list of metrics')
+            f'--out: test_evaluator is a {type_name(evaluator)}, which '
+            'cannot be given another metric, one that saves predictions. '
+            'Make it a list of metrics')
 
 
 def _paint(cfg: Config, folder: str, tta: bool) -> None:
@@ -160,7 +160,7 @@ def _paint(cfg: Config, folder: str, tta: bool) -> None:
         raise SystemExit('--show-dir: the libraries paint the images of the '
                          'first process only; test in one process')
     hook = cfg.get('default_hooks', {}).get('visualization')
-    name = data_checks.type_name(hook) if hook else None
+    name = type_name(hook) if hook else None
     if name == 'VisualizationHook':
         if tta:
             raise SystemExit('--show-dir: mmpretrain cannot paint augmented '

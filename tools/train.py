@@ -7,10 +7,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from torch import nn
 
-import data_checks
 import launch
 import resume
 from amp import BoxesInFloat32, CPUAmpOptimWrapper
+from config_queries import config_parts, has_hook, type_name
 from data_error import one_message
 from fsdp import ShardedStrategy
 from mmconv2former.checkpoint import (
@@ -117,7 +117,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     launch.check_model(cfg, args.config, 'train_dataloader', 'train_cfg',
                        'optim_wrapper')
     settings = cfg.optim_wrapper
-    if args.amp or data_checks.type_name(settings) in _AMP:
+    if args.amp or type_name(settings) in _AMP:
         settings.type = _AMP[get_device() == 'cpu']
         if args.amp not in (None, True):
             settings.dtype = args.amp
@@ -130,7 +130,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
         if cfg.launcher == 'none':
             raise SystemExit('--fsdp shards over several processes: start '
                              'them with dist_train.sh or slurm_train.sh')
-        if data_checks.has_hook(cfg, 'EMAHook'):
+        if has_hook(cfg, 'EMAHook'):
             raise SystemExit('--fsdp cannot train with EMAHook, which copies '
                              'the whole model: take it out of custom_hooks, '
                              'or train without --fsdp')
@@ -211,9 +211,8 @@ def fit_lr(cfg: Config) -> tuple[int, str] | None:
 def own_parts(cfg: Config) -> dict[str, ConfigDict]:
     """Backbones and necks of this package in a model, by their dotted names.
     """
-    return {where: part
-            for where, part in data_checks.config_parts(cfg.model)
-            if 'Conv2Former' in data_checks.type_name(part)}
+    return {where: part for where, part in config_parts(cfg.model)
+            if 'Conv2Former' in type_name(part)}
 
 
 def _inits(part: ConfigDict) -> dict[str, ConfigDict]:
@@ -296,7 +295,7 @@ def flat_schedules(cfg: Config) -> list[str]:
         return []
     found = []
     for where, schedule in _schedules(cfg).items():
-        kind = data_checks.type_name(schedule)
+        kind = type_name(schedule)
         if not kind.endswith('LR'):  # of a momentum
             continue
         if kind.startswith('OneCycle'):
