@@ -241,6 +241,18 @@ def test_detector_of_another_structure_is_refused(config, expected, get_flops):
         get_flops.count(Config.fromfile(path), (64, 64))
 
 
+def test_segmentors_are_counted_at_the_size_of_the_preprocessing(get_flops):
+    """In the model or, as for mmengine's runner, at the top of the config."""
+    cfg = Config(dict(model=dict(decode_head=dict()),
+                      data_preprocessor=dict(size=(64, 64))))
+    assert get_flops.default_shape(cfg) == (64, 256)
+    cfg.model.data_preprocessor = dict(size=(32, 32))
+    assert get_flops.default_shape(cfg) == (32, 128)
+    cfg.model.data_preprocessor = None
+    with pytest.raises(SystemExit, match='data_preprocessor.size for segment'):
+        get_flops.default_shape(cfg)
+
+
 def test_crop_is_found_in_wrapped_data_sets(get_flops):
     from mmpretrain.datasets import RandomResizedCrop
     inner = dict(type='CustomDataset', pipeline=[

@@ -174,7 +174,25 @@ def head_sizes(model: ConfigDict) -> dict[str, int]:
     return sizes
 
 
-def model_sizes(cfg: ConfigDict) -> dict[str, int]:
+def preprocessing(cfg: Config) -> tuple[str, dict]:
+    """What happens to the images in front of the model.
+
+    Args:
+        cfg (Config): The whole config.
+
+    Returns:
+        tuple[str, dict]: Dotted name and settings of the data preprocessor,
+        which are empty if there is none. As mmengine's runner has it, that of
+        the model goes before that of the config, even where it is None.
+    """
+    model = cfg.model.get('module', cfg.model)  # test.py --tta wraps it
+    where = 'data_preprocessor'
+    if where in model:
+        return f'model.{where}', model[where] or {}
+    return where, cfg.get(where) or {}
+
+
+def model_sizes(cfg: Config) -> dict[str, int]:
     """Numbers of classes that a model and its preprocessing are made for.
 
     Args:
@@ -186,12 +204,7 @@ def model_sizes(cfg: ConfigDict) -> dict[str, int]:
     """
     model = cfg.model.get('module', cfg.model)  # test.py --tta wraps it
     sizes = head_sizes(model)
-    # As mmengine does: that of the model goes before that of the config.
-    where = 'data_preprocessor'
-    settings = cfg.get(where)
-    if 'data_preprocessor' in model:
-        where, settings = f'model.{where}', model.data_preprocessor
-    settings = settings or {}
+    where, settings = preprocessing(cfg)
     one_hot = settings.get('to_onehot') or settings.get('batch_augments') or (
         model.get('train_cfg') or {}).get('augments')
     if one_hot and settings.get('num_classes'):

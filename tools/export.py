@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import launch
+from config_queries import preprocessing
 from mmconv2former import fuse_for_inference
 
 SUFFIXES = dict(onnx='.onnx', torch='.pt2')
@@ -360,13 +361,6 @@ def export(model: nn.Module, outputs: list[str], paths: list[Path],
     return report
 
 
-def preprocessing(cfg: Config) -> dict:
-    """What the config does to pixels in front of the model."""
-    # As mmengine does: that of the model goes before that of the config.
-    return cfg.model.get('data_preprocessor') or cfg.get(
-        'data_preprocessor') or {}
-
-
 def main(argv: list[str] | None = None) -> None:
     """Export and print the report.
 
@@ -400,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone = getattr(model, 'backbone', model)
     channels = getattr(backbone, 'in_channels', 3)
     report = export(model, outputs, paths, channels, args.opset, args.fuse)
-    settings = preprocessing(cfg)
+    _, settings = preprocessing(cfg)
     order = 'RGB' if settings.get('to_rgb') or settings.get(
         'bgr_to_rgb') else 'BGR'
     if channels != 3:  # which mmpretrain leaves as they are

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import launch
 from argument_types import positive
-from config_queries import data_sets, type_name
+from config_queries import data_sets, preprocessing, type_name
 
 TRAINING_ONLY = 'auxiliary_head'
 # Parts that read the feature maps of the neck, or of the backbone.
@@ -94,7 +94,8 @@ def default_shape(cfg: Config) -> tuple[int, int]:
         SystemExit: If the config does not say.
     """
     if 'decode_head' in cfg.model:
-        size = cfg.model.get('data_preprocessor', {}).get('size')
+        _, settings = preprocessing(cfg)
+        size = settings.get('size')
         size = size and (size[0], 4 * size[0])
     elif 'head' in cfg.model:
         size = crop_size(cfg.get('test_dataloader')) or crop_size(
@@ -104,8 +105,8 @@ def default_shape(cfg: Config) -> tuple[int, int]:
     if size is None:
         raise SystemExit('the config names no size of the input (a crop in '
                          'the pipelines for classification, '
-                         'model.data_preprocessor.size for segmentation): '
-                         'give it with --shape H W')
+                         'data_preprocessor.size for segmentation): give it '
+                         'with --shape H W')
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

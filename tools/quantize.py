@@ -31,7 +31,7 @@ import data_checks
 import export
 import launch
 from argument_types import positive
-from config_queries import data_sets, library
+from config_queries import data_sets, library, preprocessing
 from data_error import one_message
 
 CALIBRATION_IMAGES = 256
@@ -89,8 +89,8 @@ def batches(cfg: Config, part: str,
         num_workers=0,  # forks would copy the threads of onnxruntime
         dataset=dataset,
         sampler=dict(type='DefaultSampler', shuffle=True))
-    preprocessor = MODELS.build(
-        {'type': 'ClsDataPreprocessor', **export.preprocessing(cfg)})
+    _, settings = preprocessing(cfg)
+    preprocessor = MODELS.build({'type': 'ClsDataPreprocessor', **settings})
     loader = data_checks.build_loader(Runner.build_dataloader, loader, seed=0)
     data_checks.check_loader(loader, {}, exact=False)
     for batch in loader:
