@@ -23,6 +23,7 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 import checked_load
+import checkpoint_files
 import coco_checks
 import config_queries
 import data_checks
@@ -663,9 +664,8 @@ def test_metric_with_the_file_of_other_data_is_named_before_training(
 
 def test_metric_with_the_file_of_other_data_is_named_before_testing(
         own_coco, coco, load_tool, monkeypatch, tmp_path):
-    launch = load_tool('launch')
-    monkeypatch.setitem(sys.modules, 'launch', launch)
-    monkeypatch.setattr(launch, 'check_weights', lambda *args: None)
+    monkeypatch.setitem(sys.modules, 'launch', load_tool('launch'))
+    monkeypatch.setattr(checkpoint_files, 'check_weights', lambda *args: None)
     checkpoint = tmp_path / 'weights.pth'
     checkpoint.touch()
     with pytest.raises(SystemExit, match='Set test_evaluator.ann_file='):

@@ -20,6 +20,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
+import checkpoint_files
 import config_queries
 import data_checks
 from mmconv2former import Conv2Former
@@ -754,14 +755,14 @@ def test_weights_of_other_names_are_not_started_from(tool, in_digits,
 @pytest.mark.parametrize('name, is_refused', [
     ('module.backbone.weight', False), ('backbone.bias', False),
     ('weight', True)])
-def test_weights_of_some_of_the_names_are_started_from(name, is_refused, tool,
+def test_weights_of_some_of_the_names_are_started_from(name, is_refused,
                                                        tmp_path):
-    launch, path = tool('train').launch, str(tmp_path / 'a.pth')
+    path = str(tmp_path / 'a.pth')
     model = torch.nn.ModuleDict(dict(backbone=torch.nn.Linear(2, 2)))
     torch.save({name: torch.zeros(2), 'head.bias': torch.zeros(2)}, path)
     told = ''
     try:
-        launch.check_names(model, path)
+        checkpoint_files.check_names(model, path)
     except SystemExit as error:
         told = str(error)
     assert ('no weights by the names of this model' in told) == is_refused
@@ -783,13 +784,12 @@ def train_config(tool, *options, device='cpu',
     return train.merge_args(sys.modules['launch'].read_config(args), args)
 
 
-def test_weights_of_another_arch_are_described(tool, tmp_path):
-    tool('test')
+def test_weights_of_another_arch_are_described(tmp_path):
     path = str(tmp_path / 'a.pth')
     small, large = (torch.nn.ModuleDict(dict(backbone=Conv2Former(
         dict(depths=[1], dims=[dim], kernel_size=3)))) for dim in (8, 16))
     torch.save(small.state_dict(), path)
-    check = sys.modules['launch'].check_weights
+    check = checkpoint_files.check_weights
     check(small, path)
     # As DDP names them, and as old versions of torch wrote them.
     torch.save({f'module.{key}': value
@@ -803,13 +803,12 @@ def test_weights_of_another_arch_are_described(tool, tmp_path):
         check(large, path)
 
 
-def test_weights_of_a_deeper_backbone_are_refused(tool, tmp_path):
-    tool('test')
+def test_weights_of_a_deeper_backbone_are_refused(tmp_path):
     path = str(tmp_path / 'a.pth')
     small, large = (torch.nn.ModuleDict(dict(backbone=Conv2Former(dict(
         depths=[depth], dims=[8], kernel_size=3)))) for depth in (1, 2))
     torch.save(large.state_dict(), path)
-    check = sys.modules['launch'].check_weights
+    check = checkpoint_files.check_weights
     check(large, path)
     with pytest.raises(SystemExit, match=(
             r'has \d+ tensors more, such as backbone\.stages\.0\.1')):

@@ -34,6 +34,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+import checkpoint_files
 import launch
 from config_queries import preprocessing
 from mmconv2former import fuse_for_inference
@@ -129,7 +130,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('compile', None)  # anew for each size
     model = MODELS.build(cfg.model)
-    launch.check_weights(model, checkpoint)
+    checkpoint_files.check_weights(model, checkpoint)
     return model.eval()
 
 

@@ -16,7 +16,6 @@ import os.path as osp
 import platform
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +28,6 @@ from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from torch import Tensor, nn
 
 import data_checks
 from config_queries import (
@@ -41,14 +39,7 @@ from config_queries import (
     model_sizes,
     type_name,
 )
-from mmconv2former.archs import describe_arch
-from mmconv2former.checkpoint import (
-    CheckpointError,
-    infer_arch,
-    model_weights,
-    read_checkpoint,
-    safe_globals,
-)
+from mmconv2former.checkpoint import safe_globals
 
 # What a config may hold beside the arguments of mmengine's runner.
 _SETTINGS = ('auto_scale_lr', 'compile', 'find_unused_parameters', 'launcher',
@@ -295,129 +286,6 @@ def check_data(cfg: Config, parts: tuple[str, ...]) -> None:
             f'\nRelative paths start at {os.getcwd()}. Put the data there or '
             'link it, or give the paths with --cfg-options, such as '
             f'{parts[0]}_dataloader.dataset.data_root=FOLDER')
-
-
-def check_file(path: str, what: str) -> None:
-    """Check that a checkpoint is there.
-
-    Args:
-        path (str): A file, or a URL, which is left to mmengine.
-        what (str): What it is, for the message.
-
-    Raises:
-        SystemExit: If there is no such file.
-    """
-    if osp.isdir(path):
-        raise SystemExit(f"{what} '{path}' is a folder; name a file in it")
-    if '://' not in path and not osp.isfile(path):
-        raise SystemExit(f"{what} '{path}' does not exist: give a path from "
-                         f'{os.getcwd()}, a full one, or a URL')
-
-
-def read_file(path: str, what: str) -> dict:
-    """Read a checkpoint.
-
-    Args:
-        path (str): File or URL.
-        what (str): What it is, for the message.
-
-    Returns:
-        dict: What it holds.
-
-    Raises:
-        SystemExit: If there is none, or it cannot be read.
-    """
-    check_file(path, what)
-    try:
-        checkpoint = read_checkpoint(path)
-        model_weights(checkpoint)
-    except CheckpointError as error:
-        raise SystemExit(f'{what}: {error}' if path in str(error) else
-                         f"{what} '{path}': {error}") from error
-    return checkpoint
-
-
-def check_weights(model: nn.Module, path: str) -> None:
-    """Check that a checkpoint has all weights of a model.
-
-    mmengine would go on with random ones in place of others, and without
-    blocks of a deeper backbone. What else is in the file does no harm.
-
-    Args:
-        model (nn.Module): The model, which gets the weights.
-        path (str): File or URL.
-
-    Raises:
-        SystemExit: If it has not, or more blocks.
-    """
-    checkpoint = read_file(path, 'the checkpoint')
-    weights = checkpoint.get('state_dict', checkpoint)
-    state = OrderedDict((key.removeprefix('module.'), value)
-                        for key, value in weights.items())
-    if hasattr(weights, '_metadata'):  # versions of layers, to load old files
-        state._metadata = weights._metadata
-    while hasattr(model, 'module'):  # DDP, test-time augmentation
-        model = model.module
-    try:
-        found = model.load_state_dict(state, strict=False)
-        missing = [key for key in found.missing_keys
-                   if not key.endswith('num_batches_tracked')]
-        layers = [key for key in found.unexpected_keys if key.startswith(
-            ('backbone.stages.', 'backbone.downsample_layers.'))]
-        reason = ''
-        if missing:
-            reason = (f'{len(missing)} tensors are missing, such as '
-                      f'{missing[0]}')
-        elif layers:
-            reason = (f'its backbone has {len(layers)} tensors more, such as '
-                      f'{layers[0]}')
-    except RuntimeError as error:
-        # A line of what it is about, and one for each tensor.
-        what, *lines = str(error).splitlines()
-        reason = f'{len(lines)} tensors, such as: {lines[0].strip()}' \
-            if lines else what
-    if reason:
-        raise SystemExit(
-            f"the checkpoint '{path}' does not fit the config: "
-            f'{reason.rstrip(".")}. {_describe_weights(state)}Name the config '
-            'that it was trained with; official classifiers are converted '
-            'with tools/convert_checkpoint.py')
-
-
-def check_names(model: nn.Module, path: str) -> None:
-    """Check that a checkpoint to start from has weights of a model.
-
-    mmengine would train from random ones. Some may be missing, such as those
-    of a head for other classes.
-
-    Args:
-        model (nn.Module): The model.
-        path (str): File or URL.
-
-    Raises:
-        SystemExit: If it has none.
-    """
-    checkpoint = read_file(path, 'load_from')
-    names = checkpoint.get('state_dict', checkpoint).keys()
-    while hasattr(model, 'module'):
-        model = model.module
-    own = model.state_dict().keys()
-    if not any(name.removeprefix('module.') in own for name in names):
-        raise SystemExit(
-            f"load_from: '{path}' has no weights by the names of this model, "
-            f'such as {next(iter(own))}, but {len(names)} others, such as '
-            f'{min(names)}. Official classifiers are converted with '
-            'tools/convert_checkpoint.py; a backbone alone is for init_cfg of '
-            'the backbone: --cfg-options model.backbone.init_cfg.type='
-            f'Pretrained model.backbone.init_cfg.checkpoint={path} '
-            'load_from=None')
-
-
-def _describe_weights(weights: dict[str, Tensor]) -> str:
-    """Which Conv2Former these are of, as a sentence, if that can be told."""
-    arch = infer_arch({key.removeprefix('backbone.'): value
-                       for key, value in weights.items()})
-    return f'The file holds {describe_arch(arch)}. ' if arch['depths'] else ''
 
 
 def without_sync_bn(model: Any) -> Any:

@@ -27,6 +27,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor
 
+import checkpoint_files
 import data_checks
 import export
 import launch
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_args(argv)
     export.check_packages()
-    launch.check_file(str(args.model), 'the ONNX file')
+    checkpoint_files.check_file(str(args.model), 'the ONNX file')
     cfg = launch.read_config(args)
     if library(cfg) != 'mmpretrain' or not cfg.get(
             'test_dataloader') or not cfg.get('train_dataloader'):

@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch.optim import Optimizer
 
-import launch
+import checkpoint_files
 from config_queries import has_hook, type_name
 from fsdp import ShardedStrategy
 
@@ -79,7 +79,8 @@ def check_resumable(path: str, cfg: Config) -> None:
             --fsdp and is resumed without it, or the other way round.
     """
     try:
-        checkpoint = launch.read_file(path, 'the checkpoint to resume')
+        checkpoint = checkpoint_files.read_file(path,
+                                                'the checkpoint to resume')
     except SystemExit as error:
         others = _checkpoints(Path(path).parent, {Path(path).name})
         raise SystemExit(

@@ -5,6 +5,7 @@ import os.path as osp
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
+import checkpoint_files
 import launch
 from config_queries import data_sets, evaluators, has_hook, library, type_name
 from data_error import one_message
@@ -59,7 +60,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
     """
     launch.check_model(cfg, args.config, 'test_dataloader', 'test_cfg',
                        'test_evaluator')
-    launch.check_file(args.checkpoint, 'the checkpoint')
+    checkpoint_files.check_file(args.checkpoint, 'the checkpoint')
     # A strategy, such as that of --fsdp, is for training.
     for name in 'runner_type', 'strategy':
         cfg.pop(name, None)
@@ -193,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     launch.check_writable(cfg.work_dir, '--work-dir')
     with one_message():
         runner = launch.build_runner(cfg)
-        launch.check_weights(runner.model, args.checkpoint)
+        checkpoint_files.check_weights(runner.model, args.checkpoint)
         if args.fuse:
             _fuse(runner, args.checkpoint)
         runner.test()

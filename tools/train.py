@@ -7,6 +7,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from torch import nn
 
+import checkpoint_files
 import launch
 import resume
 from amp import BoxesInFloat32, CPUAmpOptimWrapper
@@ -329,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     check_pretrained(cfg)
     check_schedule(cfg)
     if cfg.get('load_from') and not cfg.get('resume'):
-        launch.read_file(cfg.load_from, 'load_from')
+        checkpoint_files.read_file(cfg.load_from, 'load_from')
     launch.check_data(cfg, ('train', 'val'))
     launch.check_writable(cfg.work_dir, '--work-dir')
     note = fit_lr(cfg)
@@ -338,8 +339,8 @@ def main(argv: list[str] | None = None) -> None:
         runner = launch.build_runner(cfg)
         if cfg.get('load_from') and isinstance(
                 runner.model, nn.Module):  # FlexibleRunner builds it later
-            check = launch.check_weights if cfg.get('resume') \
-                else launch.check_names
+            check = checkpoint_files.check_weights if cfg.get('resume') \
+                else checkpoint_files.check_names
             check(runner.model, cfg.load_from)
         if note is not None:
             runner.logger.log(*note)
