@@ -665,7 +665,7 @@ def test_metric_with_the_file_of_other_data_is_named_before_training(
 def test_metric_with_the_file_of_other_data_is_named_before_testing(
         own_coco, coco, load_tool, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'launch', load_tool('launch'))
-    monkeypatch.setattr(checkpoint_files, 'check_weights', lambda *args: None)
+    monkeypatch.setattr(checkpoint_files, 'load_weights', lambda *args: None)
     checkpoint = tmp_path / 'weights.pth'
     checkpoint.touch()
     with pytest.raises(SystemExit, match='Set test_evaluator.ann_file='):

@@ -762,7 +762,7 @@ def test_weights_of_some_of_the_names_are_started_from(name, is_refused,
     torch.save({name: torch.zeros(2), 'head.bias': torch.zeros(2)}, path)
     told = ''
     try:
-        checkpoint_files.check_names(model, path)
+        checkpoint_files.check_weight_names(model, path)
     except SystemExit as error:
         told = str(error)
     assert ('no weights by the names of this model' in told) == is_refused
@@ -789,18 +789,18 @@ def test_weights_of_another_arch_are_described(tmp_path):
     small, large = (torch.nn.ModuleDict(dict(backbone=Conv2Former(
         dict(depths=[1], dims=[dim], kernel_size=3)))) for dim in (8, 16))
     torch.save(small.state_dict(), path)
-    check = checkpoint_files.check_weights
-    check(small, path)
+    load = checkpoint_files.load_weights
+    load(small, path)
     # As DDP names them, and as old versions of torch wrote them.
     torch.save({f'module.{key}': value
                 for key, value in small.state_dict().items()
                 if not key.endswith('num_batches_tracked')},
                tmp_path / 'b.pth')
-    check(torch.nn.DataParallel(small), str(tmp_path / 'b.pth'))
+    load(torch.nn.DataParallel(small), str(tmp_path / 'b.pth'))
     with pytest.raises(SystemExit, match=(
             r'config: 31 tensors, such as: size mismatch for .*\. The file '
             r'holds arch of its own \(depths 1, dims 8, kernel 3\)\. Name')):
-        check(large, path)
+        load(large, path)
 
 
 def test_weights_of_a_deeper_backbone_are_refused(tmp_path):
@@ -808,11 +808,11 @@ def test_weights_of_a_deeper_backbone_are_refused(tmp_path):
     small, large = (torch.nn.ModuleDict(dict(backbone=Conv2Former(dict(
         depths=[depth], dims=[8], kernel_size=3)))) for depth in (1, 2))
     torch.save(large.state_dict(), path)
-    check = checkpoint_files.check_weights
-    check(large, path)
+    load = checkpoint_files.load_weights
+    load(large, path)
     with pytest.raises(SystemExit, match=(
             r'has \d+ tensors more, such as backbone\.stages\.0\.1')):
-        check(small, path)
+        load(small, path)
 
 
 @pytest.mark.parametrize('value, expected', [

@@ -58,14 +58,14 @@ def read_file(path: str, what: str) -> dict:
     return checkpoint
 
 
-def check_weights(model: nn.Module, path: str) -> None:
-    """Check that a checkpoint has all weights of a model.
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a checkpoint, which must have all weights of a model.
 
     mmengine would go on with random ones in place of others, and without
     blocks of a deeper backbone. What else is in the file does no harm.
 
     Args:
-        model (nn.Module): The model, which gets the weights.
+        model (nn.Module): The model.
         path (str): File or URL.
 
     Raises:
@@ -103,7 +103,7 @@ def check_weights(model: nn.Module, path: str) -> None:
             'with tools/convert_checkpoint.py')
 
 
-def check_names(model: nn.Module, path: str) -> None:
+def check_weight_names(model: nn.Module, path: str) -> None:
     """Check that a checkpoint to start from has weights of a model.
 
     mmengine would train from random ones. Some may be missing, such as those

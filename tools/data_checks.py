@@ -142,7 +142,8 @@ def _explain(error: Exception, cfg: ConfigDict) -> None:
         reason = no_images
     elif 'subfolders' in text:  # mmpretrain
         for data_set in _unread(cfg):
-            _check_names(describe(data_set), data_set.metainfo.get('classes'))
+            _check_class_names(describe(data_set),
+                               data_set.metainfo.get('classes'))
         explain_class_folders(_unread(cfg))
         reason = no_images
     elif 'subset of classes' in text:  # mmseg
@@ -195,7 +196,7 @@ def check_loader(loader: Any, sizes: dict[str, int], exact: bool,
         meta = getattr(data_set, 'metainfo', {})
         classes = meta.get('classes')
         name = describe(data_set)
-        _check_names(name, classes)
+        _check_class_names(name, classes)
         if classes is not None:
             # Those of panoptic data are things and stuff, and heads that have
             # but a number of classes are for things.
@@ -294,7 +295,7 @@ def _leaves(data_set: Any) -> Iterator[Any]:
         yield data_set
 
 
-def _check_names(name: str, classes: Any) -> None:
+def _check_class_names(name: str, classes: Any) -> None:
     """Refuse a text as the list of classes; each letter would be one."""
     if isinstance(classes, str):
         raise DataError(

@@ -130,7 +130,7 @@ def load_model(cfg: Config, checkpoint: str) -> nn.Module:
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('compile', None)  # anew for each size
     model = MODELS.build(cfg.model)
-    checkpoint_files.check_weights(model, checkpoint)
+    checkpoint_files.load_weights(model, checkpoint)
     return model.eval()
 
 

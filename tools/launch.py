@@ -1,8 +1,9 @@
-"""What train.py and test.py share: options, checks of the input, the start.
+"""From a command line and a config to a runner.
 
-The checks come before anything is built, so that wrong input ends in one
-message and not in a traceback after minutes of loading. What only the built
-data sets show is left to data_checks.py.
+All tools that take a config read it here; train.py and test.py start their
+runner, too. The checks come before anything is built, so that wrong input ends
+in one message and not in a traceback after minutes of loading. What only the
+built data sets show is left to data_checks.py.
 """
 import argparse
 import ast

@@ -103,7 +103,7 @@ def batches(cfg: Config, part: str,
             return
 
 
-def check_model(path: Path) -> int:
+def check_onnx(path: Path) -> int:
     """Check that a file is a classifier in ONNX that is not quantised yet.
 
     Args:
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit('only a classifier with data for training and test '
                          f"can be quantised; '{args.config}' is the config of "
                          'none')
-    found = check_model(args.model)
+    found = check_onnx(args.model)
     expected = cfg.model.get('head', {}).get('num_classes')
     if found != expected:
         raise SystemExit(

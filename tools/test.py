@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     launch.check_writable(cfg.work_dir, '--work-dir')
     with one_message():
         runner = launch.build_runner(cfg)
-        checkpoint_files.check_weights(runner.model, args.checkpoint)
+        checkpoint_files.load_weights(runner.model, args.checkpoint)
         if args.fuse:
             _fuse(runner, args.checkpoint)
         runner.test()

@@ -339,9 +339,11 @@ def main(argv: list[str] | None = None) -> None:
         runner = launch.build_runner(cfg)
         if cfg.get('load_from') and isinstance(
                 runner.model, nn.Module):  # FlexibleRunner builds it later
-            check = checkpoint_files.check_weights if cfg.get('resume') \
-                else checkpoint_files.check_names
-            check(runner.model, cfg.load_from)
+            if cfg.get('resume'):
+                checkpoint_files.load_weights(runner.model, cfg.load_from)
+            else:
+                checkpoint_files.check_weight_names(runner.model,
+                                                    cfg.load_from)
         if note is not None:
             runner.logger.log(*note)
         for text in flat_schedules(cfg):
