@@ -81,3 +81,11 @@ def test_every_module_of_the_package_is_named():
     modules = {path.name for path in (ROOT / 'mmconv2former').glob('*.py')}
     assert [name for name in modules - {'__init__.py'}
             if f'{name}`' not in README] == []
+
+
+def test_every_tool_that_is_imported_and_not_run_is_named():
+    row, = re.findall(r'^\| `tools/`, imported and not run \| (.*) \|$',
+                      README, re.MULTILINE)
+    assert sorted(re.findall(r'`([\w.]+)`', row)) == sorted(
+        path.name for path in (ROOT / 'tools').glob('*.py')
+        if "__name__ == '__main__'" not in path.read_text())
