@@ -77,7 +77,7 @@ def _compiler() -> list[str]:
 
 def _compile(target: Path, command: list[str]) -> None:
     print_log(
-        'Conv2Former: compiling C++ kernels, once, in some ten seconds',
+        'Conv2Former: compiling C++ kernels, once, in ten to twenty seconds',
         logger='current')
     target.parent.mkdir(parents=True, exist_ok=True)
     # Of several processes each compiles, and the last one's file stays.
