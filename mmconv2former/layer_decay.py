@@ -123,6 +123,13 @@ def _check_groups(optimizer: Optimizer, state_dict: dict) -> None:
     if len(saved) == len(own) and all(map(_are_alike, saved, own)):
         _check_shapes(own, saved, state_dict['state'])
         return
+    if not any('names' in group for group in saved):
+        raise CheckpointError(
+            'the checkpoint was trained without '
+            f'{LayerDecayOptimWrapperConstructor.__name__}, so its optimizer '
+            'state cannot be resumed. Resume with the constructor that it was '
+            'trained with, or load the weights alone (load_from=..., '
+            'resume=False)')
     saved_names, own_names = ({
         name
         for group in groups for name in group.get('names', ())

@@ -122,6 +122,24 @@ def test_fused_backbone_of_a_detector(tool, detector, tmp_path, capsys):
         assert_same([torch.from_numpy(out) for out in outs], expected)
 
 
+def test_models_that_predict_no_classes_have_their_backbone_exported(tool):
+    """Self-supervised ones have a head, too."""
+    model = torch.nn.ModuleDict(dict(
+        backbone=Conv2Former('nano', out_indices=(1, 3)),
+        head=torch.nn.Identity()))
+    assert tool.select(model, None) == (model.backbone, ['stage1', 'stage3'])
+    with pytest.raises(SystemExit, match='--part classifier: ModuleDict is'):
+        tool.select(model, 'classifier')
+
+
+@pytest.mark.parametrize('part', [None, 'backbone', 'classifier'])
+def test_models_without_a_backbone_are_not_exported(tool, part):
+    model = torch.nn.ModuleDict(dict(
+        student=torch.nn.Identity(), teacher=torch.nn.Identity()))
+    with pytest.raises(SystemExit, match='no backbone, but student, teacher'):
+        tool.select(model, part)
+
+
 @pytest.mark.parametrize('stem', ['patch', '3conv'])
 def test_isotropic_models_in_both_formats(tool, make, stem, tmp_path, capsys):
     pytest.importorskip('onnxruntime')

@@ -176,6 +176,25 @@ def test_another_optimizer_is_refused(resume, caplog):
         warnings(resume, start(), saved, caplog)
 
 
+@pytest.mark.parametrize('names', [{}, dict(names=['weight'])])
+def test_other_groups_are_refused_where_nothing_else_compares_them(
+        names, resume, caplog):
+    saved, runner = checkpoint(start()), start()
+    one, other = saved['optimizer']['param_groups']
+    saved['optimizer']['param_groups'] = [
+        {**one, 'params': one['params'] + other['params']}]
+    runner.optim_wrapper.param_groups[0].update(names)
+    refused = ''
+    try:
+        warnings(resume, runner, saved, caplog)
+    except SystemExit as error:
+        refused = str(error)
+    assert bool(refused) != bool(names)
+    assert not refused or (
+        'in 1 groups, 2 tensors in all, and that of this config in 2, 2 in '
+        'all.' in refused and 'start without --resume' in refused)
+
+
 def test_settings_of_other_versions_of_torch_are_no_other_optimizer(
         resume, caplog):
     saved = checkpoint(start())

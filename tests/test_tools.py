@@ -327,6 +327,9 @@ def test_wrong_input_ends_with_a_message_and_no_traceback(tmp_path):
     ("_base_ = ['mmdet::mask_rcnn/gone.py']", '.*gone.py'),
     ("_base_ = ['mmdet::gone.py']", 'ValueError: .*mmdet::'),
     ('model = dict(', 'SyntaxError: .*was never closed'),
+    (f"_base_ = ['{CONFIGS}/segmentation/upernet_conv2former_t_ade20k.py']\n"
+     'model = dict(backbone=dict(arch=dict(depths=[1])))',
+     'TypeError: .*_delete_=True'),
     ("custom_imports = dict(imports=['gone'])", 'ImportError: .*gone')])
 def test_config_that_cannot_be_read_is_named(tool, text, reason, tmp_path):
     path = tmp_path / 'config.py'
@@ -750,6 +753,13 @@ def test_weights_of_other_names_are_not_started_from(tool, in_digits,
     assert f"load_from: '{path}' has no weights by the names" in message
     assert 'such as module.downsample_layers.0' in message
     assert 'tools/convert_checkpoint.py' in message
+    advice = message.rpartition('--cfg-options ')[2].split()
+    train = tool('train')
+    cfg = train.launch.read_config(
+        train.parse_args(['digits.py', '--cfg-options', *advice]))
+    assert cfg.model.backbone.init_cfg == dict(
+        type='Pretrained', checkpoint=path)
+    assert cfg.load_from is None
 
 
 @pytest.mark.parametrize('name, is_refused', [

@@ -125,9 +125,10 @@ def check_weight_names(model: nn.Module, path: str) -> None:
             f'such as {next(iter(own))}, but {len(names)} others, such as '
             f'{min(names)}. Official classifiers are converted with '
             'tools/convert_checkpoint.py; a backbone alone is for init_cfg of '
-            'the backbone: --cfg-options model.backbone.init_cfg.type='
-            f'Pretrained model.backbone.init_cfg.checkpoint={path} '
-            'load_from=None')
+            'the backbone: --cfg-options '
+            'model.backbone.init_cfg._delete_=True '
+            'model.backbone.init_cfg.type=Pretrained '
+            f'model.backbone.init_cfg.checkpoint={path} load_from=None')
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -145,9 +145,16 @@ def select(model: nn.Module, part: str | None) -> tuple[nn.Module, list[str]]:
         tuple[nn.Module, list[str]]: The part, and names of its outputs.
 
     Raises:
-        SystemExit: If a classifier is wanted and there is none.
+        SystemExit: If a classifier is wanted and there is none, or if there
+            is no backbone.
     """
-    is_classifier = hasattr(model, 'head')
+    if not hasattr(model, 'backbone'):
+        raise SystemExit(
+            f'{type(model).__name__} cannot be exported: it has no backbone, '
+            f'but {", ".join(name for name, _ in model.named_children())}. '
+            'Export a model that has the one of these, by its own config')
+    # The heads of self-supervised models compute losses alone.
+    is_classifier = hasattr(getattr(model, 'head', None), 'predict')
     if part == 'classifier' and not is_classifier:
         raise SystemExit(
             f'--part classifier: {type(model).__name__} is none. Of detectors '

@@ -147,8 +147,9 @@ def read_config(args: argparse.Namespace) -> Config:
     try:
         cfg = Config.fromfile(args.config)
     except (AssertionError, ConfigParsingError, ImportError, OSError,
-            SyntaxError, ValueError) as error:
-        # A base that is missing, most often.
+            SyntaxError, TypeError, ValueError) as error:
+        # A base that is missing, most often, or a dict in place of what is
+        # none in the base.
         raise SystemExit(f"config '{args.config}' cannot be read: "
                          f'{type(error).__name__}: {error}') from error
     if args.cfg_options is not None:

@@ -165,6 +165,17 @@ def _check_optimizer(optimizer: Optimizer, saved: list[dict],
             f'{", ".join(sorted(names - known))} and no '
             f'{", ".join(sorted(known - names))}. Resume with the optimizer '
             f'that it was trained with, or start {anew}')
+    theirs, ours = ([len(group['params']) for group in groups]
+                    for groups in (saved, optimizer.param_groups))
+    # Layer decay compares its groups itself, and knows them by name.
+    is_named = any('names' in group for group in optimizer.param_groups)
+    if theirs != ours and not is_named:
+        raise SystemExit(
+            'the optimizer of the checkpoint has its parameters in '
+            f'{len(theirs)} groups, {sum(theirs)} tensors in all, and that of '
+            f'this config in {len(ours)}, {sum(ours)} in all. Resume with the '
+            'model and the constructor and paramwise_cfg of optim_wrapper '
+            f'that it was trained with, or start {anew}')
 
 
 def _setting(group: dict, key: str) -> Any:
