@@ -421,11 +421,12 @@ def available(x: Tensor, find_modified: FindModified) -> bool:
         if obstacle:
             log_once(f'plain operators, because {obstacle}')
         elif kernels_for(x) is not torch_kernels:
-            log_once('fused operators with Triton kernels, which the first '
-                     'steps compile where its cache has not got them'
-                     if x.is_cuda else 'fused operators with C++ kernels' +
-                     (', and of torch for what is in fp16'
-                      if autocast_dtype(x) == torch.float16 else ''))
+            log_once(
+                'fused operators with Triton kernels; the first steps are '
+                'slow where Triton has to compile them' if x.is_cuda else
+                'fused operators with C++ kernels' +
+                (', and of torch for what is in fp16'
+                 if autocast_dtype(x) == torch.float16 else ''))
         else:
             missing = triton_obstacle(x.device) if x.is_cuda \
                 else _cpp_obstacle()

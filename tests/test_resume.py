@@ -191,8 +191,8 @@ def test_other_groups_are_refused_where_nothing_else_compares_them(
         refused = str(error)
     assert bool(refused) != bool(names)
     assert not refused or (
-        'in 1 groups, 2 tensors in all, and that of this config in 2, 2 in '
-        'all.' in refused and 'start without --resume' in refused)
+        'checkpoint: 2 tensors, number of groups 1; in this config 2, number '
+        'of groups 2.' in refused and 'start without --resume' in refused)
 
 
 def test_settings_of_other_versions_of_torch_are_no_other_optimizer(

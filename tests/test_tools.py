@@ -762,6 +762,20 @@ def test_weights_of_other_names_are_not_started_from(tool, in_digits,
     assert cfg.load_from is None
 
 
+@pytest.mark.parametrize('init_cfg', [
+    '', 'init_cfg=None', "init_cfg=dict(type='Kaiming', layer='Conv2d')"])
+def test_pretrained_file_takes_the_place_of_any_initialisation(
+        init_cfg, tool, tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(f'model = dict(backbone=dict({init_cfg}))')
+    train, key = tool('train'), 'model.backbone.init_cfg'
+    cfg = train.launch.read_config(train.parse_args([
+        str(path), '--cfg-options', f'{key}._delete_=True',
+        f'{key}.type=Pretrained', f'{key}.checkpoint=a.pth']))
+    assert cfg.model.backbone.init_cfg == dict(
+        type='Pretrained', checkpoint='a.pth')
+
+
 @pytest.mark.parametrize('name, is_refused', [
     ('module.backbone.weight', False), ('backbone.bias', False),
     ('weight', True)])

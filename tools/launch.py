@@ -32,6 +32,7 @@ from mmengine.runner import Runner
 
 import data_checks
 from config_queries import (
+    config_parts,
     data_paths,
     data_sets,
     evaluators,
@@ -161,6 +162,9 @@ def read_config(args: argparse.Namespace) -> Config:
             raise SystemExit(
                 f'--cfg-options {" ".join(args.cfg_options)}: '
                 f'{error.args[0]}') from error
+    for _, part in config_parts(cfg.get('model')):
+        # Which mmengine leaves where there is nothing to delete.
+        part.pop('_delete_', None)
     if 'launcher' in args:
         cfg.launcher = args.launcher
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))

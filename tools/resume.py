@@ -119,7 +119,8 @@ class ResumedSettings(Hook):
             checkpoint (dict): The checkpoint.
 
         Raises:
-            SystemExit: If it was trained with another optimizer.
+            SystemExit: If it was trained with another optimizer, or with
+                other groups of its parameters.
         """
         anew = ('without --resume, from its weights: --cfg-options '
                 f'load_from={runner.cfg.get("load_from") or "PATH"}')
@@ -127,7 +128,10 @@ class ResumedSettings(Hook):
         saved = checkpoint.get('optimizer', {}).get('param_groups')
         kept = []
         if saved and isinstance(runner.optim_wrapper.param_groups, list):
-            _check_optimizer(runner.optim_wrapper.optimizer, saved, anew)
+            optimizer = runner.optim_wrapper.optimizer
+            _check_optimizer(optimizer, saved, anew)
+            # Those of the wrapper may be one more, of settings alone.
+            _check_groups(optimizer.param_groups, saved, anew)
             kept += _optimizer_settings(
                 runner.optim_wrapper.param_groups, saved)
         kept += _schedule_settings(runner, checkpoint)
@@ -165,17 +169,26 @@ def _check_optimizer(optimizer: Optimizer, saved: list[dict],
             f'{", ".join(sorted(names - known))} and no '
             f'{", ".join(sorted(known - names))}. Resume with the optimizer '
             f'that it was trained with, or start {anew}')
+
+
+def _check_groups(own: list[dict], saved: list[dict], anew: str) -> None:
+    """Refuse other groups than those of this config.
+
+    torch would end in a traceback. Layer decay, whose groups have names,
+    compares more and says more when the state is loaded.
+    """
+    if any('names' in group for group in own):
+        return
     theirs, ours = ([len(group['params']) for group in groups]
-                    for groups in (saved, optimizer.param_groups))
-    # Layer decay compares its groups itself, and knows them by name.
-    is_named = any('names' in group for group in optimizer.param_groups)
-    if theirs != ours and not is_named:
+                    for groups in (saved, own))
+    if theirs != ours:
         raise SystemExit(
-            'the optimizer of the checkpoint has its parameters in '
-            f'{len(theirs)} groups, {sum(theirs)} tensors in all, and that of '
-            f'this config in {len(ours)}, {sum(ours)} in all. Resume with the '
-            'model and the constructor and paramwise_cfg of optim_wrapper '
-            f'that it was trained with, or start {anew}')
+            'the parameters of the optimizer are grouped otherwise in the '
+            f'checkpoint: {sum(theirs)} tensors, number of groups '
+            f'{len(theirs)}; in this config {sum(ours)}, number of groups '
+            f'{len(ours)}. Resume with the model and with the constructor '
+            'and paramwise_cfg of optim_wrapper that it was trained with, or '
+            f'start {anew}')
 
 
 def _setting(group: dict, key: str) -> Any:
