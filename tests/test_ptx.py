@@ -112,6 +112,7 @@ def compare(module, x, dtype, executed):
 @pytest.mark.parametrize('shape, k, dtype', [
     ((2, 36, 7, 9), 5, torch.float32),
     ((1, 20, 3, 16), 7, torch.float16),
+    ((1, 32, 3, 14), 7, torch.bfloat16),  # strips and lanes without a rest
 ])
 def test_block_is_computed(shape, k, dtype, executed):
     torch.manual_seed(0)

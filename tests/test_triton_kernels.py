@@ -44,6 +44,7 @@ if INTERPRETED:
         (2, 1, 16, 8, 5, torch.float32),
         (1, 2, 15, 8, 7, torch.float16),
         (1, 1, 2, 96, 3, torch.float16),
+        (1, 2, 28, 32, 5, torch.float32),  # strips and lanes without a rest
     ]
     CHUNKED = [  # channels in five and nine chunks, which norms alone have
         (1, 1, 2, 80, torch.float16),
@@ -80,6 +81,7 @@ else:
         (3, 7, 7, 320, 3, torch.float16),  # channels in five, nine and one
         (5, 7, 7, 576, 3, torch.bfloat16),
         (4, 7, 7, 512, 3, torch.bfloat16),
+        (2, 9, 28, 64, 21, torch.float16),  # strips and lanes without a rest
     ]
     CHUNKED = []
     BANDED = [

@@ -16,6 +16,10 @@ multiplications and additions one by one: the data gradient five sixths of it,
 the weight gradient five eighths. That gain is lost where rows of the products
 are idle. The convolution itself gained nothing.
 
+Where both gradients are computed here, what they read is in planes of 8
+channels, (C / 8, N, H, W, 8). The rows of a program are whole there; in (N, H,
+W, C) it would use 16 of each 32 bytes that the memory moves.
+
 Sums are in fp32. Taps are rounded as in the convolution of torch under
 autocast.
 """
@@ -26,12 +30,12 @@ from torch.torch_version import TorchVersion
 
 from .gelu import gelu_slope, gelu_tail
 from .launch import Launch, plan
-from .tiling import MAX_OFFSETS, ceil_div, repeat
+from .tiling import MAX_OFFSETS, ceil_div, plane_index, repeat, to_fp32
 
 # The one that was timed. Smaller filters have less to gain, larger ones leave
 # too few columns in a window.
 KERNEL_SIZE = 11
-IMAGES, WINDOW, COLUMNS = 16, 16, 8
+CHANNELS, IMAGES, WINDOW, COLUMNS = 8, 16, 16, 8
 # Earlier versions of Triton have no products with fewer than 16 columns.
 HAS_NARROW_PRODUCTS = TorchVersion(triton.__version__) >= (3, 5)
 # Least share of the rows of the products that are in use. About what the
@@ -40,7 +44,7 @@ LEAST_USED = dict(weight=0.65, input=0.8)
 # Programs of 128 threads that an H100 or H200 holds at a time, three for each
 # of its multiprocessors, and registers so that it does.
 RESIDENT = 3 * 132
-TILE = dict(CHANNELS=8, IMAGES=IMAGES, WINDOW=WINDOW, COLUMNS=COLUMNS,
+TILE = dict(CHANNELS=CHANNELS, IMAGES=IMAGES, WINDOW=WINDOW, COLUMNS=COLUMNS,
             num_warps=4, num_stages=1, maxnreg=168)
 
 
@@ -85,7 +89,7 @@ def takes_weight_grad(shape: tuple[int, ...], kernel_size: int,
     if not _is_possible(shape, kernel_size, dtype):
         return False
     n, height, _, c = shape
-    if c % TILE['CHANNELS']:  # registers for the rest go to memory
+    if c % CHANNELS:  # registers for the rest go to memory
         return False
     rows = _rows(height)
     groups = ceil_div(n * ceil_div(height, rows), IMAGES)
@@ -101,7 +105,7 @@ def takes_input_grad(shape: tuple[int, ...], kernel_size: int,
     n, _, width, c = shape
     groups = ceil_div(n, IMAGES)
     programs = groups * _strips(width, kernel_size)[1] * ceil_div(
-        c, TILE['CHANNELS'])
+        c, CHANNELS)
     # Wider than a strip, below which it was slower, and enough to do.
     return (width > COLUMNS and n >= LEAST_USED['input'] * groups * IMAGES
             and programs >= RESIDENT * 2 // 3)
@@ -119,6 +123,15 @@ def _band(taps_ptr, i, channel, shift, C: tl.constexpr, K: tl.constexpr,
 
 
 @triton.jit
+def _across(x):
+    """(channels, columns, images) from (channels, images, columns), or back.
+
+    Threads that are neighbours load what is along the second dimension.
+    """
+    return tl.permute(x, (0, 2, 1))
+
+
+@triton.jit
 def _load_row(ptr, y, height, step, inside):
     return tl.load(ptr + y * step, inside & (y >= 0) & (y < height), 0.)
 
@@ -126,7 +139,7 @@ def _load_row(ptr, y, height, step, inside):
 @triton.jit
 def _store_grad(grad, z, total, grad_zv_ptr, y, height, step, inside):
     """grad * GELU'(z), and its sum with the total."""
-    z = z.to(tl.float32)
+    z = to_fp32(z)
     grad *= gelu_slope(z, gelu_tail(tl.abs(z), False))
     inside &= y < height
     tl.store(grad_zv_ptr + y * step, grad, inside)
@@ -138,8 +151,9 @@ def _banded_input_grad_kernel(da_ptr, taps_ptr, zv_ptr, grad_zv_ptr,
                               partial_ptr, images, height, width,
                               C: tl.constexpr, K: tl.constexpr,
                               STRIP: tl.constexpr, HALO: tl.constexpr,
-                              CHANNELS: tl.constexpr, IMAGES: tl.constexpr,
-                              WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
+                              PLANE: tl.constexpr, CHANNELS: tl.constexpr,
+                              IMAGES: tl.constexpr, WINDOW: tl.constexpr,
+                              COLUMNS: tl.constexpr):
     """The gradient of z = DW_flipped(da) * GELU'(z), and sums of a program.
 
     The K rows of outputs that a row of ``da`` adds to are held, the oldest
@@ -156,9 +170,10 @@ def _banded_input_grad_kernel(da_ptr, taps_ptr, zv_ptr, grad_zv_ptr,
              + tl.arange(0, IMAGES))[None, :, None]
     used = (image < images) & (channel < C)
     first = tl.cast(image, tl.int64) * height * width  # pixel
-    column = window + tl.arange(0, WINDOW)[None, None, :]
-    in_window = used & (column >= 0) & (column < width)
-    da = da_ptr + (first + column) * C + channel
+    column = window + tl.arange(0, WINDOW)[None, :, None]
+    in_window = _across(used) & (column >= 0) & (column < width)
+    pixels = tl.cast(images, tl.int64) * height * width
+    da = da_ptr + plane_index(_across(first) + column, channel, pixels, PLANE)
     column = left + tl.arange(0, COLUMNS)[None, None, :]
     in_strip = used & (column < tl.minimum(left + STRIP, width))
     at = (first + column) * (2 * C) + channel
@@ -171,15 +186,16 @@ def _banded_input_grad_kernel(da_ptr, taps_ptr, zv_ptr, grad_zv_ptr,
     zero = tl.zeros((CHANNELS, IMAGES, COLUMNS), tl.float32)
     total = zero
     sums = repeat(zero, K)
-    row = _load_row(da, 0, height, width * C, in_window)
+    row = _load_row(da, 0, height, width * PLANE, in_window)
     z = _load_row(zv_ptr + at, -(K // 2), height, step, in_strip)
     for y in range(height):
         this_row, this_z = row, z
-        row = _load_row(da, y + 1, height, width * C, in_window)
+        row = _load_row(da, y + 1, height, width * PLANE, in_window)
         z = _load_row(zv_ptr + at, y + 1 - K // 2, height, step, in_strip)
         new = ()
         for s in tl.static_range(K):
-            new = new + (tl.dot(this_row, bands[K - 1 - s], sums[s]), )
+            new = new + (tl.dot(_across(this_row), bands[K - 1 - s],
+                                sums[s]), )
         if y >= K // 2:
             total = _store_grad(new[0], this_z, total, grad_zv_ptr + at,
                                 y - K // 2, height, step, in_strip)
@@ -200,9 +216,9 @@ def _banded_input_grad_kernel(da_ptr, taps_ptr, zv_ptr, grad_zv_ptr,
 def _banded_weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, images, splits,
                                height, width, C: tl.constexpr, K: tl.constexpr,
                                STRIP: tl.constexpr, HALO: tl.constexpr,
-                               ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-                               IMAGES: tl.constexpr, WINDOW: tl.constexpr,
-                               COLUMNS: tl.constexpr):
+                               ROWS: tl.constexpr, PLANE: tl.constexpr,
+                               CHANNELS: tl.constexpr, IMAGES: tl.constexpr,
+                               WINDOW: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of the weight and bias gradient over a part of the batch.
 
     ``images`` are parts of ROWS rows. Of the product for row i of the filter,
@@ -214,6 +230,8 @@ def _banded_weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, images, splits,
     pid = tl.program_id(0)
     channel = (pid % blocks * CHANNELS + tl.arange(0, CHANNELS))[:, None, None]
     part = pid // blocks
+    pixels = tl.cast(images // tl.cdiv(height, ROWS), tl.int64) \
+        * height * width
     groups = tl.cdiv(images, IMAGES)
     # Where windows begin with the row, the sums of each strip are apart.
     fixed = part // splits * STRIP if HALO == 0 else 0
@@ -232,27 +250,29 @@ def _banded_weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, images, splits,
         column = left + tl.arange(0, COLUMNS)[None, None, :]
         inside = (image < images)[None, :, None] & (channel < C) \
             & (column < tl.minimum(left + STRIP, width))
-        dy_first = dy_ptr + (first[None, :, None] + column) * C + channel
+        dy_first = dy_ptr + plane_index(first[None, :, None] + column, channel,
+                                        pixels, PLANE)
         dys = ()
         for o in tl.static_range(ROWS):
-            dy = _load_row(dy_first, top[None, :, None] + o, height, width * C,
-                           inside)
+            dy = _load_row(dy_first, top[None, :, None] + o, height,
+                           width * PLANE, inside)
             total += dy.to(tl.float32)
             dys = dys + (dy, )
 
         column = window + tl.arange(0, WINDOW)[None, :, None]
         inside = (image < images)[None, None, :] & (channel < C) \
             & (column >= 0) & (column < width)
-        x_first = x_ptr + (first[None, None, :] + column) * C + channel
+        x_first = x_ptr + plane_index(first[None, None, :] + column, channel,
+                                      pixels, PLANE)
         x_top = top[None, None, :] - K // 2
         rows = ()  # asked for two ahead
         for r in tl.static_range(2):
-            rows = rows + (_load_row(x_first, x_top + r, height, width * C,
+            rows = rows + (_load_row(x_first, x_top + r, height, width * PLANE,
                                      inside), )
         for r in tl.static_range(ROWS + K - 1):
             row = rows[0]
             rows = rows[1:] + (_load_row(x_first, x_top + r + 2, height,
-                                         width * C, inside), )
+                                         width * PLANE, inside), )
             new = ()
             for i in tl.static_range(K):
                 if (r - i >= 0) and (r - i < ROWS):
@@ -280,28 +300,29 @@ def _banded_weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, images, splits,
 
 
 @plan
-def input_grad_launch(shape: tuple[int, ...],
-                      k: int) -> tuple[Launch, tuple[int, ...]]:
+def input_grad_launch(shape: tuple[int, ...], k: int,
+                      plane: int) -> tuple[Launch, tuple[int, ...]]:
     n, height, width, c = shape
     tile, strips = _strips(width, k)
     parts = ceil_div(n, IMAGES) * strips
     launch = Launch(_banded_input_grad_kernel,
-                    parts * ceil_div(c, TILE['CHANNELS']), n, height, width,
-                    C=c, K=k, **tile, **TILE)
+                    parts * ceil_div(c, CHANNELS), n, height, width,
+                    C=c, K=k, PLANE=plane, **tile, **TILE)
     return launch, (parts, 1, 1, c)
 
 
 @plan
-def weight_grad_launch(shape: tuple[int, ...],
-                       k: int) -> tuple[Launch, tuple[int, ...]]:
+def weight_grad_launch(shape: tuple[int, ...], k: int,
+                       plane: int) -> tuple[Launch, tuple[int, ...]]:
     n, height, width, c = shape
     (tile, strips), rows = _strips(width, k), _rows(height)
     images = n * ceil_div(height, rows)
     units, apart = ceil_div(images, IMAGES), strips
     if tile['HALO']:
         units, apart = units * strips, 1
-    blocks = apart * ceil_div(c, TILE['CHANNELS'])
+    blocks = apart * ceil_div(c, CHANNELS)
     splits = ceil_div(units, ceil_div(units, max(RESIDENT // blocks, 1)))
     launch = Launch(_banded_weight_grad_kernel, splits * blocks, images,
-                    splits, height, width, C=c, K=k, ROWS=rows, **tile, **TILE)
+                    splits, height, width, C=c, K=k, ROWS=rows, PLANE=plane,
+                    **tile, **TILE)
     return launch, (splits * apart, k * k + 1, tile['STRIP'], c)

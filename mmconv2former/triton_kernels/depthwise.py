@@ -23,10 +23,12 @@ from .tiling import (
     as_pixels,
     ceil_div,
     contiguous_like,
+    plane_index,
     repeat,
     row_tiles,
     small_images,
     split_count,
+    to_fp32,
 )
 
 # Where programs do not end together there are so many times more, for others
@@ -39,12 +41,14 @@ def _tile(width: int, kernel_size: int, channels: int, strip: int, lanes: int,
     """Block sizes of a depthwise kernel, and its programs for a row of output.
 
     ``strip`` divides 56, 28, 14 and 7. Fewer registers leave room for more
-    warps, which hide each other's loads.
+    warps, which hide each other's loads. ``WHOLE`` is for rows that strips
+    and lanes fill without a rest: they need no comparisons for it.
     """
     halo = kernel_size // 2 if width > strip else 0
-    blocks = ceil_div(ceil_div(width, strip) * channels, lanes)
-    return dict(STRIP=strip, HALO=halo, LANES=lanes, num_warps=1, num_stages=1,
-                maxnreg=registers), blocks
+    used = ceil_div(width, strip) * channels
+    whole = width % strip == 0 and used % lanes == 0
+    return dict(STRIP=strip, HALO=halo, LANES=lanes, WHOLE=whole, num_warps=1,
+                num_stages=1, maxnreg=registers), ceil_div(used, lanes)
 
 
 def _convolution_tile(height: int, width: int, kernel_size: int,
@@ -72,14 +76,38 @@ def _taps_first(weight: Tensor) -> Tensor:
 
 
 @triton.jit
-def _place(width, C: tl.constexpr, STRIP: tl.constexpr, LANES: tl.constexpr):
+def _place(width, C: tl.constexpr, STRIP: tl.constexpr, LANES: tl.constexpr,
+           WHOLE: tl.constexpr):
     """Channel and first column of each lane, whether it has work, and the
     number of the program among those for the same lanes."""
     lanes = tl.cdiv(width, STRIP) * C
     blocks = tl.cdiv(lanes, LANES)
     pid = tl.program_id(0)
     lane = pid % blocks * LANES + tl.arange(0, LANES)
-    return lane % C, lane // C * STRIP, lane < lanes, pid // blocks
+    if WHOLE:
+        alive = tl.full((LANES, ), True, tl.int1)
+    else:
+        alive = lane < lanes
+    return lane % C, lane // C * STRIP, alive, pid // blocks
+
+
+@triton.jit
+def _inside(column, width, mask, t: tl.constexpr, STRIP: tl.constexpr,
+            WHOLE: tl.constexpr):
+    """The mask where column t of a strip, or of those beside it, is in the
+    image.
+
+    Where strips are whole, all columns of one are the same comparison.
+    """
+    if t < 0:
+        inside = mask & (column >= (STRIP - 1 - t) // STRIP * STRIP)
+    elif not WHOLE:
+        inside = mask & (column < width - t)
+    elif t >= STRIP:
+        inside = mask & (column < width - t // STRIP * STRIP)
+    else:
+        inside = mask
+    return inside
 
 
 @triton.jit
@@ -90,42 +118,40 @@ def _pixel(n, y, height, width):
 
 @triton.jit
 def _load_raw(ptr, column, width, mask, STRIDE: tl.constexpr,
-              STRIP: tl.constexpr, HALO: tl.constexpr):
+              STRIP: tl.constexpr, HALO: tl.constexpr, WHOLE: tl.constexpr):
     """A row of each strip with its halo as a tuple of columns.
 
     Zero outside the image. Each column can leave it on one side only.
     """
     row = ()
     for t in tl.static_range(-HALO, STRIP + HALO):
-        if t < 0:
-            inside = mask & (column >= -t)
-        else:
-            inside = mask & (column < width - t)
+        inside = _inside(column, width, mask, t, STRIP, WHOLE)
         row = row + (tl.load(ptr + t * STRIDE, inside, 0.), )
     return row
 
 
 @triton.jit
 def _wide(row, COUNT: tl.constexpr):
+    """A row in fp32."""
     out = ()
     for t in tl.static_range(COUNT):
-        out = out + (row[t].to(tl.float32), )
+        out = out + (to_fp32(row[t]), )
     return out
 
 
 @triton.jit
 def _load(ptr, column, width, mask, STRIDE: tl.constexpr, STRIP: tl.constexpr,
-          HALO: tl.constexpr):
+          HALO: tl.constexpr, WHOLE: tl.constexpr):
     """:func:`_load_raw` in fp32."""
-    return _wide(_load_raw(ptr, column, width, mask, STRIDE, STRIP, HALO),
-                 STRIP + 2 * HALO)
+    return _wide(_load_raw(ptr, column, width, mask, STRIDE, STRIP, HALO,
+                           WHOLE), STRIP + 2 * HALO)
 
 
 @triton.jit
 def _gelu_row(row, COUNT: tl.constexpr, EXACT: tl.constexpr):
     out = ()
     for t in tl.static_range(COUNT):
-        out = out + (gelu(row[t].to(tl.float32), EXACT), )
+        out = out + (gelu(row[t], EXACT), )
     return out
 
 
@@ -175,7 +201,7 @@ def _zeros(COUNT: tl.constexpr, LANES: tl.constexpr):
 def _convolve(x_ptr, weight_ptr, channel, column, alive, n, top, height, width,
               C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
               STRIP: tl.constexpr, HALO: tl.constexpr, LANES: tl.constexpr,
-              FLIP: tl.constexpr):
+              WHOLE: tl.constexpr, FLIP: tl.constexpr):
     """ROWS rows of a depthwise convolution without bias, as tuples.
 
     ``FLIP`` takes the filter from its end, which is the data gradient.
@@ -187,7 +213,7 @@ def _convolve(x_ptr, weight_ptr, channel, column, alive, n, top, height, width,
     for y in range(tl.maximum(top - K // 2, 0),
                    tl.minimum(top + ROWS + K // 2, height)):
         x = _load(first + _pixel(n, y, height, width) * C, column, width,
-                  alive, C, STRIP, HALO)
+                  alive, C, STRIP, HALO, WHOLE)
         new = ()
         for o in tl.static_range(ROWS):
             row = sums[o]
@@ -231,36 +257,40 @@ def _gelu_launch(shape: tuple[int, ...], stride: int) -> Launch:
 def _gate_kernel(h_ptr, zv_ptr, weight_ptr, bias_ptr, p_ptr, a_ptr, height,
                  width, C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
                  STRIP: tl.constexpr, HALO: tl.constexpr,
-                 LANES: tl.constexpr):
+                 LANES: tl.constexpr, WHOLE: tl.constexpr):
     """p = a * v with a = DW(h) + bias, of which a is kept if asked."""
-    channel, column, alive, item = _place(width, C, STRIP, LANES)
+    channel, column, alive, item = _place(width, C, STRIP, LANES, WHOLE)
     n = item // tl.cdiv(height, ROWS)
     top = item % tl.cdiv(height, ROWS) * ROWS
     sums = _convolve(h_ptr, weight_ptr, channel, column, alive, n, top, height,
-                     width, C, K, ROWS, STRIP, HALO, LANES, False)
+                     width, C, K, ROWS, STRIP, HALO, LANES, WHOLE, False)
     bias = tl.load(bias_ptr + channel).to(tl.float32)
-    for y in range(top, top + ROWS):
+    for o in tl.static_range(ROWS):
+        y = top + o
         pixel = _pixel(n, y, height, width) + column
         mask = alive & (y < height)
         one, two = pixel * C + channel, pixel * (2 * C) + C + channel
-        v = _load(zv_ptr + two, column, width, mask, 2 * C, STRIP, 0)
+        v = _load_raw(zv_ptr + two, column, width, mask, 2 * C, STRIP, 0,
+                      WHOLE)
         for t in tl.static_range(STRIP):
-            inside = mask & (column < width - t)
+            inside = _inside(column, width, mask, t, STRIP, WHOLE)
             # Rounded as the backward pass will find it.
-            a = (sums[0][t] + bias).to(p_ptr.dtype.element_ty)
-            tl.store(p_ptr + one + t * C, a.to(tl.float32) * v[t], inside)
+            a = (sums[o][t] + bias).to(p_ptr.dtype.element_ty)
+            tl.store(p_ptr + one + t * C,
+                     a.to(tl.float32) * v[t].to(tl.float32), inside)
             if a_ptr is not None:
                 tl.store(a_ptr + one + t * C, a, inside)
-        sums = sums[1:] + sums[:1]
 
 
 @triton.jit(do_not_specialize=['pixels', 'tiles'])
 def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
                           grad_zv_ptr, partial_ptr, pixels, tiles,
                           C: tl.constexpr, GRAD_STRIDE: tl.constexpr,
-                          BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+                          PLANE: tl.constexpr, BLOCK: tl.constexpr,
+                          PIXELS: tl.constexpr):
     """What needs no neighbours: h = GELU(z), p = a * v and the gradients of a
-    and v, with the sums of the latter."""
+    and v, with the sums of the latter. h and that of a are in planes of so
+    many channels."""
     exact: tl.constexpr = zv_ptr.dtype.element_ty == tl.float32
     channel = tl.arange(0, BLOCK)[None, :]
     used = channel < C
@@ -270,14 +300,15 @@ def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
             + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
         one, two = pixel * C + channel, pixel * (2 * C) + channel
+        in_plane = plane_index(pixel, channel, pixels, PLANE)
         grad = tl.load(grad_ptr + pixel * GRAD_STRIDE + channel, inside,
                        0.).to(tl.float32)
         z = tl.load(zv_ptr + two, inside, 0.).to(tl.float32)
         v = tl.load(zv_ptr + two + C, inside, 0.).to(tl.float32)
         a = tl.load(a_ptr + one, inside, 0.).to(tl.float32)
-        tl.store(h_ptr + one, gelu(z, exact), inside)
+        tl.store(h_ptr + in_plane, gelu(z, exact), inside)
         tl.store(p_ptr + one, a * v, inside)
-        tl.store(da_ptr + one, grad * v, inside)
+        tl.store(da_ptr + in_plane, grad * v, inside)
         tl.store(grad_zv_ptr + two + C, grad * a, inside)
         sums += grad * a
     tl.store(partial_ptr + tl.program_id(0) * C + channel,
@@ -290,27 +321,28 @@ def _gate_input_grad_kernel(da_ptr, weight_ptr, zv_ptr, grad_zv_ptr,
                             C: tl.constexpr,
                             K: tl.constexpr, ROWS: tl.constexpr,
                             STRIP: tl.constexpr, HALO: tl.constexpr,
-                            LANES: tl.constexpr):
+                            LANES: tl.constexpr, WHOLE: tl.constexpr):
     """The gradient of z = DW_flipped(da) * GELU'(z), and sums of each lane."""
     exact: tl.constexpr = zv_ptr.dtype.element_ty == tl.float32
-    channel, column, alive, split = _place(width, C, STRIP, LANES)
+    channel, column, alive, split = _place(width, C, STRIP, LANES, WHOLE)
     total = tl.zeros((LANES, ), tl.float32)
     for item in range(split, items, splits):
         n = item // tl.cdiv(height, ROWS)
         top = item % tl.cdiv(height, ROWS) * ROWS
         sums = _convolve(da_ptr, weight_ptr, channel, column, alive, n, top,
-                         height, width, C, K, ROWS, STRIP, HALO, LANES, True)
-        for y in range(top, top + ROWS):
+                         height, width, C, K, ROWS, STRIP, HALO, LANES, WHOLE,
+                         True)
+        for o in tl.static_range(ROWS):
+            y = top + o
             at = (_pixel(n, y, height, width) + column) * (2 * C) + channel
             mask = alive & (y < height)
-            z = _load(zv_ptr + at, column, width, mask, 2 * C, STRIP, 0)
+            z = _load(zv_ptr + at, column, width, mask, 2 * C, STRIP, 0, WHOLE)
             for t in tl.static_range(STRIP):
                 slope = gelu_slope(z[t], gelu_tail(tl.abs(z[t]), exact))
-                inside = mask & (column < width - t)
-                grad = sums[0][t] * slope
+                inside = _inside(column, width, mask, t, STRIP, WHOLE)
+                grad = sums[o][t] * slope
                 tl.store(grad_zv_ptr + at + t * (2 * C), grad, inside)
                 total += tl.where(inside, grad, 0.)
-            sums = sums[1:] + sums[:1]
     tl.store(partial_ptr + tl.cast(split, tl.int64) * tl.cdiv(width, STRIP) * C
              + column // STRIP * C + channel, total, alive)
 
@@ -319,13 +351,14 @@ def _gate_input_grad_kernel(da_ptr, weight_ptr, zv_ptr, grad_zv_ptr,
 def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
                         width, C: tl.constexpr, K: tl.constexpr,
                         TAP_ROWS: tl.constexpr, STRIP: tl.constexpr,
-                        HALO: tl.constexpr, LANES: tl.constexpr):
+                        HALO: tl.constexpr, LANES: tl.constexpr,
+                        WHOLE: tl.constexpr):
     """Sums of the weight and bias gradient over a part of the batch's rows.
 
     A program holds TAP_ROWS rows of the filter; the programs for its other
     rows are neighbours, so that they find the same inputs in the cache.
     """
-    channel, column, alive, item = _place(width, C, STRIP, LANES)
+    channel, column, alive, item = _place(width, C, STRIP, LANES, WHOLE)
     groups: tl.constexpr = (K + TAP_ROWS - 1) // TAP_ROWS
     split, head = item // groups, item % groups * TAP_ROWS
     sums = ()
@@ -337,7 +370,7 @@ def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
     for row in range(split * share, tl.minimum((split + 1) * share, rows)):
         n, y = row // height, row % height
         x = _load(x_ptr + _pixel(n, y, height, width) * C + first, column,
-                  width, alive, C, STRIP, HALO)
+                  width, alive, C, STRIP, HALO, WHOLE)
         new = ()
         for o in tl.static_range(TAP_ROWS):
             taps = sums[o]
@@ -345,7 +378,7 @@ def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
             at = y - i + K // 2
             if (i < K) & (at >= 0) & (at < height):
                 dy = _load(dy_ptr + _pixel(n, at, height, width) * C + first,
-                           column, width, alive, C, STRIP, 0)
+                           column, width, alive, C, STRIP, 0, WHOLE)
                 taps = _correlate_weight(taps, x, dy, K, STRIP, HALO)
                 if i == K // 2:  # meets each row of dy once
                     for t in tl.static_range(STRIP):
@@ -364,11 +397,11 @@ def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
 
 
 @plan
-def _gate_backward_launch(shape: tuple[int, ...], grad_stride: int
-                          ) -> tuple[Launch, tuple[int, ...]]:
+def _gate_backward_launch(shape: tuple[int, ...], grad_stride: int,
+                          plane: int) -> tuple[Launch, tuple[int, ...]]:
     tile, pixels, tiles, programs = row_tiles(shape)
     launch = Launch(_gate_backward_kernel, programs, pixels, tiles,
-                    GRAD_STRIDE=grad_stride, **tile)
+                    GRAD_STRIDE=grad_stride, PLANE=plane, **tile)
     return launch, (programs, 1, 1, shape[3])
 
 
@@ -450,15 +483,17 @@ def gate_backward(
     def empty(shape: tuple[int, ...]) -> Tensor:
         return a.new_empty(shape, dtype=torch.float32)
 
-    launch, partial = _gate_backward_launch(shape, stride)
+    has_banded = [takes(shape, k, zv.dtype) for takes in (
+        banded.takes_weight_grad, banded.takes_input_grad)]
+    plane = banded.CHANNELS if all(has_banded) and not c % banded.CHANNELS \
+        else c
+    launch, partial = _gate_backward_launch(shape, stride, plane)
     launch(grad, zv, a, h, p, da, grad_zv, v_partial := empty(partial))
-    launch, partial = banded.weight_grad_launch(shape, k) \
-        if banded.takes_weight_grad(shape, k, zv.dtype) \
-        else _weight_grad_launch(shape, k)
+    launch, partial = banded.weight_grad_launch(shape, k, plane) \
+        if has_banded[0] else _weight_grad_launch(shape, k)
     launch(h, da, taps_partial := empty(partial))
-    launch, partial = banded.input_grad_launch(shape, k) \
-        if banded.takes_input_grad(shape, k, zv.dtype) \
-        else _gate_input_grad_launch(shape, k)
+    launch, partial = banded.input_grad_launch(shape, k, plane) \
+        if has_banded[1] else _gate_input_grad_launch(shape, k)
     launch(da, _taps_first(weight), zv, grad_zv, z_partial := empty(partial))
     grad_weight, grad_bias, sums = sum_partials(
         taps_partial, z_partial, v_partial, taps=taps).split_with_sizes(
@@ -476,26 +511,31 @@ def _item_rows(item, share, height):
 
 @triton.jit
 def _read_row(ptr, column, width, alive, n, y, height, end,
-              STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr):
+              STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr,
+              WHOLE: tl.constexpr):
     """Row y of an image, zero above it and from ``end`` on."""
-    return _load_raw(ptr + _pixel(n, y, height, width) * STRIDE, column, width,
-                     alive & (y >= 0) & (y < end), STRIDE, STRIP, HALO)
+    return _load(ptr + _pixel(n, y, height, width) * STRIDE, column, width,
+                 alive & (y >= 0) & (y < end), STRIDE, STRIP, HALO, WHOLE)
 
 
 @triton.jit
-def _convolve_rows(sums, above, row, below, weight_ptr, C: tl.constexpr,
-                   STRIP: tl.constexpr, HALO: tl.constexpr):
-    """Add a 3x3 convolution of three rows to the STRIP sums.
+def _first_rows(ptr, column, width, alive, n, start, height, end,
+                STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr,
+                WHOLE: tl.constexpr):
+    """The row above the first of an item, the first and the second."""
+    rows = ()
+    for i in tl.static_range(-1, 2):
+        rows = rows + (_read_row(ptr, column, width, alive, n, start + i,
+                                 height, end, STRIDE, STRIP, HALO, WHOLE), )
+    return rows
 
-    The filter goes backwards if C is negative.
-    """
-    # Loaded anew for each row: registers cost more.
-    taps = _load_taps(weight_ptr, 3, C)
-    sums = _correlate(sums, above, taps, 3, STRIP, HALO)
-    taps = _load_taps(weight_ptr + 3 * C, 3, C)
-    sums = _correlate(sums, row, taps, 3, STRIP, HALO)
-    taps = _load_taps(weight_ptr + 6 * C, 3, C)
-    return _correlate(sums, below, taps, 3, STRIP, HALO)
+
+@triton.jit
+def _add_row(sums, row, taps_ptr, STEP: tl.constexpr, STRIP: tl.constexpr,
+             HALO: tl.constexpr):
+    """Add the products of a row with a row of a 3x3 filter to STRIP sums."""
+    # Taps are loaded anew for each row: registers cost more.
+    return _correlate(sums, row, _load_taps(taps_ptr, 3, STEP), 3, STRIP, HALO)
 
 
 @triton.jit(do_not_specialize=[
@@ -504,7 +544,8 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
                      partial_ptr, items, splits, share, height, width,
                      C: tl.constexpr, Z_STRIDE: tl.constexpr,
                      GRAD_STRIDE: tl.constexpr, STRIP: tl.constexpr,
-                     HALO: tl.constexpr, LANES: tl.constexpr):
+                     HALO: tl.constexpr, LANES: tl.constexpr,
+                     WHOLE: tl.constexpr):
     """s = h + GELU(d) with d = DW_3(h) + bias and h = GELU(z).
 
     With a gradient also dd, that of d, and the sums for those of the filter
@@ -515,7 +556,7 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
     """
     exact: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
     columns: tl.constexpr = STRIP + 2 * HALO
-    channel, column, alive, split = _place(width, C, STRIP, LANES)
+    channel, column, alive, split = _place(width, C, STRIP, LANES, WHOLE)
     bias = tl.load(bias_ptr + channel).to(tl.float32)
     top_sums = _zeros(3, LANES)
     mid_sums = _zeros(3, LANES)
@@ -524,47 +565,45 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
     first = z_ptr + column * Z_STRIDE + channel
     for item in range(split, items, splits):
         n, start, end = _item_rows(item, share, height)
-        above = _zeros(columns, LANES)
-        row = _zeros(columns, LANES)
-        raw = _read_row(first, column, width, alive, n, start - 1, height,
-                        height, Z_STRIDE, STRIP, HALO)
-        for below_y in range(start - 1, end + 1):
-            below = _gelu_row(raw, columns, exact)
-            raw = _read_row(first, column, width, alive, n, below_y + 1,
-                            height, tl.minimum(end + 1, height), Z_STRIDE,
-                            STRIP, HALO)
-            if below_y > start:
-                pixel = _pixel(n, below_y - 1, height, width) + column
-                if grad_ptr is not None:
-                    grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel,
-                                 column, width, alive, GRAD_STRIDE, STRIP, 0)
-                d = ()
-                for _ in tl.static_range(STRIP):
-                    d = d + (bias, )
-                d = _convolve_rows(d, above, row, below, weight_ptr + channel,
-                                   C, STRIP, HALO)
-                out = pixel * C + channel
-                if grad_ptr is not None:
-                    dd = ()
-                    for t in tl.static_range(STRIP):
-                        inside = alive & (column < width - t)
-                        e, slope = gelu_and_slope(d[t], exact)
-                        dd = dd + (grad[t] * slope, )
-                        tl.store(s_ptr + out + t * C, row[t + HALO] + e,
-                                 inside)
-                        tl.store(dd_ptr + out + t * C, dd[t], inside)
-                        total += dd[t]
-                    top_sums = _correlate_weight(top_sums, above, dd, 3,
-                                                 STRIP, HALO)
-                    mid_sums = _correlate_weight(mid_sums, row, dd, 3, STRIP,
-                                                 HALO)
-                    low_sums = _correlate_weight(low_sums, below, dd, 3,
-                                                 STRIP, HALO)
-                else:
-                    for t in tl.static_range(STRIP):
-                        tl.store(s_ptr + out + t * C,
-                                 row[t + HALO] + gelu(d[t], exact),
-                                 alive & (column < width - t))
+        limit = tl.minimum(end + 1, height)
+        above, row, ahead = _first_rows(
+            first, column, width, alive, n, start, height, limit, Z_STRIDE,
+            STRIP, HALO, WHOLE)
+        above = _gelu_row(above, columns, exact)
+        row = _gelu_row(row, columns, exact)
+        for y in range(start, end):
+            pixel = _pixel(n, y, height, width) + column
+            if grad_ptr is not None:
+                grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
+                             width, alive, GRAD_STRIDE, STRIP, 0, WHOLE)
+            below = _gelu_row(ahead, columns, exact)
+            ahead = _read_row(first, column, width, alive, n, y + 2, height,
+                              limit, Z_STRIDE, STRIP, HALO, WHOLE)
+            taps_ptr = weight_ptr + channel
+            d = repeat(bias, STRIP)
+            d = _add_row(d, above, taps_ptr, C, STRIP, HALO)
+            d = _add_row(d, row, taps_ptr + 3 * C, C, STRIP, HALO)
+            d = _add_row(d, below, taps_ptr + 6 * C, C, STRIP, HALO)
+            out = pixel * C + channel
+            if grad_ptr is not None:
+                dd = ()
+                for t in tl.static_range(STRIP):
+                    inside = _inside(column, width, alive, t, STRIP, WHOLE)
+                    e, slope = gelu_and_slope(d[t], exact)
+                    dd = dd + (grad[t] * slope, )
+                    tl.store(s_ptr + out + t * C, row[t + HALO] + e, inside)
+                    tl.store(dd_ptr + out + t * C, dd[t], inside)
+                    total += dd[t]
+                top_sums = _correlate_weight(top_sums, above, dd, 3, STRIP,
+                                             HALO)
+                mid_sums = _correlate_weight(mid_sums, row, dd, 3, STRIP, HALO)
+                low_sums = _correlate_weight(low_sums, below, dd, 3, STRIP,
+                                             HALO)
+            else:
+                for t in tl.static_range(STRIP):
+                    tl.store(s_ptr + out + t * C,
+                             row[t + HALO] + gelu(d[t], exact),
+                             _inside(column, width, alive, t, STRIP, WHOLE))
             above = row
             row = below
     if grad_ptr is not None:
@@ -582,44 +621,46 @@ def _position_input_grad_kernel(
         dd_ptr, weight_ptr, z_ptr, grad_ptr, out_ptr, partial_ptr, items,
         splits, share, height, width, C: tl.constexpr, Z_STRIDE: tl.constexpr,
         GRAD_STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr,
-        LANES: tl.constexpr):
+        LANES: tl.constexpr, WHOLE: tl.constexpr):
     """(DW_flipped(dd) + grad) * GELU'(z), and sums of each lane.
 
     A program walks down its items as that of :func:`_position_kernel`.
     """
     exact: tl.constexpr = z_ptr.dtype.element_ty == tl.float32
-    columns: tl.constexpr = STRIP + 2 * HALO
-    channel, column, alive, split = _place(width, C, STRIP, LANES)
+    channel, column, alive, split = _place(width, C, STRIP, LANES, WHOLE)
     total = tl.zeros((LANES, ), tl.float32)
+    none = _zeros(STRIP, LANES)
     first = dd_ptr + column * C + channel
+    taps_ptr = weight_ptr + 8 * C + channel  # the last
     for item in range(split, items, splits):
         n, start, end = _item_rows(item, share, height)
-        above = _zeros(columns, LANES)
-        row = _zeros(columns, LANES)
-        raw = _read_row(first, column, width, alive, n, start - 1, height,
-                        height, C, STRIP, HALO)
-        for below_y in range(start - 1, end + 1):
-            below = _wide(raw, columns)
-            raw = _read_row(first, column, width, alive, n, below_y + 1,
-                            height, tl.minimum(end + 1, height), C, STRIP,
-                            HALO)
-            if below_y > start:
-                pixel = _pixel(n, below_y - 1, height, width) + column
-                dh = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
-                           width, alive, GRAD_STRIDE, STRIP, 0)
-                z = _load(z_ptr + pixel * Z_STRIDE + channel, column, width,
-                          alive, Z_STRIDE, STRIP, 0)
-                dh = _convolve_rows(dh, above, row, below,
-                                    weight_ptr + 8 * C + channel, -C, STRIP,
-                                    HALO)
-                out = out_ptr + pixel * C + channel
-                for t in tl.static_range(STRIP):
-                    inside = alive & (column < width - t)
-                    slope = gelu_slope(z[t], gelu_tail(tl.abs(z[t]), exact))
-                    tl.store(out + t * C, dh[t] * slope, inside)
-                    total += tl.where(inside, dh[t] * slope, 0.)
-            above = row
-            row = below
+        limit = tl.minimum(end + 1, height)
+        above, row, ahead = _first_rows(
+            first, column, width, alive, n, start, height, limit, C, STRIP,
+            HALO, WHOLE)
+        # Sums of this row of outputs and of the next, without what is below.
+        this = _add_row(none, above, taps_ptr, -C, STRIP, HALO)
+        this = _add_row(this, row, taps_ptr - 3 * C, -C, STRIP, HALO)
+        after = _add_row(none, row, taps_ptr, -C, STRIP, HALO)
+        for y in range(start, end):
+            pixel = _pixel(n, y, height, width) + column
+            grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
+                         width, alive, GRAD_STRIDE, STRIP, 0, WHOLE)
+            z = _load(z_ptr + pixel * Z_STRIDE + channel, column, width, alive,
+                      Z_STRIDE, STRIP, 0, WHOLE)
+            below = ahead
+            ahead = _read_row(first, column, width, alive, n, y + 2, height,
+                              limit, C, STRIP, HALO, WHOLE)
+            dh = _add_row(this, below, taps_ptr - 6 * C, -C, STRIP, HALO)
+            this = _add_row(after, below, taps_ptr - 3 * C, -C, STRIP, HALO)
+            after = _add_row(none, below, taps_ptr, -C, STRIP, HALO)
+            out = out_ptr + pixel * C + channel
+            for t in tl.static_range(STRIP):
+                inside = _inside(column, width, alive, t, STRIP, WHOLE)
+                slope = gelu_slope(z[t], gelu_tail(tl.abs(z[t]), exact))
+                dz = (dh[t] + grad[t]) * slope
+                tl.store(out + t * C, dz, inside)
+                total += tl.where(inside, dz, 0.)
     tl.store(partial_ptr + tl.cast(split, tl.int64) * tl.cdiv(width, STRIP) * C
              + column // STRIP * C + channel, total, alive)
 
@@ -638,7 +679,7 @@ def _position_tile(shape: tuple[int, ...], strip: int, lanes: int,
 def _position_launch(shape: tuple[int, ...], stride: int) -> Launch:
     _, height, width, c = shape
     tile, blocks, share, items = _position_tile(
-        shape, strip=14 if width > 7 else 7, lanes=64, registers=168)
+        shape, strip=14 if width > 7 else 7, lanes=64, registers=128)
     return Launch(_position_kernel, items * blocks, items, items, share,
                   height, width, C=c, Z_STRIDE=stride, GRAD_STRIDE=0, **tile)
 
@@ -649,7 +690,7 @@ def _position_backward_launch(
         grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
     _, height, width, c = shape
     tile, blocks, share, items = _position_tile(shape, strip=7, lanes=64,
-                                                registers=168)
+                                                registers=128)
     splits = split_count(items, blocks, WAVES)
     launch = Launch(_position_kernel, splits * blocks, items, splits, share,
                     height, width, C=c, Z_STRIDE=stride,
@@ -662,8 +703,8 @@ def _position_input_grad_launch(
         shape: tuple[int, ...], stride: int,
         grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
     _, height, width, c = shape
-    tile, blocks, share, items = _position_tile(shape, strip=7, lanes=32,
-                                                registers=64)
+    tile, blocks, share, items = _position_tile(shape, strip=7, lanes=64,
+                                                registers=128)
     splits = split_count(items, blocks, WAVES)
     launch = Launch(_position_input_grad_kernel, splits * blocks, items,
                     splits, share, height, width, C=c, Z_STRIDE=stride,

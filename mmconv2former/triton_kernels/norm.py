@@ -18,6 +18,7 @@ from .tiling import (
     patch_index,
     repeat,
     small_images,
+    to_fp32,
 )
 
 
@@ -34,7 +35,7 @@ def _channels(PIXELS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _normalize(x, used, eps, C: tl.constexpr):
     """Rows of mean 0 and variance 1, and their inverse standard deviation."""
-    x = x.to(tl.float32)
+    x = to_fp32(x)
     normed = tl.where(used, x - tl.sum(x, 1)[:, None] / C, 0.)
     rstd = tl.rsqrt(tl.sum(normed * normed, 1)[:, None] / C + eps)
     return normed * rstd, rstd
@@ -112,11 +113,11 @@ def _store_own(grad, scale_ptr, keep, own_ptr, scaled_ptr, at, channel, inside,
     Returns own as it is rounded, which the gradient of the weight will find;
     zeros outside.
     """
-    own = grad.to(tl.float32) * keep
+    own = to_fp32(grad) * keep
     if own_ptr is not None:
         rounded = own.to(own_ptr.dtype.element_ty)
         tl.store(own_ptr + at, rounded, inside)
-        own = rounded.to(tl.float32)
+        own = to_fp32(rounded)
     if scaled_ptr is not None:
         scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
         tl.store(scaled_ptr + at, own * scale, inside)
@@ -175,11 +176,11 @@ def _layer_norm_backward_kernel(
                 CHUNKS, STEP)
         sums = zero
         for i in tl.static_range(CHUNKS):
-            sums += xs[i].to(tl.float32)
+            sums += to_fp32(xs[i])
         mean = tl.sum(sums, 1)[:, None] / C
         sums = zero
         for i in tl.static_range(CHUNKS):
-            centred = tl.where(used, xs[i].to(tl.float32) - mean, 0.)
+            centred = tl.where(used, to_fp32(xs[i]) - mean, 0.)
             sums += centred * centred
         # Not infinite outside the tensor if eps is 0.
         rstd = tl.rsqrt(tl.maximum(tl.sum(sums, 1)[:, None] / C + eps, 1e-30))
@@ -192,10 +193,10 @@ def _layer_norm_backward_kernel(
                              0.).to(tl.float32)
             bias = tl.load(bias_ptr + i * STEP + channel, used,
                            0.).to(tl.float32)
-            normed = (xs[i].to(tl.float32) - mean) * rstd
+            normed = (to_fp32(xs[i]) - mean) * rstd
             tl.store(normed_ptr + place * C + i * STEP + channel,
                      normed * weight + bias, has_grad)
-            grad = grads[i].to(tl.float32)
+            grad = to_fp32(grads[i])
             new_weight_sums = new_weight_sums + (weight_sums[i]
                                                  + grad * normed, )
             new_bias_sums = new_bias_sums + (bias_sums[i] + grad, )
@@ -214,11 +215,11 @@ def _layer_norm_backward_kernel(
             # Once more: registers cost more.
             weight = tl.load(weight_ptr + i * STEP + channel, used,
                              0.).to(tl.float32)
-            normed = (xs[i].to(tl.float32) - mean) * rstd
-            out = (grads[i].to(tl.float32) * weight - grad_mean
+            normed = (to_fp32(xs[i]) - mean) * rstd
+            out = (to_fp32(grads[i]) * weight - grad_mean
                    - normed * product_mean) * rstd
             if residual_ptr is not None:
-                residual = residuals[i].to(tl.float32)
+                residual = to_fp32(residuals[i])
                 out += residual
                 if SUMS_RESIDUAL:
                     new_residual_sums = new_residual_sums + (
@@ -319,7 +320,8 @@ def _scale_residual_kernel(
     x = tl.load(x_ptr + n * area * X_STRIDE + pixel * X_STRIDE + channel,
                 inside, 0.)
     y = tl.load(y_ptr + n * area * Y_STRIDE + pixel * Y_STRIDE + channel,
-                inside, 0.).to(tl.float32)
+                inside, 0.)
+    y = to_fp32(y)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
         if keep_ptr is not None:
@@ -327,7 +329,7 @@ def _scale_residual_kernel(
         y *= scale
     elif keep_ptr is not None:
         y *= tl.load(keep_ptr + n).to(tl.float32)
-    out = (x.to(tl.float32) + y).to(x.dtype)
+    out = (to_fp32(x) + y).to(x.dtype)
     at = n * area * C + pixel * C + channel
     tl.store(out_ptr + at, out, inside)
     if normed_ptr is not None:

@@ -128,6 +128,19 @@ def repeat(x, COUNT: tl.constexpr):
 
 
 @triton.jit
+def to_fp32(x):
+    """In fp32; from bf16 by integers.
+
+    The compiler puts floats of 16 bits in pairs and takes them apart again,
+    with one or two instructions more for each.
+    """
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(
+            tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def column_place(C: tl.constexpr, BLOCK: tl.constexpr):
     """Channels of a program of :func:`column_tiles`, which part of the sums
     it has, and how many there are."""
@@ -135,6 +148,13 @@ def column_place(C: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     return (pid % blocks * BLOCK + tl.arange(0, BLOCK)[None, :],
             pid // blocks, tl.num_programs(0) // blocks)
+
+
+@triton.jit
+def plane_index(pixel, channel, pixels, PLANE: tl.constexpr):
+    """Index of a value in planes of so many channels, each with all pixels."""
+    plane = tl.cast(channel // PLANE, tl.int64)
+    return (plane * pixels + pixel) * PLANE + channel % PLANE
 
 
 @triton.jit
