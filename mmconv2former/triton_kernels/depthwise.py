@@ -22,10 +22,11 @@ from .tiling import (
     PROGRAMS,
     as_pixels,
     ceil_div,
+    column_place,
+    column_tiles,
     contiguous_like,
     plane_index,
     repeat,
-    row_tiles,
     small_images,
     split_count,
     to_fp32,
@@ -292,10 +293,10 @@ def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
     and v, with the sums of the latter. h and that of a are in planes of so
     many channels."""
     exact: tl.constexpr = zv_ptr.dtype.element_ty == tl.float32
-    channel = tl.arange(0, BLOCK)[None, :]
+    channel, part, parts = column_place(C, BLOCK)
     used = channel < C
     sums = tl.zeros((PIXELS, BLOCK), tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for tile in range(part, tiles, parts):
         pixel = tl.cast(tile, tl.int64) * PIXELS \
             + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
@@ -311,8 +312,7 @@ def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
         tl.store(da_ptr + in_plane, grad * v, inside)
         tl.store(grad_zv_ptr + two + C, grad * a, inside)
         sums += grad * a
-    tl.store(partial_ptr + tl.program_id(0) * C + channel,
-             tl.sum(sums, 0)[None, :], used)
+    tl.store(partial_ptr + part * C + channel, tl.sum(sums, 0)[None, :], used)
 
 
 @triton.jit(do_not_specialize=['items', 'splits', 'height', 'width'])
@@ -399,10 +399,13 @@ def _weight_grad_kernel(x_ptr, dy_ptr, partial_ptr, rows, splits, height,
 @plan
 def _gate_backward_launch(shape: tuple[int, ...], grad_stride: int,
                           plane: int) -> tuple[Launch, tuple[int, ...]]:
-    tile, pixels, tiles, programs = row_tiles(shape)
-    launch = Launch(_gate_backward_kernel, programs, pixels, tiles,
-                    GRAD_STRIDE=grad_stride, PLANE=plane, **tile)
-    return launch, (programs, 1, 1, shape[3])
+    c = shape[3]
+    tile, pixels, tiles, parts = column_tiles(
+        shape, 64 if c > 128 else 128, warps=24)
+    launch = Launch(
+        _gate_backward_kernel, parts * ceil_div(c, tile['BLOCK']), pixels,
+        tiles, GRAD_STRIDE=grad_stride, PLANE=plane, maxnreg=80, **tile)
+    return launch, (parts, 1, 1, c)
 
 
 @plan

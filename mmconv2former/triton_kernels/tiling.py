@@ -68,19 +68,12 @@ def norm_tile(channels: int) -> dict:
     return dict(C=channels, BLOCK=block, PIXELS=max(2048 // block, 1))
 
 
-def row_tiles(shape: tuple[int, ...]) -> tuple[dict, int, int, int]:
-    """Block sizes, pixels, tiles and programs of sums over the pixels, where
-    a program takes all channels."""
-    *image, c = shape
-    tile, pixels = norm_tile(c), prod(image)
-    tiles = ceil_div(pixels, tile['PIXELS'])
-    return tile, pixels, tiles, max(min(tiles, PROGRAMS // 4), 1)
+def column_tiles(shape: tuple[int, ...], block: int,
+                 warps: int = 32) -> tuple[dict, int, int, int]:
+    """Block sizes, pixels, tiles and parts of sums over the pixels, where a
+    program of four warps takes a block of channels.
 
-
-def column_tiles(shape: tuple[int, ...],
-                 block: int) -> tuple[dict, int, int, int]:
-    """The same where a program takes a block of channels, and how many parts
-    the sums have.
+    A multiprocessor has registers for so many ``warps`` at a time.
 
     Few lanes are idle so, where those of whole rows are up to half of them;
     but what is written in less than 64 bytes at a time is written slowly.
@@ -89,7 +82,8 @@ def column_tiles(shape: tuple[int, ...],
     block = min(triton.next_power_of_2(c), block)
     tile, pixels = dict(C=c, BLOCK=block, PIXELS=2048 // block), prod(image)
     tiles, blocks = ceil_div(pixels, 2048 // block), ceil_div(c, block)
-    return tile, pixels, tiles, max(min(tiles, PROGRAMS // 2 // blocks), 1)
+    return tile, pixels, tiles, max(
+        min(tiles, PROGRAMS // 16 * warps // 4 // blocks), 1)
 
 
 def chunk_tile(channels: int) -> tuple[dict, int]:
