@@ -522,18 +522,6 @@ def _read_row(ptr, column, width, alive, n, y, height, end,
 
 
 @triton.jit
-def _first_rows(ptr, column, width, alive, n, start, height, end,
-                STRIDE: tl.constexpr, STRIP: tl.constexpr, HALO: tl.constexpr,
-                WHOLE: tl.constexpr):
-    """The row above the first of an item, the first and the second."""
-    rows = ()
-    for i in tl.static_range(-1, 2):
-        rows = rows + (_read_row(ptr, column, width, alive, n, start + i,
-                                 height, end, STRIDE, STRIP, HALO, WHOLE), )
-    return rows
-
-
-@triton.jit
 def _add_row(sums, row, taps_ptr, STEP: tl.constexpr, STRIP: tl.constexpr,
              HALO: tl.constexpr):
     """Add the products of a row with a row of a 3x3 filter to STRIP sums."""
@@ -569,11 +557,15 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
     for item in range(split, items, splits):
         n, start, end = _item_rows(item, share, height)
         limit = tl.minimum(end + 1, height)
-        above, row, ahead = _first_rows(
-            first, column, width, alive, n, start, height, limit, Z_STRIDE,
-            STRIP, HALO, WHOLE)
-        above = _gelu_row(above, columns, exact)
-        row = _gelu_row(row, columns, exact)
+        above = _zeros(columns, LANES)
+        row = _zeros(columns, LANES)
+        ahead = _read_row(first, column, width, alive, n, start - 1, height,
+                          limit, Z_STRIDE, STRIP, HALO, WHOLE)
+        for y in range(start, start + 2):
+            above = row
+            row = _gelu_row(ahead, columns, exact)
+            ahead = _read_row(first, column, width, alive, n, y, height, limit,
+                              Z_STRIDE, STRIP, HALO, WHOLE)
         for y in range(start, end):
             pixel = _pixel(n, y, height, width) + column
             if grad_ptr is not None:
@@ -638,13 +630,16 @@ def _position_input_grad_kernel(
     for item in range(split, items, splits):
         n, start, end = _item_rows(item, share, height)
         limit = tl.minimum(end + 1, height)
-        above, row, ahead = _first_rows(
-            first, column, width, alive, n, start, height, limit, C, STRIP,
-            HALO, WHOLE)
         # Sums of this row of outputs and of the next, without what is below.
-        this = _add_row(none, above, taps_ptr, -C, STRIP, HALO)
-        this = _add_row(this, row, taps_ptr - 3 * C, -C, STRIP, HALO)
-        after = _add_row(none, row, taps_ptr, -C, STRIP, HALO)
+        this = none
+        after = none
+        ahead = _read_row(first, column, width, alive, n, start - 1, height,
+                          limit, C, STRIP, HALO, WHOLE)
+        for y in range(start, start + 2):
+            this = _add_row(after, ahead, taps_ptr - 3 * C, -C, STRIP, HALO)
+            after = _add_row(none, ahead, taps_ptr, -C, STRIP, HALO)
+            ahead = _read_row(first, column, width, alive, n, y, height, limit,
+                              C, STRIP, HALO, WHOLE)
         for y in range(start, end):
             pixel = _pixel(n, y, height, width) + column
             grad = _load(grad_ptr + pixel * GRAD_STRIDE + channel, column,
@@ -682,7 +677,7 @@ def _position_tile(shape: tuple[int, ...], strip: int, lanes: int,
 def _position_launch(shape: tuple[int, ...], stride: int) -> Launch:
     _, height, width, c = shape
     tile, blocks, share, items = _position_tile(
-        shape, strip=14 if width > 7 else 7, lanes=64, registers=128)
+        shape, strip=14 if width > 7 else 7, lanes=64, registers=144)
     return Launch(_position_kernel, items * blocks, items, items, share,
                   height, width, C=c, Z_STRIDE=stride, GRAD_STRIDE=0, **tile)
 
