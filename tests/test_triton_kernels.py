@@ -54,7 +54,7 @@ if INTERPRETED:
     BANDED = [  # parts of rows, strips, blocks of channels; groups of images
         (1, 9, 19, 12, torch.float16),
         (17, 4, 3, 8, torch.float16),
-        (2, 15, 16, 8, torch.float16),
+        (2, 15, 16, 16, torch.float16),
         (1, 1, 14, 4, torch.float16),
     ]
 else:

@@ -557,6 +557,7 @@ def _position_kernel(z_ptr, weight_ptr, bias_ptr, grad_ptr, s_ptr, dd_ptr,
     for item in range(split, items, splits):
         n, start, end = _item_rows(item, share, height)
         limit = tl.minimum(end + 1, height)
+        # The row above the first, the first, and the one below it.
         above = _zeros(columns, LANES)
         row = _zeros(columns, LANES)
         ahead = _read_row(first, column, width, alive, n, start - 1, height,
@@ -663,11 +664,14 @@ def _position_input_grad_kernel(
              + column // STRIP * C + channel, total, alive)
 
 
-def _position_tile(shape: tuple[int, ...], strip: int, lanes: int,
+def _position_tile(shape: tuple[int, ...], strip: int,
                    registers: int) -> tuple[dict, int, int, int]:
-    """Block sizes, programs for a row, rows of an item, and items."""
+    """Block sizes, programs for a row, rows of an item, and items.
+
+    Of registers there are as few as the loops do with, or nearly.
+    """
     n, height, width, c = shape
-    tile, blocks = _tile(width, 3, c, strip, lanes, registers)
+    tile, blocks = _tile(width, 3, c, strip, 64, registers)
     # Tall items read fewer rows twice; low ones keep small inputs parallel.
     share = min(max(n * height * blocks // (2 * PROGRAMS), 4), 28)
     return tile, blocks, share, n * ceil_div(height, share)
@@ -677,7 +681,7 @@ def _position_tile(shape: tuple[int, ...], strip: int, lanes: int,
 def _position_launch(shape: tuple[int, ...], stride: int) -> Launch:
     _, height, width, c = shape
     tile, blocks, share, items = _position_tile(
-        shape, strip=14 if width > 7 else 7, lanes=64, registers=144)
+        shape, strip=14 if width > 7 else 7, registers=144)
     return Launch(_position_kernel, items * blocks, items, items, share,
                   height, width, C=c, Z_STRIDE=stride, GRAD_STRIDE=0, **tile)
 
@@ -687,7 +691,7 @@ def _position_backward_launch(
         shape: tuple[int, ...], stride: int,
         grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
     _, height, width, c = shape
-    tile, blocks, share, items = _position_tile(shape, strip=7, lanes=64,
+    tile, blocks, share, items = _position_tile(shape, strip=7,
                                                 registers=128)
     splits = split_count(items, blocks, WAVES)
     launch = Launch(_position_kernel, splits * blocks, items, splits, share,
@@ -701,7 +705,7 @@ def _position_input_grad_launch(
         shape: tuple[int, ...], stride: int,
         grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
     _, height, width, c = shape
-    tile, blocks, share, items = _position_tile(shape, strip=7, lanes=64,
+    tile, blocks, share, items = _position_tile(shape, strip=7,
                                                 registers=128)
     splits = split_count(items, blocks, WAVES)
     launch = Launch(_position_input_grad_kernel, splits * blocks, items,
