@@ -275,7 +275,8 @@ def _gate_kernel(h_ptr, zv_ptr, weight_ptr, bias_ptr, p_ptr, a_ptr, height,
                       WHOLE)
         for t in tl.static_range(STRIP):
             inside = _inside(column, width, mask, t, STRIP, WHOLE)
-            # Rounded as the backward pass will find it.
+            # Rounded as the backward pass will find it. In bf16, the products
+            # of two channels are one instruction.
             a = (sums[o][t] + bias).to(p_ptr.dtype.element_ty)
             tl.store(p_ptr + one + t * C,
                      a.to(tl.float32) * v[t].to(tl.float32), inside)
@@ -290,8 +291,8 @@ def _gate_backward_kernel(grad_ptr, zv_ptr, a_ptr, h_ptr, p_ptr, da_ptr,
                           PLANE: tl.constexpr, BLOCK: tl.constexpr,
                           PIXELS: tl.constexpr):
     """What needs no neighbours: h = GELU(z), p = a * v and the gradients of a
-    and v, with the sums of the latter. h and that of a are in planes of so
-    many channels."""
+    and v, with the sums of the latter. h and the gradient of a are in planes
+    of PLANE channels."""
     exact: tl.constexpr = zv_ptr.dtype.element_ty == tl.float32
     channel, part, parts = column_place(C, BLOCK)
     used = channel < C
@@ -486,17 +487,19 @@ def gate_backward(
     def empty(shape: tuple[int, ...]) -> Tensor:
         return a.new_empty(shape, dtype=torch.float32)
 
-    has_banded = [takes(shape, k, zv.dtype) for takes in (
-        banded.takes_weight_grad, banded.takes_input_grad)]
-    plane = banded.CHANNELS if all(has_banded) and not c % banded.CHANNELS \
-        else c
+    banded_weight = banded.takes_weight_grad(shape, k, zv.dtype)
+    banded_input = banded.takes_input_grad(shape, k, zv.dtype)
+    # h and da are in planes of so many channels, here those of all.
+    plane = c
+    if banded_weight and banded_input and c % banded.CHANNELS == 0:
+        plane = banded.CHANNELS
     launch, partial = _gate_backward_launch(shape, stride, plane)
     launch(grad, zv, a, h, p, da, grad_zv, v_partial := empty(partial))
     launch, partial = banded.weight_grad_launch(shape, k, plane) \
-        if has_banded[0] else _weight_grad_launch(shape, k)
+        if banded_weight else _weight_grad_launch(shape, k)
     launch(h, da, taps_partial := empty(partial))
     launch, partial = banded.input_grad_launch(shape, k, plane) \
-        if has_banded[1] else _gate_input_grad_launch(shape, k)
+        if banded_input else _gate_input_grad_launch(shape, k)
     launch(da, _taps_first(weight), zv, grad_zv, z_partial := empty(partial))
     grad_weight, grad_bias, sums = sum_partials(
         taps_partial, z_partial, v_partial, taps=taps).split_with_sizes(
@@ -668,7 +671,8 @@ def _position_tile(shape: tuple[int, ...], strip: int,
                    registers: int) -> tuple[dict, int, int, int]:
     """Block sizes, programs for a row, rows of an item, and items.
 
-    Of registers there are as few as the loops do with, or nearly.
+    A multiprocessor has room for 16 warps with 128 registers, and for 12 with
+    up to 168.
     """
     n, height, width, c = shape
     tile, blocks = _tile(width, 3, c, strip, 64, registers)
@@ -681,7 +685,7 @@ def _position_tile(shape: tuple[int, ...], strip: int,
 def _position_launch(shape: tuple[int, ...], stride: int) -> Launch:
     _, height, width, c = shape
     tile, blocks, share, items = _position_tile(
-        shape, strip=14 if width > 7 else 7, registers=144)
+        shape, strip=14 if width > 7 else 7, registers=168)
     return Launch(_position_kernel, items * blocks, items, items, share,
                   height, width, C=c, Z_STRIDE=stride, GRAD_STRIDE=0, **tile)
 

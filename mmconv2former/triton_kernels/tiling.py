@@ -82,8 +82,9 @@ def column_tiles(shape: tuple[int, ...], block: int,
     block = min(triton.next_power_of_2(c), block)
     tile, pixels = dict(C=c, BLOCK=block, PIXELS=2048 // block), prod(image)
     tiles, blocks = ceil_div(pixels, 2048 // block), ceil_div(c, block)
-    return tile, pixels, tiles, max(
-        min(tiles, PROGRAMS // 16 * warps // 4 // blocks), 1)
+    # PROGRAMS are 16 warps of each multiprocessor, and these are of four.
+    programs = PROGRAMS * warps // (16 * 4)
+    return tile, pixels, tiles, max(min(tiles, programs // blocks), 1)
 
 
 def chunk_tile(channels: int) -> tuple[dict, int]:
@@ -123,7 +124,7 @@ def repeat(x, COUNT: tl.constexpr):
 
 @triton.jit
 def to_fp32(x):
-    """In fp32; from bf16 by integers.
+    """What is loaded for calculations with fp32, in fp32; bf16 by integers.
 
     The compiler puts floats of 16 bits in pairs and takes them apart again,
     with one or two instructions more for each.
@@ -146,7 +147,7 @@ def column_place(C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def plane_index(pixel, channel, pixels, PLANE: tl.constexpr):
-    """Index of a value in planes of so many channels, each with all pixels."""
+    """Index of a value in planes of PLANE channels, each with all pixels."""
     plane = tl.cast(channel // PLANE, tl.int64)
     return (plane * pixels + pixel) * PLANE + channel % PLANE
 
