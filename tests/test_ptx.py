@@ -136,6 +136,22 @@ def test_backbone_is_computed_by_all_kernels(executed, monkeypatch):
     assert executed == KERNELS
 
 
+def test_gelu_is_rounded_alike_where_it_is_computed_again(target, monkeypatch):
+    """Left to the compiler, here it made one of seven products no part of an
+    FMA in the forward pass, and all of them in the backward pass."""
+    compiled = []
+    monkeypatch.setattr(
+        launch.Launch, '__call__', lambda self, *tensors: compiled.append(
+            self.kernel.warmup(*tensors, *self.scalars, grid=self.grid,
+                               **self.constants)))
+    z, weight, bias = (torch.zeros(shape, dtype=torch.float16) for shape in
+                       ((304, 7, 7, 100), (100, 1, 3, 3), (100, )))
+    kernels.position(z, weight, bias)
+    forward, = compiled
+    assert 'fma.rn.f32' in forward.asm['ptx']
+    assert 'mul.f32' not in forward.asm['ptx']
+
+
 @triton.jit
 def _copy_kernel(x_ptr, out_ptr, count, STEP: tl.constexpr,
                  BLOCK: tl.constexpr):

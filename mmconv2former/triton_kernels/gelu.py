@@ -1,4 +1,9 @@
-"""GELU, that of erf, and its derivative."""
+"""GELU, that of erf, and its derivative.
+
+Products and sums are asked for as one instruction: left to the compiler, some
+would be two, and a value that is computed by two kernels would not be the same
+in both. Of factors, ``-1. * u`` is free; ``-u`` would be 0 - u, one more.
+"""
 import triton
 import triton.language as tl
 
@@ -34,7 +39,7 @@ def gelu_tail(u, EXACT: tl.constexpr):
 def gelu(x, EXACT: tl.constexpr):
     """GELU (that of erf, not of tanh); infinities give NaN."""
     u = tl.abs(x)
-    return tl.maximum(x, 0.) - u * gelu_tail(u, EXACT)
+    return tl.fma(-1. * u, gelu_tail(u, EXACT), tl.maximum(x, 0.))
 
 
 @triton.jit
@@ -42,8 +47,8 @@ def gelu_slope(x, tail):
     """Derivative of GELU, with the tail at abs(x)."""
     u = tl.abs(x)
     # exp(-u * u / 2) / sqrt(2 * pi)
-    density = tl.exp2(-0.72134752 * u * u - 1.32574806)
-    slope = tail - u * density
+    density = tl.exp2(tl.fma(-0.72134752 * u, u, -1.32574806))
+    slope = tl.fma(-1. * u, density, tail)
     return tl.where(x > 0., 1. - slope, slope)
 
 
@@ -52,4 +57,4 @@ def gelu_and_slope(x, EXACT: tl.constexpr):
     """GELU and its derivative."""
     u = tl.abs(x)
     tail = gelu_tail(u, EXACT)
-    return tl.maximum(x, 0.) - u * tail, gelu_slope(x, tail)
+    return tl.fma(-1. * u, tail, tl.maximum(x, 0.)), gelu_slope(x, tail)
