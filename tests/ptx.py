@@ -32,8 +32,8 @@ TYPES = {*HALVES, 'f32', 'pred', *(f'{letter}{width}' for letter in 'bus'
 MODIFIERS = {
     'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'lo', 'hi', 'wide', 'rn', 'approx',
     'full', 'ftz', 'uni', 'param', 'global', 'shared', 'v2', 'v4', 'sync',
-    'bfly', 'idx', 'l', 'r', 'wrap', 'aligned', 'm8n8', 'x1', 'x2', 'x4',
-    'trans', 'm16n8k8', 'm16n8k16', 'row', 'col'}
+    'rzi', 'bfly', 'idx', 'l', 'r', 'wrap', 'aligned', 'm8n8', 'x1', 'x2',
+    'x4', 'trans', 'm16n8k8', 'm16n8k16', 'row', 'col'}
 
 
 class Fault(Exception):

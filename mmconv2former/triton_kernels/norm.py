@@ -33,12 +33,27 @@ def _channels(PIXELS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _normalize(x, used, eps, C: tl.constexpr):
-    """Rows of mean 0 and variance 1, and their inverse standard deviation."""
-    x = to_fp32(x)
-    normed = tl.where(used, x - tl.sum(x, 1)[:, None] / C, 0.)
-    rstd = tl.rsqrt(tl.sum(normed * normed, 1)[:, None] / C + eps)
-    return normed * rstd, rstd
+def _load_chunks(ptr, inside, COUNT: tl.constexpr, STEP: tl.constexpr):
+    out = ()
+    for i in tl.static_range(COUNT):
+        out = out + (tl.load(ptr + i * STEP, inside, 0.), )
+    return out
+
+
+@triton.jit
+def _moments(xs, used, eps, C: tl.constexpr, CHUNKS: tl.constexpr):
+    """Mean and inverse standard deviation of rows that come in chunks."""
+    sums = to_fp32(xs[0])
+    for i in tl.static_range(1, CHUNKS):
+        sums += to_fp32(xs[i])
+    mean = tl.sum(sums, 1)[:, None] / C
+    squares = tl.zeros_like(sums)
+    for i in tl.static_range(CHUNKS):
+        centred = tl.where(used, to_fp32(xs[i]) - mean, 0.)
+        squares += centred * centred
+    # Not infinite outside the tensor if eps is 0.
+    return mean, tl.rsqrt(
+        tl.maximum(tl.sum(squares, 1)[:, None] / C + eps, 1e-30))
 
 
 @triton.jit
@@ -52,28 +67,38 @@ def _affine(normed, weight_ptr, bias_ptr, channel, used):
 @triton.jit(do_not_specialize=['pixels', 'height', 'width'])
 def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, height,
                        width, eps, C: tl.constexpr, X_STRIDE: tl.constexpr,
-                       PATCH: tl.constexpr, BLOCK: tl.constexpr,
-                       PIXELS: tl.constexpr):
+                       PATCH: tl.constexpr, CHUNKS: tl.constexpr,
+                       BLOCK: tl.constexpr, PIXELS: tl.constexpr):
     """out = (x - mean) * rstd * weight + bias, as patches."""
+    STEP: tl.constexpr = C // CHUNKS
     channel = _channels(PIXELS, BLOCK)
-    used = channel < C
-    pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
-        + tl.arange(0, PIXELS)[:, None]
-    inside = used & (pixel < pixels)
-    x = tl.load(x_ptr + pixel * X_STRIDE + channel, inside, 0.)
-    normed, _ = _normalize(x, used, eps, C)
-    normed = _affine(normed, weight_ptr, bias_ptr, channel, used)
-    if PATCH > 1:
-        pixel, is_used = patch_index(pixel, height, width, PATCH)
-        inside &= is_used
-    tl.store(out_ptr + pixel * C + channel, normed, inside)
+    used = channel < STEP
+    first = tl.cast(tl.program_id(0), tl.int64) * PIXELS
+    pixel = tl.arange(0, PIXELS)[:, None]
+    inside = used & (first + pixel < pixels)
+    xs = _load_chunks(x_ptr + (first + pixel) * X_STRIDE + channel, inside,
+                      CHUNKS, STEP)
+    mean, rstd = _moments(xs, used, eps, C, CHUNKS)
+    place, is_used = patch_index(first, pixel, height, width, PATCH)
+    for i in tl.static_range(CHUNKS):
+        normed = _affine((to_fp32(xs[i]) - mean) * rstd, weight_ptr, bias_ptr,
+                         i * STEP + channel, used)
+        tl.store(out_ptr + place * C + i * STEP + channel, normed,
+                 inside & is_used)
+
+
+def _row_tile(channels: int) -> dict:
+    """Blocks of whole pixels without sums over them, of four warps."""
+    tile, _ = chunk_tile(channels)
+    return dict(tile, PIXELS=tile['PIXELS'] * 4 // tile['num_warps'],
+                num_warps=4)
 
 
 @plan
 def _layer_norm_launch(shape: tuple[int, ...], stride: int, eps: float,
                        patch: int) -> Launch:
     n, height, width, c = shape
-    tile, pixels = norm_tile(c), n * height * width
+    tile, pixels = _row_tile(c), n * height * width
     return Launch(_layer_norm_kernel, ceil_div(pixels, tile['PIXELS']),
                   pixels, height, width, eps, X_STRIDE=stride, PATCH=patch,
                   **tile)
@@ -124,14 +149,6 @@ def _store_own(grad, scale_ptr, keep, own_ptr, scaled_ptr, at, channel, inside,
     return tl.where(inside, own, 0.)
 
 
-@triton.jit
-def _load_chunks(ptr, inside, COUNT: tl.constexpr, STEP: tl.constexpr):
-    out = ()
-    for i in tl.static_range(COUNT):
-        out = out + (tl.load(ptr + i * STEP, inside, 0.), )
-    return out
-
-
 @triton.jit(do_not_specialize=['pixels', 'tiles', 'height', 'width'])
 def _layer_norm_backward_kernel(
         grad_ptr, x_ptr, weight_ptr, bias_ptr, residual_ptr, scale_ptr,
@@ -159,32 +176,21 @@ def _layer_norm_backward_kernel(
     own_sums = repeat(zero, CHUNKS)
     goes_on: tl.constexpr = own_ptr is not None or scaled_ptr is not None
     for tile in range(pid, tiles, tl.num_programs(0)):
-        pixel = tl.cast(tile, tl.int64) * PIXELS \
-            + tl.arange(0, PIXELS)[:, None]
+        first = tl.cast(tile, tl.int64) * PIXELS
+        pixel = first + tl.arange(0, PIXELS)[:, None]
         inside = used & (pixel < pixels)
         xs = _load_chunks(x_ptr + pixel * X_STRIDE + channel, inside, CHUNKS,
                           STEP)
-        place, has_grad = pixel, inside
-        if PATCH > 1:
-            place, is_used = patch_index(pixel, height, width, PATCH)
-            has_grad = inside & is_used
+        place, is_used = patch_index(
+            first, tl.arange(0, PIXELS)[:, None], height, width, PATCH)
+        has_grad = inside & is_used
         grads = _load_chunks(grad_ptr + place * GRAD_STRIDE + channel,
                              has_grad, CHUNKS, STEP)
         if residual_ptr is not None:
             residuals = _load_chunks(
                 residual_ptr + pixel * RESIDUAL_STRIDE + channel, inside,
                 CHUNKS, STEP)
-        sums = zero
-        for i in tl.static_range(CHUNKS):
-            sums += to_fp32(xs[i])
-        mean = tl.sum(sums, 1)[:, None] / C
-        sums = zero
-        for i in tl.static_range(CHUNKS):
-            centred = tl.where(used, to_fp32(xs[i]) - mean, 0.)
-            sums += centred * centred
-        # Not infinite outside the tensor if eps is 0.
-        rstd = tl.rsqrt(tl.maximum(tl.sum(sums, 1)[:, None] / C + eps, 1e-30))
-
+        mean, rstd = _moments(xs, used, eps, C, CHUNKS)
         grad_sums, product_sums = zero, zero
         new_weight_sums = ()
         new_bias_sums = ()
@@ -309,40 +315,50 @@ def _layer_norm_backward(
 def _scale_residual_kernel(
         x_ptr, y_ptr, scale_ptr, keep_ptr, weight_ptr, bias_ptr, out_ptr,
         normed_ptr, area, eps, C: tl.constexpr, X_STRIDE: tl.constexpr,
-        Y_STRIDE: tl.constexpr, BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+        Y_STRIDE: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+        PIXELS: tl.constexpr):
     """out = x + keep * scale * y, and its layer norm if asked."""
     tiles = tl.cdiv(area, PIXELS)
     n = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    STEP: tl.constexpr = C // CHUNKS
     channel = _channels(PIXELS, BLOCK)
-    used = channel < C
+    used = channel < STEP
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)[:, None]
     inside = used & (pixel < area)
-    x = tl.load(x_ptr + n * area * X_STRIDE + pixel * X_STRIDE + channel,
-                inside, 0.)
-    y = tl.load(y_ptr + n * area * Y_STRIDE + pixel * Y_STRIDE + channel,
-                inside, 0.)
-    y = to_fp32(y)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + channel, used, 0.).to(tl.float32)
-        if keep_ptr is not None:
-            scale *= tl.load(keep_ptr + n).to(tl.float32)
-        y *= scale
-    elif keep_ptr is not None:
-        y *= tl.load(keep_ptr + n).to(tl.float32)
-    out = (to_fp32(x) + y).to(x.dtype)
+    xs = _load_chunks(x_ptr + n * area * X_STRIDE + pixel * X_STRIDE + channel,
+                      inside, CHUNKS, STEP)
+    ys = _load_chunks(y_ptr + n * area * Y_STRIDE + pixel * Y_STRIDE + channel,
+                      inside, CHUNKS, STEP)
+    keep = 1.
+    if keep_ptr is not None:
+        keep = tl.load(keep_ptr + n).to(tl.float32)
     at = n * area * C + pixel * C + channel
-    tl.store(out_ptr + at, out, inside)
+    outs = ()
+    for i in tl.static_range(CHUNKS):
+        y = to_fp32(ys[i])
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + i * STEP + channel, used, 0.)
+            y *= scale.to(tl.float32) * keep
+        elif keep_ptr is not None:
+            y *= keep
+        out = (to_fp32(xs[i]) + y).to(xs[i].dtype)
+        tl.store(out_ptr + at + i * STEP, out, inside)
+        outs = outs + (to_fp32(out), )
     if normed_ptr is not None:
-        normed, _ = _normalize(out, used, eps, C)
-        tl.store(normed_ptr + at,
-                 _affine(normed, weight_ptr, bias_ptr, channel, used), inside)
+        mean, rstd = _moments(outs, used, eps, C, CHUNKS)
+        for i in tl.static_range(CHUNKS):
+            normed = _affine((outs[i] - mean) * rstd, weight_ptr,
+                             bias_ptr, i * STEP + channel, used)
+            tl.store(normed_ptr + at + i * STEP, normed, inside)
 
 
 @plan
 def _scale_residual_launch(shape: tuple[int, ...], x_stride: int,
-                           y_stride: int, eps: float) -> Launch:
+                           y_stride: int, eps: float,
+                           norms: bool) -> Launch:
     n, height, width, c = shape
-    area, tile = height * width, norm_tile(c)
+    # Without the norm, memory is the limit also where threads are idle.
+    area, tile = height * width, (_row_tile if norms else norm_tile)(c)
     return Launch(_scale_residual_kernel,
                   n * ceil_div(area, tile['PIXELS']), area, eps,
                   X_STRIDE=x_stride, Y_STRIDE=y_stride, **tile)
@@ -374,7 +390,8 @@ def _scale_residual(x: Tensor, y: Tensor, scale: Tensor | None,
     scale, keep, weight, bias = map(_contiguous, (scale, keep, weight, bias))
     if keep is not None and images is not shape:
         keep = keep.repeat_interleave(shape[1])
-    _scale_residual_launch(images, x_stride, y_stride, float(eps))(
+    _scale_residual_launch(images, x_stride, y_stride, float(eps),
+                           normed is not None)(
         x, y, scale, keep, weight, bias, out, normed)
     return out
 

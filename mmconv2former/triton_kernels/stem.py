@@ -7,6 +7,8 @@ What is said of precision and order in :mod:`mmconv2former.triton_kernels`
 holds here too, but for GELU, which is exact of fp16 as well: the error of the
 other form has one sign, and would be that of the mean of a million values.
 """
+from math import gcd, prod
+
 import torch
 import triton
 import triton.language as tl
@@ -15,13 +17,7 @@ from torch import Tensor
 from .gelu import gelu, gelu_and_slope
 from .launch import Launch, plan
 from .sums import sum_partials
-from .tiling import (
-    ceil_div,
-    column_place,
-    column_tiles,
-    norm_tile,
-    patch_index,
-)
+from .tiling import PROGRAMS, ceil_div, patch_index, to_fp32
 
 
 @triton.jit(do_not_specialize=[
@@ -59,62 +55,100 @@ def pixels_first(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@triton.jit(do_not_specialize=['pixels', 'tiles'])
-def _gelu_moments_kernel(x_ptr, partial_ptr, pixels, tiles, C: tl.constexpr,
-                         BLOCK: tl.constexpr, PIXELS: tl.constexpr):
-    """For each part and channel the number of values, their mean, and the
-    sum of the squares of their distances from it."""
+def _tile(channels: int, rows: int) -> dict:
+    """Block sizes of a map with a multiple of 8 channels.
+
+    The map is taken for a matrix with rows of ``GROUP`` pixels, as many as
+    fill blocks of 64 columns, of which a program has one: with 40 channels,
+    three of eight threads would be idle otherwise.
+    """
+    return dict(GROUP=64 // gcd(channels, 64), ROWS=rows)
+
+
+@triton.jit
+def _columns(program, C: tl.constexpr, GROUP: tl.constexpr,
+             ROWS: tl.constexpr):
+    """Columns and pixels of a program, and the number of its tile or part.
+
+    Returns:
+        tuple: Pixels of a tile from its first, (8, ROWS, 1), channels,
+        (8, 1, 8), columns, (8, 1, 8), and the number. Vectors of 8 channels
+        come first: neighbouring threads take those, and not rows.
+    """
+    blocks: tl.constexpr = GROUP * C // 64
+    vector = program % blocks * 8 + tl.arange(0, 8)[:, None, None]
+    lane = tl.arange(0, 8)[None, None, :]
+    pixel = tl.arange(0, ROWS)[None, :, None] * GROUP + vector // (C // 8)
+    return (pixel, vector % (C // 8) * 8 + lane, vector * 8 + lane,
+            program // blocks)
+
+
+@triton.jit
+def _first_pixel(tile, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    return tl.cast(tile, tl.int64) * (ROWS * GROUP)
+
+
+@triton.jit(do_not_specialize=['pixels', 'tiles', 'parts'])
+def _gelu_moments_kernel(x_ptr, partial_ptr, pixels, tiles, parts,
+                         C: tl.constexpr, GROUP: tl.constexpr,
+                         ROWS: tl.constexpr):
+    """For each part and column the number of values, their mean, and the sum
+    of the squares of their distances from it."""
     exact: tl.constexpr = x_ptr.dtype.element_ty != tl.bfloat16
-    channel, part, parts = column_place(C, BLOCK)
-    used = channel < C
-    sums = tl.zeros((PIXELS, BLOCK), tl.float32)
-    squares = tl.zeros((PIXELS, BLOCK), tl.float32)
+    pixel, channel, column, part = _columns(tl.program_id(0), C, GROUP, ROWS)
+    at = pixel * C + channel
+    counts = tl.zeros((8, ROWS, 1), tl.float32)
+    sums = tl.zeros((8, ROWS, 8), tl.float32)
+    squares = tl.zeros((8, ROWS, 8), tl.float32)
     # Distances are from the mean of the first tile: squares of large values
     # would hide a small variance.
-    pixel = tl.cast(part, tl.int64) * PIXELS + tl.arange(0, PIXELS)[:, None]
-    x = tl.load(x_ptr + pixel * C + channel, used & (pixel < pixels),
-                0.).to(tl.float32)
-    rows = tl.minimum(pixels - part * PIXELS, PIXELS)
-    centre = tl.sum(gelu(x, exact), 0)[None, :] / rows
-    count = 0
+    first = _first_pixel(part, GROUP, ROWS)
+    inside = first + pixel < pixels
+    x = to_fp32(tl.load(x_ptr + first * C + at, inside, 0.))
+    count = tl.maximum(tl.sum(inside.to(tl.float32), 1), 1.)
+    centre = (tl.sum(gelu(x, exact), 1) / count)[:, None, :]
     for tile in range(part, tiles, parts):
-        pixel = tl.cast(tile, tl.int64) * PIXELS \
-            + tl.arange(0, PIXELS)[:, None]
-        inside = used & (pixel < pixels)
-        x = tl.load(x_ptr + pixel * C + channel, inside, 0.).to(tl.float32)
+        first = _first_pixel(tile, GROUP, ROWS)
+        inside = first + pixel < pixels
+        x = to_fp32(tl.load(x_ptr + first * C + at, inside, 0.))
         x = tl.where(inside, gelu(x, exact) - centre, 0.)
         sums += x
         squares += x * x
-        count += tl.minimum(pixels - tile * PIXELS, PIXELS)
-    mean = tl.sum(sums, 0)[None, :] / count
-    out = partial_ptr + part * (3 * C) + channel
-    tl.store(out, tl.zeros((1, BLOCK), tl.float32) + count, used)
-    tl.store(out + C, centre + mean, used)
-    tl.store(out + 2 * C,
-             tl.sum(squares, 0)[None, :] - count * (mean * mean), used)
+        counts += inside.to(tl.float32)
+    count = tl.sum(counts, 1)[:, None, :]
+    # None where a map has fewer pixels than a row has.
+    mean = tl.sum(sums, 1)[:, None, :] / tl.maximum(count, 1.)
+    out = partial_ptr + part * (3 * GROUP * C) + column
+    tl.store(out, tl.broadcast_to(count, (8, 1, 8)))
+    tl.store(out + GROUP * C, centre + mean)
+    tl.store(out + 2 * GROUP * C,
+             tl.sum(squares, 1)[:, None, :] - count * (mean * mean))
 
 
 @triton.jit(do_not_specialize=['pixels', 'parts'])
 def _moments_kernel(partial_ptr, mean_ptr, rstd_ptr, running_mean_ptr,
                     running_var_ptr, pixels, parts, eps, momentum,
-                    C: tl.constexpr, USED: tl.constexpr, COLUMNS: tl.constexpr,
-                    ROWS: tl.constexpr):
-    """Moments of all parts from those of each; updates the running ones."""
+                    C: tl.constexpr, USED: tl.constexpr, GROUP: tl.constexpr,
+                    COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Moments of all parts and columns from those of each; updates the running
+    ones."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, parts, ROWS):
+    for start in range(0, parts * GROUP, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        inside = (row < parts) & (channel < C)[None, :]
-        at = partial_ptr + row * (3 * C) + channel[None, :]
-        sums += tl.load(at, inside, 0.) * tl.load(at + C, inside, 0.)
+        inside = (row < parts * GROUP) & (channel < C)[None, :]
+        at = partial_ptr + channel[None, :] \
+            + (row // GROUP * (3 * GROUP) + row % GROUP) * C
+        sums += tl.load(at, inside, 0.) * tl.load(at + GROUP * C, inside, 0.)
     mean = tl.sum(sums, 0) / pixels
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, parts, ROWS):
+    for start in range(0, parts * GROUP, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        inside = (row < parts) & (channel < C)[None, :]
-        at = partial_ptr + row * (3 * C) + channel[None, :]
-        distance = tl.load(at + C, inside, 0.) - mean[None, :]
-        sums += tl.load(at + 2 * C, inside, 0.) \
+        inside = (row < parts * GROUP) & (channel < C)[None, :]
+        at = partial_ptr + channel[None, :] \
+            + (row // GROUP * (3 * GROUP) + row % GROUP) * C
+        distance = tl.load(at + GROUP * C, inside, 0.) - mean[None, :]
+        sums += tl.load(at + 2 * GROUP * C, inside, 0.) \
             + tl.load(at, inside, 0.) * distance * distance
     square = tl.sum(sums, 0)
     tl.store(mean_ptr + channel, mean, channel < C)
@@ -127,24 +161,40 @@ def _moments_kernel(partial_ptr, mean_ptr, rstd_ptr, running_mean_ptr,
              old + momentum * (square / tl.maximum(pixels - 1, 1) - old), used)
 
 
+def _sums_tile(shape: tuple[int, ...]) -> tuple[dict, int, int, int, int]:
+    """Block sizes of sums over the pixels, pixels, tiles, parts of the sums
+    and programs for them, which run at a time."""
+    *image, c = shape
+    tile, pixels = _tile(c, 32), prod(image)
+    blocks = tile['GROUP'] * c // 64
+    tiles = ceil_div(pixels, tile['GROUP'] * tile['ROWS'])
+    # PROGRAMS are 16 warps of each multiprocessor. These are of four, and with
+    # 80 registers there is room for 24.
+    parts = max(min(tiles, PROGRAMS * 24 // (16 * 4) // blocks), 1)
+    return dict(tile, maxnreg=80), pixels, tiles, parts, parts * blocks
+
+
 @plan
 def _moments_launches(shape: tuple[int, ...], used: int, eps: float,
-                      momentum: float) -> tuple[Launch, Launch, int]:
-    tile, pixels, tiles, parts = column_tiles(shape, 16)
+                      momentum: float
+                      ) -> tuple[Launch, Launch, tuple[int, ...]]:
     c, columns = shape[3], 8
-    return (Launch(_gelu_moments_kernel, parts * ceil_div(c, tile['BLOCK']),
-                   pixels, tiles, **tile),
+    tile, pixels, tiles, parts, programs = _sums_tile(shape)
+    return (Launch(_gelu_moments_kernel, programs, pixels, tiles, parts, C=c,
+                   **tile),
             Launch(_moments_kernel, ceil_div(c, columns), pixels, parts, eps,
-                   momentum, C=c, USED=used, COLUMNS=columns, ROWS=256), parts)
+                   momentum, C=c, USED=used, GROUP=tile['GROUP'],
+                   COLUMNS=columns, ROWS=256),
+            (parts, 3, tile['GROUP'], c))
 
 
 def gelu_moments(x: Tensor, running_mean: Tensor, running_var: Tensor,
                  eps: float, momentum: float) -> tuple[Tensor, Tensor]:
     """See :func:`mmconv2former.torch_kernels.gelu_moments`."""
     c = x.shape[3]
-    first, second, parts = _moments_launches(
+    first, second, partial = _moments_launches(
         x.shape, len(running_mean), float(eps), float(momentum))
-    partial = x.new_empty((parts, 3, c), dtype=torch.float32)
+    partial = x.new_empty(partial, dtype=torch.float32)
     mean, rstd = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
     first(x, partial)
     second(partial, mean, rstd, running_mean, running_var)
@@ -155,36 +205,34 @@ def gelu_moments(x: Tensor, running_mean: Tensor, running_var: Tensor,
 def _gelu_norm_kernel(x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, out_ptr,
                       pixels, height, width, C: tl.constexpr,
                       USED: tl.constexpr, OUT: tl.constexpr,
-                      PATCH: tl.constexpr, BLOCK: tl.constexpr,
-                      PIXELS: tl.constexpr):
+                      PATCH: tl.constexpr, GROUP: tl.constexpr,
+                      ROWS: tl.constexpr):
     """out = (GELU(x) - mean) * rstd * weight + bias, as patches."""
     exact: tl.constexpr = x_ptr.dtype.element_ty != tl.bfloat16
-    channel = tl.arange(0, BLOCK)[None, :]
+    pixel, channel, _, tile = _columns(tl.program_id(0), OUT, GROUP, ROWS)
+    first = _first_pixel(tile, GROUP, ROWS)
     used = channel < USED
     scale = tl.load(weight_ptr + channel, used, 0.).to(tl.float32) \
         * tl.load(rstd_ptr + channel, used, 0.)
     bias = tl.load(bias_ptr + channel, used, 0.).to(tl.float32)
     mean = tl.load(mean_ptr + channel, used, 0.)
-    pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
-        + tl.arange(0, PIXELS)[:, None]
-    inside = pixel < pixels
-    x = tl.load(x_ptr + pixel * C + channel, inside & (channel < C),
-                0.).to(tl.float32)
-    out = (gelu(x, exact) - mean) * scale + bias
-    if PATCH > 1:
-        pixel, is_used = patch_index(pixel, height, width, PATCH)
-        inside &= is_used
-    tl.store(out_ptr + pixel * OUT + channel, out, inside & (channel < OUT))
+    inside = first + pixel < pixels
+    x = tl.load(x_ptr + first * C + pixel * C + channel,
+                inside & (channel < C), 0.)
+    out = (gelu(to_fp32(x), exact) - mean) * scale + bias
+    place, is_used = patch_index(first, pixel, height, width, PATCH)
+    tl.store(out_ptr + place * OUT + channel, out, inside & is_used)
 
 
 @plan
 def _gelu_norm_launch(shape: tuple[int, ...], used: int, patch: int,
                       channels: int) -> Launch:
-    n, height, width, c = shape
-    tile, pixels = dict(norm_tile(channels), C=c), n * height * width
+    *image, c = shape
+    tile, pixels = _tile(channels, 64), prod(image)
+    tiles = ceil_div(pixels, tile['GROUP'] * tile['ROWS'])
     return Launch(
-        _gelu_norm_kernel, ceil_div(pixels, tile['PIXELS']), pixels, height,
-        width, USED=used, OUT=channels, PATCH=patch, **tile)
+        _gelu_norm_kernel, tiles * tile['GROUP'] * channels // 64, pixels,
+        *image[1:], C=c, USED=used, OUT=channels, PATCH=patch, **tile)
 
 
 def gelu_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
@@ -198,34 +246,32 @@ def gelu_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
     return out
 
 
-@triton.jit(do_not_specialize=['pixels', 'tiles', 'height', 'width'])
+@triton.jit(do_not_specialize=[
+    'pixels', 'tiles', 'parts', 'height', 'width'])
 def _gelu_norm_sums_kernel(grad_ptr, x_ptr, mean_ptr, rstd_ptr, partial_ptr,
-                           pixels, tiles, height, width, C: tl.constexpr,
-                           GRAD: tl.constexpr, PATCH: tl.constexpr,
-                           BLOCK: tl.constexpr, PIXELS: tl.constexpr):
+                           pixels, tiles, parts, height, width,
+                           C: tl.constexpr, GRAD: tl.constexpr,
+                           PATCH: tl.constexpr, GROUP: tl.constexpr,
+                           ROWS: tl.constexpr):
     """Sums of the gradient, and of its products with what was normalized."""
     exact: tl.constexpr = x_ptr.dtype.element_ty != tl.bfloat16
-    channel, part, parts = column_place(C, BLOCK)
-    used = channel < C
-    mean = tl.load(mean_ptr + channel, used, 0.)
-    rstd = tl.load(rstd_ptr + channel, used, 0.)
-    sums = tl.zeros((PIXELS, BLOCK), tl.float32)
-    products = tl.zeros((PIXELS, BLOCK), tl.float32)
+    pixel, channel, column, part = _columns(tl.program_id(0), C, GROUP, ROWS)
+    at = pixel * C + channel
+    mean, rstd = tl.load(mean_ptr + channel), tl.load(rstd_ptr + channel)
+    sums = tl.zeros((8, ROWS, 8), tl.float32)
+    products = tl.zeros((8, ROWS, 8), tl.float32)
     for tile in range(part, tiles, parts):
-        pixel = tl.cast(tile, tl.int64) * PIXELS \
-            + tl.arange(0, PIXELS)[:, None]
-        inside = used & (pixel < pixels)
-        x = tl.load(x_ptr + pixel * C + channel, inside, 0.).to(tl.float32)
-        if PATCH > 1:
-            pixel, is_used = patch_index(pixel, height, width, PATCH)
-            inside &= is_used
-        grad = tl.load(grad_ptr + pixel * GRAD + channel, inside,
-                       0.).to(tl.float32)
+        first = _first_pixel(tile, GROUP, ROWS)
+        inside = first + pixel < pixels
+        x = tl.load(x_ptr + first * C + at, inside, 0.)
+        place, is_used = patch_index(first, pixel, height, width, PATCH)
+        grad = to_fp32(tl.load(grad_ptr + place * GRAD + channel,
+                               inside & is_used, 0.))
         sums += grad
-        products += grad * ((gelu(x, exact) - mean) * rstd)
-    out = partial_ptr + part * (2 * C) + channel
-    tl.store(out, tl.sum(products, 0)[None, :], used)
-    tl.store(out + C, tl.sum(sums, 0)[None, :], used)
+        products += grad * (gelu(to_fp32(x), exact) - mean)
+    out = partial_ptr + part * (2 * GROUP * C) + column
+    tl.store(out, tl.sum(products, 1)[:, None, :] * rstd)
+    tl.store(out + GROUP * C, tl.sum(sums, 1)[:, None, :])
 
 
 @triton.jit(do_not_specialize=['pixels', 'height', 'width'])
@@ -233,33 +279,29 @@ def _gelu_norm_backward_kernel(grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr,
                                sums_ptr, out_ptr, pixels, height, width,
                                C: tl.constexpr, USED: tl.constexpr,
                                GRAD: tl.constexpr, OUT: tl.constexpr,
-                               PATCH: tl.constexpr, BLOCK: tl.constexpr,
-                               PIXELS: tl.constexpr):
+                               PATCH: tl.constexpr, GROUP: tl.constexpr,
+                               ROWS: tl.constexpr):
     """Gradient of x, through the moments where there are their sums."""
     exact: tl.constexpr = x_ptr.dtype.element_ty != tl.bfloat16
-    channel = tl.arange(0, BLOCK)[None, :]
+    pixel, channel, _, tile = _columns(tl.program_id(0), OUT, GROUP, ROWS)
+    first = _first_pixel(tile, GROUP, ROWS)
     used = channel < USED
     mean = tl.load(mean_ptr + channel, used, 0.)
     rstd = tl.load(rstd_ptr + channel, used, 0.)
     scale = tl.load(weight_ptr + channel, used, 0.).to(tl.float32) * rstd
-    pixel = tl.cast(tl.program_id(0), tl.int64) * PIXELS \
-        + tl.arange(0, PIXELS)[:, None]
-    inside = pixel < pixels
-    x = tl.load(x_ptr + pixel * C + channel, inside & (channel < C),
-                0.).to(tl.float32)
-    place, has_grad = pixel, inside & used
-    if PATCH > 1:
-        place, is_used = patch_index(pixel, height, width, PATCH)
-        has_grad &= is_used
-    grad = tl.load(grad_ptr + place * GRAD + channel, has_grad,
-                   0.).to(tl.float32)
-    h, slope = gelu_and_slope(x, exact)
+    inside = first + pixel < pixels
+    x = tl.load(x_ptr + first * C + pixel * C + channel,
+                inside & (channel < C), 0.)
+    place, is_used = patch_index(first, pixel, height, width, PATCH)
+    grad = to_fp32(tl.load(grad_ptr + place * GRAD + channel,
+                           inside & is_used & used, 0.))
+    h, slope = gelu_and_slope(to_fp32(x), exact)
     if sums_ptr is not None:  # through the moments
-        products = tl.load(sums_ptr + channel, used, 0.)
-        total = tl.load(sums_ptr + C + channel, used, 0.)
-        grad -= (total + (h - mean) * rstd * products) / pixels
-    tl.store(out_ptr + pixel * OUT + channel, grad * scale * slope,
-             inside & (channel < OUT))
+        products = tl.load(sums_ptr + channel, used, 0.) * (rstd / pixels)
+        total = tl.load(sums_ptr + C + channel, used, 0.) * (1. / pixels)
+        grad -= total + (h - mean) * products
+    tl.store(out_ptr + first * OUT + pixel * OUT + channel,
+             grad * scale * slope, inside)
 
 
 @plan
@@ -267,16 +309,17 @@ def _gelu_norm_backward_launches(
         shape: tuple[int, ...], used: int, grad_channels: int, patch: int,
         channels: int) -> tuple[Launch, Launch, tuple[int, ...]]:
     _, height, width, c = shape
-    options = dict(GRAD=grad_channels, PATCH=patch)
-    tile, pixels, tiles, parts = column_tiles(shape, 16)
-    first = Launch(
-        _gelu_norm_sums_kernel, parts * ceil_div(c, tile['BLOCK']), pixels,
-        tiles, height, width, **options, **tile)
-    tile = dict(norm_tile(channels), C=c)
+    options = dict(C=c, GRAD=grad_channels, PATCH=patch)
+    tile, pixels, tiles, parts, programs = _sums_tile(shape)
+    first = Launch(_gelu_norm_sums_kernel, programs, pixels, tiles, parts,
+                   height, width, **options, **tile)
+    partial = parts, 2, tile['GROUP'], c
+    tile = _tile(channels, 64)
+    tiles = ceil_div(pixels, tile['GROUP'] * tile['ROWS'])
     second = Launch(
-        _gelu_norm_backward_kernel, ceil_div(pixels, tile['PIXELS']), pixels,
-        height, width, USED=used, OUT=channels, **options, **tile)
-    return first, second, (parts, 2, 1, c)
+        _gelu_norm_backward_kernel, tiles * tile['GROUP'] * channels // 64,
+        pixels, height, width, USED=used, OUT=channels, **options, **tile)
+    return first, second, partial
 
 
 def gelu_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor,

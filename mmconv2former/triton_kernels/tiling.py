@@ -65,7 +65,8 @@ def small_images(shape: tuple[int, ...], stride: int) -> tuple[int, ...]:
 def norm_tile(channels: int) -> dict:
     """Blocks of 2048 values: 16 for each of the 128 threads."""
     block = triton.next_power_of_2(channels)
-    return dict(C=channels, BLOCK=block, PIXELS=max(2048 // block, 1))
+    return dict(C=channels, CHUNKS=1, BLOCK=block,
+                PIXELS=max(2048 // block, 1))
 
 
 def column_tiles(shape: tuple[int, ...], block: int,
@@ -88,8 +89,8 @@ def column_tiles(shape: tuple[int, ...], block: int,
 
 
 def chunk_tile(channels: int) -> tuple[dict, int]:
-    """Blocks of sums over pixels with all their channels, and programs at a
-    time.
+    """Blocks of pixels with all their channels, and the programs at a time of
+    sums over them.
 
     Where the channels are three, five or nine times a power of two, or nearly,
     they come in as many chunks of neighbours: padded to a power of two, up to
@@ -97,7 +98,7 @@ def chunk_tile(channels: int) -> tuple[dict, int]:
     timed, the others chosen by their number of instructions.
     """
     padded = triton.next_power_of_2(channels)
-    tile = dict(norm_tile(channels), CHUNKS=1, num_warps=4)
+    tile = dict(norm_tile(channels), num_warps=4)
     # Fewer programs where the sums of each are long.
     warps = 2 if channels <= 512 else 4
     for chunks in 3, 5, 9:
@@ -153,13 +154,34 @@ def plane_index(pixel, channel, pixels, PLANE: tl.constexpr):
 
 
 @triton.jit
-def patch_index(pixel, height, width, PATCH: tl.constexpr):
-    """Index of a pixel among those in patches, and whether it is in one."""
-    pixel = pixel.to(tl.int32)  # in which divisions are several times faster
-    row, x = pixel // width, pixel % width
-    n, y = row // height, row % height
-    rows, columns = height // PATCH, width // PATCH
-    patch = (n * rows + y // PATCH) * columns + x // PATCH
-    return (tl.cast(patch, tl.int64) * (PATCH * PATCH)
-            + (y % PATCH * PATCH + x % PATCH),
-            (y < rows * PATCH) & (x < columns * PATCH))
+def _small_quotient(a, b):
+    """a // b for a < b + 2048, in fp32: a division of integers takes several
+    times as many instructions."""
+    quotient = ((a.to(tl.float32) + 0.5) * (1. / b)).to(tl.int32)
+    return tl.where(a < b, 0, tl.maximum(quotient, 1))
+
+
+@triton.jit
+def patch_index(first, pixel, height, width, PATCH: tl.constexpr):
+    """Index of a pixel among those in patches, and whether it is in one.
+
+    Pixels are counted from the ``first`` of a tile.
+    """
+    if PATCH == 1:
+        index = first + pixel
+        inside = pixel >= 0
+    else:
+        first = first.to(tl.int32)  # in which divisions are faster
+        row, x = first // width, first % width + pixel
+        n, y = row // height, row % height
+        rows = _small_quotient(x, width)
+        x -= rows * width
+        y += rows
+        images = _small_quotient(y, height)
+        y -= images * height
+        high, wide = height // PATCH, width // PATCH
+        patch = ((n + images) * high + y // PATCH) * wide + x // PATCH
+        index = tl.cast(patch, tl.int64) * (PATCH * PATCH) \
+            + (y % PATCH * PATCH + x % PATCH)
+        inside = (y < high * PATCH) & (x < wide * PATCH)
+    return index, inside
