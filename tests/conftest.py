@@ -1,8 +1,12 @@
-"""Stand-in data in the true formats of ImageNet, COCO and ADE20K."""
+"""Stand-ins: data in the true formats of ImageNet, COCO and ADE20K, and for a
+GPU what executes compiled kernels on a CPU."""
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+import ptx
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
@@ -49,3 +53,31 @@ def ade20k(mini, tmp_path_factory):
     root = tmp_path_factory.mktemp('mini') / 'ade'
     mini.make_mini_dataset('ade20k', root, images=4)
     return root / 'ADEChallengeData2016'
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """What Triton compiles for, in place of a GPU that it finds."""
+    triton = pytest.importorskip('triton')
+    target = triton.backends.compiler.GPUTarget('cuda', 90, 32)
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path / 'triton'))
+    monkeypatch.setattr(
+        triton.runtime.jit, 'driver', SimpleNamespace(active=SimpleNamespace(
+            get_current_device=lambda: 0, get_current_stream=lambda _: 0,
+            get_current_target=lambda: target)))
+
+
+@pytest.fixture
+def executed_launches(hopper, monkeypatch):
+    """Have launches execute the compiled kernels; names of those that were."""
+    launch = importlib.import_module('mmconv2former.triton_kernels.launch')
+    names = set()
+
+    def call(self, *tensors):
+        names.add(self.kernel.__name__)
+        assert self.constants['enable_fp_fusion']
+        ptx.execute(self.kernel, self.grid[0], *tensors, *self.scalars,
+                    **self.constants)
+
+    monkeypatch.setattr(launch.Launch, '__call__', call)
+    return names

@@ -636,3 +636,21 @@ def run(ptx: str, shared: int, count: int, arguments: Sequence[Any]) -> None:
             registers[name] = numbers.astype(np.uint32)
         Programs(kernel, ids, registers, memory,
                  SharedMemory(len(ids), shared)).run()
+
+
+def execute(kernel: Any, programs: int, *arguments: Any,
+            **constants: Any) -> None:
+    """``kernel[(programs, )](*arguments, **constants)``.
+
+    Args:
+        kernel (triton.JITFunction): Compiled for the driver that Triton finds,
+            which may be a stub.
+        programs (int): Their number.
+        arguments (Tensor | int | float | None): Tensors are of the CPU.
+        constants (int): The constants, and options of the compiler.
+    """
+    compiled = kernel.warmup(*arguments, grid=(programs, ), **constants)
+    given = dict(zip(kernel.arg_names, arguments))
+    run(compiled.asm['ptx'], compiled.metadata.shared, programs,
+        [given[name] for name, kind in compiled.src.signature.items()
+         if kind != 'constexpr'])

@@ -5,7 +5,6 @@ products and convolutions.
 """
 import copy
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,43 +31,14 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def target(monkeypatch, tmp_path):
-    """What Triton compiles for, in place of a GPU that it finds."""
-    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    hopper = triton.backends.compiler.GPUTarget('cuda', 90, 32)
-    monkeypatch.setattr(
-        triton.runtime.jit, 'driver', SimpleNamespace(active=SimpleNamespace(
-            get_current_device=lambda: 0, get_current_stream=lambda _: 0,
-            get_current_target=lambda: hopper)))
-
-
-def execute(kernel, programs, *arguments, **constants):
-    """``kernel[(programs, )](*arguments, **constants)``."""
-    compiled = kernel.warmup(*arguments, grid=(programs, ), **constants)
-    given = dict(zip(kernel.arg_names, arguments))
-    ptx.run(compiled.asm['ptx'], compiled.metadata.shared, programs,
-            [given[name] for name, kind in compiled.src.signature.items()
-             if kind != 'constexpr'])
-
-
-@pytest.fixture
-def executed(target, monkeypatch):
+def executed(executed_launches, monkeypatch):
     """Have modules run as on a GPU; names of the kernels that have run."""
-    names = set()
-
-    def call(self, *tensors):
-        names.add(self.kernel.__name__)
-        assert self.constants['enable_fp_fusion']
-        execute(self.kernel, self.grid[0], *tensors, *self.scalars,
-                **self.constants)
-
-    monkeypatch.setattr(launch.Launch, '__call__', call)
     monkeypatch.setattr(dispatch, 'kernels_for', lambda _: kernels)
     monkeypatch.setattr(dispatch, '_is_emulated', lambda _: False)
     monkeypatch.setattr(fused_stem, 'available', lambda *_: True)
     monkeypatch.setattr(fused_block, '_folds_scale',
                         lambda _, dtype: dtype != torch.float16)
-    return names
+    return executed_launches
 
 
 def compare(module, x, dtype, executed):
@@ -136,7 +106,7 @@ def test_backbone_is_computed_by_all_kernels(executed, monkeypatch):
     assert executed == KERNELS
 
 
-def test_gelu_is_rounded_alike_where_it_is_computed_again(target, monkeypatch):
+def test_gelu_is_rounded_alike_where_it_is_computed_again(hopper, monkeypatch):
     """Left to the compiler, here it made one of seven products no part of an
     FMA in the forward pass, and all of them in the backward pass."""
     compiled = []
@@ -165,11 +135,11 @@ def _copy_kernel(x_ptr, out_ptr, count, STEP: tl.constexpr,
     (199, 128, '1 threads outside of all tensors: @%p1 st.global.b32'),
     (200, 64, 'two programs in one place: @%p1 st.global.b32'),
 ])
-def test_access_to_memory_is_checked(size, step, expected, target):
+def test_access_to_memory_is_checked(size, step, expected, hopper):
     x, out = torch.arange(200.), torch.zeros(size)
     fault = ''
     try:
-        execute(_copy_kernel, 2, x, out, 200, STEP=step, BLOCK=128)
+        ptx.execute(_copy_kernel, 2, x, out, 200, STEP=step, BLOCK=128)
     except ptx.Fault as error:
         fault = str(error)
     assert fault.startswith(expected) and bool(fault) == bool(expected)
@@ -182,7 +152,7 @@ def _total_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, 2), tl.sum(x, 0) + tl.arange(0, 2))
 
 
-def test_exchange_between_warps_is_checked(target):
+def test_exchange_between_warps_is_checked(hopper):
     x, out = torch.randn(512), torch.zeros(2)
     kernel = _total_kernel.warmup(x, out, grid=(1, ), BLOCK=512)
     text, shared = kernel.asm['ptx'], kernel.metadata.shared
@@ -199,7 +169,7 @@ def test_exchange_between_warps_is_checked(target):
         ptx.run(text, shared, 1, [torch.randn(513)[1:], out])
 
 
-def test_instruction_that_is_not_known_is_named(target):
+def test_instruction_that_is_not_known_is_named(hopper):
     x, out = torch.randn(512), torch.zeros(2)
     text = _total_kernel.warmup(x, out, grid=(1, ), BLOCK=512).asm['ptx']
     with pytest.raises(NotImplementedError, match='cosh.f32'):

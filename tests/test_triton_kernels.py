@@ -2,7 +2,8 @@
 
 On a GPU the cases run there. Without one they run at tiny sizes through
 Triton's interpreter, which must be switched on before Triton is imported:
-one test starts this file anew in a process of its own.
+one test starts this file anew in a process of its own. With EXECUTE_PTX=1 in
+the environment the cases for GPUs run on the CPU, as compiled code (ptx.py).
 """
 import functools
 import importlib
@@ -32,6 +33,7 @@ MODULES = banded, depthwise, norm, sums, stem, weights
 
 EPS = 1e-6
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+EXECUTED = os.environ.get('EXECUTE_PTX') == '1'
 if INTERPRETED:
     DEVICE = 'cpu'
     CASES = [  # N, H, W, C, K, precision; of bf16 the interpreter is no judge
@@ -58,7 +60,7 @@ if INTERPRETED:
         (1, 1, 14, 4, torch.float16),
     ]
 else:
-    DEVICE = 'cuda'
+    DEVICE = 'cpu' if EXECUTED else 'cuda'
     # Few: most of the time goes to the compiler.
     CASES = [
         (20, 56, 56, 72, 11, torch.float32),
@@ -102,7 +104,10 @@ def gpu_test(test):
 
 
 def device_test(test):
-    """Mark a test that runs on a GPU or in the interpreter's process."""
+    """Mark a test that runs on a GPU or on what stands in for one."""
+    if EXECUTED:
+        test = pytest.mark.usefixtures('executed_launches')(test)
+        return pytest.mark.gpu(test)
     return test if INTERPRETED else gpu_test(test)
 
 
