@@ -107,8 +107,8 @@ def test_backbone_is_computed_by_all_kernels(executed, monkeypatch):
 
 
 def test_gelu_is_rounded_alike_where_it_is_computed_again(hopper, monkeypatch):
-    """Left to the compiler, here it made one of seven products no part of an
-    FMA in the forward pass, and all of them in the backward pass."""
+    """Left to the compiler, one of the seven products here was none of an FMA
+    in the forward pass; in the backward pass, all were of one."""
     compiled = []
     monkeypatch.setattr(
         launch.Launch, '__call__', lambda self, *tensors: compiled.append(

@@ -14,7 +14,7 @@ from .tiling import (
     column_place,
     column_tiles,
     contiguous_like,
-    norm_tile,
+    padded_tile,
     patch_index,
     repeat,
     small_images,
@@ -358,7 +358,7 @@ def _scale_residual_launch(shape: tuple[int, ...], x_stride: int,
                            norms: bool) -> Launch:
     n, height, width, c = shape
     # Without the norm, memory is the limit also where threads are idle.
-    area, tile = height * width, (_row_tile if norms else norm_tile)(c)
+    area, tile = height * width, (_row_tile if norms else padded_tile)(c)
     return Launch(_scale_residual_kernel,
                   n * ceil_div(area, tile['PIXELS']), area, eps,
                   X_STRIDE=x_stride, Y_STRIDE=y_stride, **tile)

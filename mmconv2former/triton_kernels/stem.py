@@ -55,14 +55,17 @@ def pixels_first(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _tile(channels: int, rows: int) -> dict:
-    """Block sizes of a map with a multiple of 8 channels.
+def _tiles(pixels: int, channels: int, rows: int) -> tuple[dict, int, int]:
+    """Block sizes of a map with a multiple of 8 channels, tiles of so many
+    rows, and the blocks of each.
 
     The map is taken for a matrix with rows of ``GROUP`` pixels, as many as
     fill blocks of 64 columns, of which a program has one: with 40 channels,
     three of eight threads would be idle otherwise.
     """
-    return dict(GROUP=64 // gcd(channels, 64), ROWS=rows)
+    group = 64 // gcd(channels, 64)
+    return (dict(GROUP=group, ROWS=rows), ceil_div(pixels, group * rows),
+            group * channels // 64)
 
 
 @triton.jit
@@ -165,9 +168,8 @@ def _sums_tile(shape: tuple[int, ...]) -> tuple[dict, int, int, int, int]:
     """Block sizes of sums over the pixels, pixels, tiles, parts of the sums
     and programs for them, which run at a time."""
     *image, c = shape
-    tile, pixels = _tile(c, 32), prod(image)
-    blocks = tile['GROUP'] * c // 64
-    tiles = ceil_div(pixels, tile['GROUP'] * tile['ROWS'])
+    pixels = prod(image)
+    tile, tiles, blocks = _tiles(pixels, c, 32)
     # PROGRAMS are 16 warps of each multiprocessor. These are of four, and with
     # 80 registers there is room for 24.
     parts = max(min(tiles, PROGRAMS * 24 // (16 * 4) // blocks), 1)
@@ -228,11 +230,10 @@ def _gelu_norm_kernel(x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, out_ptr,
 def _gelu_norm_launch(shape: tuple[int, ...], used: int, patch: int,
                       channels: int) -> Launch:
     *image, c = shape
-    tile, pixels = _tile(channels, 64), prod(image)
-    tiles = ceil_div(pixels, tile['GROUP'] * tile['ROWS'])
-    return Launch(
-        _gelu_norm_kernel, tiles * tile['GROUP'] * channels // 64, pixels,
-        *image[1:], C=c, USED=used, OUT=channels, PATCH=patch, **tile)
+    pixels = prod(image)
+    tile, tiles, blocks = _tiles(pixels, channels, 64)
+    return Launch(_gelu_norm_kernel, tiles * blocks, pixels, *image[1:], C=c,
+                  USED=used, OUT=channels, PATCH=patch, **tile)
 
 
 def gelu_norm(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
@@ -314,11 +315,9 @@ def _gelu_norm_backward_launches(
     first = Launch(_gelu_norm_sums_kernel, programs, pixels, tiles, parts,
                    height, width, **options, **tile)
     partial = parts, 2, tile['GROUP'], c
-    tile = _tile(channels, 64)
-    tiles = ceil_div(pixels, tile['GROUP'] * tile['ROWS'])
-    second = Launch(
-        _gelu_norm_backward_kernel, tiles * tile['GROUP'] * channels // 64,
-        pixels, height, width, USED=used, OUT=channels, **options, **tile)
+    tile, tiles, blocks = _tiles(pixels, channels, 64)
+    second = Launch(_gelu_norm_backward_kernel, tiles * blocks, pixels, height,
+                    width, USED=used, OUT=channels, **options, **tile)
     return first, second, partial
 
 

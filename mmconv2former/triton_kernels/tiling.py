@@ -62,8 +62,9 @@ def small_images(shape: tuple[int, ...], stride: int) -> tuple[int, ...]:
     return n * height, 1, width, c
 
 
-def norm_tile(channels: int) -> dict:
-    """Blocks of 2048 values: 16 for each of the 128 threads."""
+def padded_tile(channels: int) -> dict:
+    """Blocks of pixels with all their channels, padded to a power of two: 2048
+    values, 16 for each of the 128 threads."""
     block = triton.next_power_of_2(channels)
     return dict(C=channels, CHUNKS=1, BLOCK=block,
                 PIXELS=max(2048 // block, 1))
@@ -98,7 +99,7 @@ def chunk_tile(channels: int) -> tuple[dict, int]:
     timed, the others chosen by their number of instructions.
     """
     padded = triton.next_power_of_2(channels)
-    tile = dict(norm_tile(channels), num_warps=4)
+    tile = dict(padded_tile(channels), num_warps=4)
     # Fewer programs where the sums of each are long.
     warps = 2 if channels <= 512 else 4
     for chunks in 3, 5, 9:
@@ -169,7 +170,7 @@ def patch_index(first, pixel, height, width, PATCH: tl.constexpr):
     """
     if PATCH == 1:
         index = first + pixel
-        inside = pixel >= 0
+        inside = pixel >= 0  # all are
     else:
         first = first.to(tl.int32)  # in which divisions are faster
         row, x = first // width, first % width + pixel
