@@ -17,7 +17,7 @@ from torch import Tensor
 from .gelu import gelu, gelu_and_slope
 from .launch import Launch, plan
 from .sums import sum_partials
-from .tiling import PROGRAMS, ceil_div, patch_index, to_fp32
+from .tiling import ceil_div, patch_index, programs_of_four_warps, to_fp32
 
 
 @triton.jit(do_not_specialize=[
@@ -170,9 +170,8 @@ def _sums_tile(shape: tuple[int, ...]) -> tuple[dict, int, int, int, int]:
     *image, c = shape
     pixels = prod(image)
     tile, tiles, blocks = _tiles(pixels, c, 32)
-    # PROGRAMS are 16 warps of each multiprocessor. These are of four, and with
-    # 80 registers there is room for 24.
-    parts = max(min(tiles, PROGRAMS * 24 // (16 * 4) // blocks), 1)
+    # With 80 registers there is room for 24 warps.
+    parts = max(min(tiles, programs_of_four_warps(24) // blocks), 1)
     return dict(tile, maxnreg=80), pixels, tiles, parts, parts * blocks
 
 

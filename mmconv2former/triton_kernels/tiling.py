@@ -70,6 +70,12 @@ def padded_tile(channels: int) -> dict:
                 PIXELS=max(2048 // block, 1))
 
 
+def programs_of_four_warps(warps: int) -> int:
+    """How many run at a time where a multiprocessor has registers for so many
+    warps."""
+    return PROGRAMS * warps // (16 * 4)  # PROGRAMS are of 16
+
+
 def column_tiles(shape: tuple[int, ...], block: int,
                  warps: int = 32) -> tuple[dict, int, int, int]:
     """Block sizes, pixels, tiles and parts of sums over the pixels, where a
@@ -84,8 +90,7 @@ def column_tiles(shape: tuple[int, ...], block: int,
     block = min(triton.next_power_of_2(c), block)
     tile, pixels = dict(C=c, BLOCK=block, PIXELS=2048 // block), prod(image)
     tiles, blocks = ceil_div(pixels, 2048 // block), ceil_div(c, block)
-    # PROGRAMS are 16 warps of each multiprocessor, and these are of four.
-    programs = PROGRAMS * warps // (16 * 4)
+    programs = programs_of_four_warps(warps)
     return tile, pixels, tiles, max(min(tiles, programs // blocks), 1)
 
 
