@@ -13,6 +13,9 @@ from mmengine.optim import (
     LinearParamScheduler,
     OptimWrapper,
 )
+from torch.amp import GradScaler
+
+import amp
 
 
 @pytest.fixture
@@ -121,6 +124,23 @@ def test_settings_that_the_checkpoint_overrules_are_told(resume, caplog):
     assert 'total_iters of param_scheduler.0 9 (config: 29). ' in message
     assert message.endswith('--cfg-options load_from=a.pth')
     assert len(message.split(';')) == 4
+
+
+@pytest.mark.parametrize('saved, expected', [
+    (dict(enabled=False), 2.**16),  # bf16 on a CPU
+    (dict(init_scale=1.), 2.**16),  # bf16 on a GPU
+    (dict(init_scale=2.**9), 2.**9),
+])
+def test_fp16_goes_on_from_its_own_loss_scale(saved, expected, resume,
+                                              caplog):
+    state = dict(param_groups=start().optim_wrapper.state_dict()[
+        'param_groups'], loss_scaler=GradScaler('cpu', **saved).state_dict())
+    runner = start()
+    runner.optim_wrapper = amp.CPUAmpOptimWrapper(
+        'float16', optimizer=runner.optim_wrapper.optimizer)
+    assert not warnings(resume, runner, dict(meta={}, optimizer=state), caplog)
+    runner.optim_wrapper.load_state_dict(dict(state, state={}))
+    assert runner.optim_wrapper.loss_scaler.get_scale() == expected
 
 
 @pytest.mark.parametrize('hooks', [[], [dict(type='EMAHook')]])

@@ -957,15 +957,6 @@ def test_mixed_precision_of_the_config_is_that_of_the_device(
     assert settings.dtype == 'float16'
 
 
-def test_fp16_goes_on_from_bf16_on_the_cpu(tool):
-    saved, own = (build_optim_wrapper(torch.nn.Linear(2, 2), dict(
-        type=train_config(tool, '--amp', dtype).optim_wrapper.type,
-        dtype=name, optimizer=dict(type='SGD', lr=.1)))
-        for dtype, name in (('bf16', 'bfloat16'), ('fp16', 'float16')))
-    own.load_state_dict(saved.state_dict())
-    assert own.loss_scaler.get_scale() == 2.**16
-
-
 @pytest.mark.parametrize('dtype, options, scale', [
     ('fp16', [], 2.**16),
     ('fp16', ['optim_wrapper.loss_scale=8.'], 8.),

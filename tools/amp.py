@@ -43,12 +43,6 @@ class CPUAmpOptimWrapper(AmpOptimWrapper):
         self.loss_scaler = torch.amp.GradScaler(
             'cpu', enabled=self.cast_dtype == torch.float16, **options)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Load; a run in bf16 has saved no scale."""
-        super().load_state_dict({
-            key: value for key, value in state_dict.items()
-            if key != 'loss_scaler' or value})
-
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Run what computes the losses of ``model`` under autocast."""

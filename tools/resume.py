@@ -125,7 +125,12 @@ class ResumedSettings(Hook):
         anew = ('without --resume, from its weights: --cfg-options '
                 f'load_from={runner.cfg.get("load_from") or "PATH"}')
         # Of several optimizers they are by name.
-        saved = checkpoint.get('optimizer', {}).get('param_groups')
+        state = checkpoint.get('optimizer', {})
+        saved, scaler = state.get('param_groups'), state.get('loss_scaler')
+        if scaler is not None and scaler.get('scale', 1.) == 1.:
+            # Of a run in bf16, which scales nothing, and on CPUs saves no
+            # scale: fp16 begins with its own.
+            del state['loss_scaler']
         kept = []
         if saved and isinstance(runner.optim_wrapper.param_groups, list):
             optimizer = runner.optim_wrapper.optimizer
