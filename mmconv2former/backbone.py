@@ -571,6 +571,12 @@ class Conv2Former(PretrainedModule):
                 outs.append(out.contiguous())
         return tuple(outs)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> 'Conv2Former':
+        super()._apply(*args, **kwargs)
+        if self.cuda_graphs is not None:
+            self.cuda_graphs.forget_moved()
+        return self
+
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
             return

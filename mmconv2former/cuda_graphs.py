@@ -56,7 +56,21 @@ def _globals() -> tuple[Hashable, ...]:
         tf32 = matmul.allow_tf32, cudnn.allow_tf32
     return (torch.is_grad_enabled(),
             torch.are_deterministic_algorithms_enabled(), cudnn.enabled,
-            cudnn.deterministic, *tf32, os.environ.get(FUSED_VARIABLE))
+            cudnn.deterministic, *tf32,
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
+            matmul.allow_fp16_accumulation, os.environ.get(FUSED_VARIABLE))
+
+
+def _has_saved_tensor_hooks() -> bool:
+    """Whether autograd hands what it stores to hooks, such as those of
+    torch.utils.checkpoint."""
+    try:
+        # The only public function that tells.
+        with torch.autograd.graph.disable_saved_tensors_hooks('there are'):
+            return False
+    except RuntimeError:
+        return True
 
 
 class _Watched:
@@ -80,13 +94,18 @@ class _Watched:
         return all(tuple(modules.values()) == children
                    for modules, children in self.children)
 
-    def look(self) -> tuple[list[int], list[Hashable], str]:
+    def look(self) -> tuple[list[Hashable], list[Hashable], str]:
         """Which tensors there are and where, settings, and why nothing can be
         recorded, or ''."""
         tensors, obstacle = [], ''
         settings = [read(attributes) for attributes, read in self.settings]
         if has_global_hooks():
             obstacle = 'hooks are registered for all modules'
+        if torch.is_grad_enabled() and _has_saved_tensor_hooks():
+            # That of a checkpoint would run the module again, in a thread
+            # for which the recording one waits.
+            obstacle = 'it runs inside a checkpoint, or under other hooks ' \
+                'for what is stored for the backward pass'
         if self.is_sharded:
             obstacle = 'the weights of the backbone are sharded'
         if any(m.training for m in self.synchronized):
@@ -95,11 +114,11 @@ class _Watched:
         for m in self.modules:
             for p in m._parameters.values():
                 if p is not None:
-                    tensors += (id(p), p.data_ptr())
+                    tensors += (id(p), p.data_ptr(), p.dtype)
                     settings.append(p.requires_grad)
             for b in m._buffers.values():
                 if b is not None:
-                    tensors.append(b.data_ptr())
+                    tensors += (b.data_ptr(), b.dtype)
             if is_intercepted(m):
                 obstacle = 'the backbone has hooks, which would not be called'
         return tensors, settings, obstacle
@@ -113,7 +132,8 @@ class CUDAGraphs:
     batch. Those beyond the limit, and modules with hooks, sharded weights or
     synchronized batch norms, run without graphs; the log says why. All graphs
     share their memory: a second forward pass overwrites what the first has
-    stored for its backward pass.
+    stored for its backward pass. Threads may infer while another one trains,
+    but only one may train.
 
     Args:
         limit (int): Greatest number of kinds.
@@ -129,13 +149,21 @@ class CUDAGraphs:
 
     def _clear(self) -> None:
         self.turn += 1  # what forward passes have stored is gone
-        self.tensors: list[int] = []
+        self.tensors: list[Hashable] = []
         self.seen: Counter[Hashable] = Counter()
         self.recordings: dict[Hashable, _Recording] = {}
         if self.stream is not None:
             # It may still be using the memory, which goes back to another one.
             self.stream.synchronize()
         self.memory: _Memory | None = None
+
+    def forget_moved(self) -> None:
+        """Give the memory back if the tensors of the module, or their types,
+        are no longer those that graphs read."""
+        with self.lock:
+            if self.watched is not None \
+                    and self.watched.look()[0] != self.tensors:
+                self._clear()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies, such as that of an EMA, have graphs of their own."""
@@ -172,7 +200,8 @@ class CUDAGraphs:
         if is_transformed() or not self.can_record(x):
             return None
         with self.lock:
-            if self.watched is not None \
+            if getattr(module, '_is_replica', False) \
+                    or self.watched is not None \
                     and self.watched.modules[0] is not module:
                 log_once('no CUDA graphs for shallow copies of a backbone, '
                          'such as those of DataParallel')
@@ -203,9 +232,15 @@ class CUDAGraphs:
                 try:
                     # Tensors that are made in inference mode, also those of
                     # torch for random numbers, could not be used outside.
-                    with self.using_memory(), torch.inference_mode(False), \
+                    with torch.cuda.device_of(x), self.using_memory(), \
+                            torch.inference_mode(False), \
                             torch.set_grad_enabled(needs_grad):
                         self.recordings[kind] = _Recording(self, module, x)
+                except BaseException:
+                    if not self.recordings:
+                        # A pool of which no graph is left takes no others.
+                        self.memory = None
+                    raise
                 finally:
                     self.recording_thread = None
                 log_once(f'CUDA graph for images of shape {tuple(x.shape)}')
@@ -293,9 +328,11 @@ class _Memory:
     def record(self) -> Iterator[torch.cuda.CUDAGraph]:
         graph = torch.cuda.CUDAGraph()
         # Other threads, which load the next batch or watch other processes,
-        # may call CUDA meanwhile.
-        with torch.cuda.graph(graph, self.pool, self.stream,
-                              capture_error_mode='thread_local'):
+        # may call CUDA meanwhile. The context of the graph does not leave its
+        # stream when it fails to end.
+        with torch.cuda.stream(self.stream), torch.cuda.graph(
+                graph, self.pool, self.stream,
+                capture_error_mode='thread_local'):
             yield graph
 
 
@@ -456,6 +493,7 @@ class _Replay(torch.autograd.Function):
                 *parameters: Tensor) -> tuple[Tensor, ...]:
         outs, ctx.turn = recording.replay(x)
         ctx.recording = recording
+        ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(
             out for out, differentiable in zip(outs, recording.differentiable)
@@ -466,4 +504,5 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None
                  ) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # an error if one was changed meanwhile
         return None, None, *ctx.recording.replay_backward(ctx.turn, grads)

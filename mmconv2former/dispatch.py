@@ -187,15 +187,16 @@ class _WithoutAutocast:
         kind = self.device.type
         self.autocast = torch.is_autocast_enabled(kind)
         torch.set_autocast_enabled(kind, False)
-        self.previous = None
+        self.other = None
         if kind == 'cuda' and torch.cuda.current_device() != self.device.index:
-            self.previous = torch.cuda.current_device()
-            torch.cuda.set_device(self.device)
+            # Back on a GPU that is not in use, torch's takes no memory there.
+            self.other = torch.cuda.device(self.device)
+            self.other.__enter__()
 
     def __exit__(self, *_: Any) -> None:
         torch.set_autocast_enabled(self.device.type, self.autocast)
-        if self.previous is not None:
-            torch.cuda.set_device(self.previous)
+        if self.other is not None:
+            self.other.__exit__(None, None, None)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

@@ -176,7 +176,7 @@ def _is_unmodified_stem(x: Tensor, layers: Sequence[nn.Module]) -> bool:
         channels.append(conv.out_channels)
         if not dispatch.has_usual_moments(norm) or not all(
                 dispatch.is_readable(t, x.device)
-                and t.shape == (conv.out_channels, )
+                and t.shape == (conv.out_channels, ) and t.is_contiguous()
                 for t in (norm.weight, norm.bias, norm.running_mean,
                           norm.running_var)):
             return False

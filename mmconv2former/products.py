@@ -15,7 +15,7 @@ from .operators import at_least_fp32, to_nchw
 aten = torch.ops.aten
 
 # Whether torch has products of 16 bits with results in fp32.
-_MM_IN_FP32 = 'dtype' in aten.mm.overloads()
+_MM_IN_FP32 = 'dtype' in aten.mm.overloads() and not torch.version.hip
 
 
 def _has_onednn(device: torch.device) -> bool:
@@ -155,7 +155,9 @@ def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2)
     if x.is_cuda:
         if x.dtype.itemsize == 2 and _MM_IN_FP32 \
-                and not torch.compiler.is_compiling():
+                and not torch.compiler.is_compiling() \
+                and not (x.dtype == torch.float16 and torch.backends.cuda
+                         .matmul.allow_fp16_accumulation):  # refuses fp32
             return aten.mm.dtype(rows, columns, torch.float32)
         return torch.mm(rows, columns)
     (o, count), i = rows.shape, columns.shape[1]

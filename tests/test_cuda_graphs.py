@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from mmconv2former import (
     Conv2Former,
@@ -505,9 +506,39 @@ def test_recording_that_failed_is_tried_again(models, device, monkeypatch):
         context.setattr(cuda_graphs._Recording, '_record', fail)
         with pytest.raises(RuntimeError, match='cuda_graphs=False'):
             graphed(x)
+        # CUDA takes no second graph into a pool that has lost its only one.
+        assert graphed.cuda_graphs.memory is None
     for _ in range(2):
         assert_same(step(graphed, x), step(eager, x))
     assert recorded(graphed) == 1
+
+
+@pytest.mark.parametrize('device', ['cpu'], indirect=True)
+def test_recording_that_failed_leaves_its_stream(models, device, monkeypatch):
+    steps = []
+
+    @contextlib.contextmanager
+    def stream(_):
+        steps.append('enter')
+        try:
+            yield
+        finally:
+            steps.append('leave')
+
+    @contextlib.contextmanager
+    def graph(*_, **kwargs):
+        yield
+        steps.append('fail')  # and stay on the stream
+        raise RuntimeError('capture failed')
+
+    _, graphed = models()
+    for _ in range(cuda_graphs.WARM_UP):
+        step(graphed, images(device))
+    monkeypatch.setattr(torch.cuda, 'stream', stream)
+    monkeypatch.setattr(torch.cuda, 'graph', graph)
+    with pytest.raises(RuntimeError, match='capture failed'):
+        graphed(images(device))
+    assert steps == ['enter', 'fail', 'leave']
 
 
 def test_gradients_of_images_that_a_failed_recording_overwrote_are_refused(
@@ -631,6 +662,53 @@ def test_module_with_hooks_runs_without_graphs(models, device):
     assert recorded(graphed) == 0 and len(called) == 8
 
 
+def test_checkpoints_around_the_backbone_run_without_graphs(models, device):
+    eager, graphed = models()
+    for seed in range(4):
+        x = images(device, seed=seed)
+        for model in (eager, graphed):
+            model.zero_grad()
+            outs = checkpoint(model, x, use_reentrant=False)
+            sum(out.pow(2).mean() for out in outs).backward()
+        assert_same(*([p.grad for p in model.parameters()]
+                      for model in (graphed, eager)))
+    assert recorded(graphed) == 0
+    with torch.no_grad():
+        for _ in range(3):
+            checkpoint(graphed, x, use_reentrant=False)
+    assert recorded(graphed) == 1
+
+
+def test_changes_before_the_backward_pass_are_told(models, device):
+    for model in models():
+        for _ in range(3):
+            loss = losses(model, images(device))[1]
+        with torch.no_grad():
+            model.stages[0][0].mlp.fc1.weight.add_(1)
+        with pytest.raises(RuntimeError, match='modified by an inplace oper'):
+            loss.backward()
+
+
+def test_memory_is_given_back_when_the_model_moves(models, device):
+    _, graphed = models()
+    for _ in range(3):
+        step(graphed, images(device))
+    graphed.to(device)  # where it is
+    assert recorded(graphed) == 1
+    graphed.double()
+    assert recorded(graphed) == 0 and graphed.cuda_graphs.memory is None
+
+
+def test_other_type_in_the_same_memory_is_seen():
+    numbers = torch.zeros(3, dtype=torch.bfloat16)
+    layer = nn.Linear(1, 3).bfloat16()
+    watched, seen = cuda_graphs._Watched(layer), []
+    for dtype in torch.bfloat16, torch.float16, torch.bfloat16:
+        layer.bias.data = numbers.view(dtype)
+        seen.append(watched.look()[0])
+    assert seen[0] == seen[2] != seen[1]
+
+
 def test_synchronized_batch_norms_run_without_graphs(models, device):
     """All processes would have to record at the same time."""
     eager, graphed = models()
@@ -650,6 +728,8 @@ def test_shallow_copies_run_without_graphs(models, device):
     graphed.eval()
     x = images(device)
     with torch.no_grad():
+        assert graphed.cuda_graphs.recording(
+            graphed._replicate_for_data_parallel(), x) is None
         for _ in range(3):
             graphed(x)
         replica = copy.copy(graphed)

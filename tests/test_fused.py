@@ -920,6 +920,47 @@ def test_kernels_run_on_the_device_of_their_operands(train, monkeypatch):
             if train else {'gate', 'position'})
 
 
+@pytest.mark.parametrize('current', [0, 1])
+def test_current_device_is_left_as_it_was(current, monkeypatch):
+    """As torch does it, which leaves GPUs alone that are not in use."""
+    calls = []
+
+    def exchange(device):
+        calls.append(device)
+        return current
+
+    for name, function in dict(
+            current_device=lambda: current, _exchange_device=exchange,
+            _maybe_exchange_device=exchange).items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    x = SimpleNamespace(device=torch.device('cuda', 1))
+    with dispatch.without_autocast(x):
+        assert calls == [1] * (current != 1)
+    assert calls == [1, current] * (current != 1)
+
+
+@pytest.mark.skipif(not products._MM_IN_FP32,
+                    reason='torch has no such products')
+@pytest.mark.parametrize('dtype, in_16_bits, expected', [
+    (torch.bfloat16, False, torch.float32), (torch.float16, False,
+                                             torch.float32),
+    (torch.bfloat16, True, torch.float32), (torch.float16, True,
+                                            torch.float16)])
+def test_weight_gradients_are_in_fp32_where_torch_has_that(
+        dtype, in_16_bits, expected):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_accumulation
+    with FakeTensorMode():
+        grad, x = (torch.empty(1, 2, 3, c, device='cuda', dtype=dtype)
+                   for c in (8, 16))
+        matmul.allow_fp16_accumulation = in_16_bits
+        try:
+            found = products.linear_grad_weight(grad, x)
+        finally:
+            matmul.allow_fp16_accumulation = before
+    assert found.dtype == expected
+
+
 def test_transforms_of_torch_get_the_plain_path():
     model = Conv2Former(TINY).double().eval()
     x = torch.randn(1, 3, 32, 32).double()

@@ -119,6 +119,10 @@ def test_stem_has_no_second_derivatives():
     lambda stem: stem.__setitem__(2, nn.BatchNorm2d(8)),
     lambda stem: stem.__setitem__(3, nn.Conv2d(8, 12, 3, padding=1,
                                                bias=False)),
+    # What they would take for neighbours in memory.
+    lambda stem: setattr(stem[5], 'running_mean', torch.zeros(24)[::2]),
+    lambda stem: setattr(stem[2], 'weight', nn.Parameter(
+        torch.ones(12, 2)[:, 0])),
     lambda stem: stem[2].to('meta'), lambda stem: stem[0].to('meta'),
     lambda stem: setattr(stem[0], 'weight', nn.Parameter(
         stem[0].weight.as_subclass(OtherTensor)))])
