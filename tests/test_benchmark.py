@@ -364,13 +364,37 @@ def test_memory_of_graphs_is_what_is_reserved(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, function)
     assert benchmark.gpu_memory('fused') == 100
     before = benchmark.gpu_memory('graphs')
-    candidate = SimpleNamespace(path='graphs', loaded_bytes=lambda: 30)
+    candidate = SimpleNamespace(
+        path='graphs', loaded_bytes=lambda: 30,
+        step=lambda: reserved.append(reserved.pop() + 20))  # gradients
     reserved[0] += 80
     assert benchmark.measure_memory(candidate, before) == dict(
-        memory_total=80, memory_step=50)
-    own = Candidate('conv2former-n', CASE)
-    assert own.loaded_bytes() > sum(
+        memory_total=100, memory_step=70)
+    own = Candidate('conv2former-n', CASE._replace(task='backbone'))
+    loaded = own.loaded_bytes()
+    assert loaded > sum(
         p.nbytes for p in own.model.parameters()) + own.images.nbytes
+    own.step()
+    assert own.loaded_bytes() == loaded + sum(
+        out.nbytes for out in own.outputs())
+
+
+def test_rounding_that_cannot_be_measured_ends_nothing(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError('no workspace')
+
+    monkeypatch.setattr(Candidate, 'to_fp32', fail)
+    assert benchmark.rounding(OFFICIAL, CASE, {}, {}) == {}
+    assert 'no workspace' in capsys.readouterr().err
+
+
+def test_files_from_before_a_setting_are_those_without_it():
+    row = make_row('a')
+    del row['cudnn_benchmark']
+    assert plot_benchmark.values(row, ('cudnn_benchmark', 'model')) == (
+        False, 'a')
+    assert plot_benchmark.describe(dict(row, cudnn_benchmark=True)).endswith(
+        ', cuDNN benchmark')
 
 
 def test_a_budget_of_seconds_leaves_some_repeats():
@@ -559,7 +583,7 @@ def stand_in(checkout):
     python.write_text(f"""#!/bin/sh
 case "$1 $2" in
     *plot*) echo "plotting $2" && exit 1 ;;
-    *benchmark.main*) grep -q ^growth || exit 0
+    *benchmark.main*) case "$4" in growth*) ;; *) exit 0 ;; esac
         [ -z "$HANGS" ] || {{ touch "$HANGS" && sleep 60; }}
         touch "{out}/growth.json" ;;
     -c*) echo "{checkout}/site" ;;
@@ -586,6 +610,32 @@ def test_gpu_checks_end_with_the_summary(stand_in):
     assert printed[0] == f'plotting {out}/growth.json'
     assert steps_in(printed[1:]) == [
         'environment passed', 'kernels_of_growth passed', 'growth passed']
+
+
+def test_gpu_checks_go_on_in_a_new_process_after_an_error(stand_in, checkout):
+    (command, env, out), python = stand_in, checkout / '.venv-gpu/bin/python'
+    python.write_text(f"""#!/bin/sh
+case "$1 $2" in
+    *benchmark.main*) exec {sys.executable} "$@" ;;
+    -c*) echo "{checkout}/site" ;;
+esac
+""")
+    (checkout / 'tools/benchmark.py').write_text("""
+import pathlib
+calls = []
+def main(argv):
+    calls.append(argv)
+    print(len(calls), pathlib.Path(argv[5]).stem)
+    if '64' in argv and 'conv2former-s' in argv:
+        raise RuntimeError('of CUDA')
+""")
+    done = subprocess.run([*command[:-1], 'sizes'], env=env,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    log = (out / 'sizes.log').read_text()
+    assert "failed: ['s']" in log
+    assert [line for line in log.splitlines() if line[:1].isdigit()] == [
+        '1 optimizer', '2 n', '3 s', '1 b', '2 l']
 
 
 @pytest.mark.parametrize('stop', [os.killpg, os.kill])

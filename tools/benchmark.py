@@ -96,6 +96,7 @@ class Case(NamedTuple):
     weights_dtype: str = 'fp32'  # and that of the images
     channels_last: bool = False  # weights and images
     drop_path: float = 0.
+    cudnn_benchmark: bool = False
 
 
 class Candidate:
@@ -114,8 +115,8 @@ class Candidate:
         options = dict(device=case.device, dtype=DTYPES[case.weights_dtype])
         if case.channels_last:
             options['memory_format'] = torch.channels_last
-        self.model = build_model(name, case.task == 'backbone',
-                                 case.drop_path, size).to(**options)
+        self.model = build_model(name, case.task == 'backbone', case.drop_path,
+                                 size, case.device).to(**options)
         self.model.train(self.train)
         if self.path == 'folded':
             fuse_for_inference(self.model)
@@ -181,10 +182,10 @@ class Candidate:
         return {name: t.float().cpu() for name, t in found.items()}
 
     def loaded_bytes(self) -> int:
-        """Size of the model and the batch."""
+        """Size of the model, the batch and the random gradients."""
         return sum(t.nbytes for t in (
             *self.model.parameters(), *self.model.buffers(), self.images,
-            self.labels))
+            self.labels, *self.upstream))
 
     def to_fp32(self) -> 'Candidate':
         """The same weights and images, and arithmetic in fp32."""
@@ -240,8 +241,9 @@ def optimizer_steps(names: list[str],
         if name in facts:  # failed
             continue
         try:
-            model = build_model(name, case.task == 'backbone', 0.,
-                                (case.height, case.width)).to(case.device)
+            model = build_model(
+                name, case.task == 'backbone', 0., (case.height, case.width),
+                case.device).to(case.device)
         except BuildError as error:
             facts[name] = dict(failed=str(error))
             continue
@@ -288,9 +290,9 @@ def gpu_memory(path: str) -> int:
     Or, for 'graphs', reserved: what the kernels of a graph use stays theirs,
     and does not count as allocated.
     """
+    gc.collect()  # models with graphs are cycles
     if path != 'graphs':
         return torch.cuda.memory_allocated()
-    gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved()
 
@@ -306,7 +308,9 @@ def measure_memory(candidate: Candidate, before: int) -> dict[str, int]:
         dict[str, int]: ``memory_total`` and ``memory_step``, or nothing.
     """
     if candidate.path == 'graphs':
-        total = gpu_memory('graphs') - before
+        gpu_memory('graphs')  # what is not in use is given back
+        candidate.step()
+        total = torch.cuda.memory_reserved() - before
         return dict(memory_total=total,
                     memory_step=total - candidate.loaded_bytes())
     if candidate.case.device == 'cuda':
@@ -372,13 +376,14 @@ def rounding(name: str, case: Case, results: dict[str, Tensor],
 
     Returns:
         dict[str, float]: Relative difference of each tensor from that in
-        fp32; nothing if fp32 does not fit into the GPU.
+        fp32; nothing if fp32 fails, as where it does not fit into the GPU.
     """
     if name not in known:
         try:
             exact = Candidate(name, case).to_fp32().results()
             known[name] = differences(results, exact)
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:
+            failure(error)
             known[name] = {}
     return known[name]
 
@@ -421,6 +426,7 @@ def prepare(names: list[str], case: Case,
         with contextlib.suppress(Exception):  # it fails below once more
             Candidate(names[0], compared).results()
     for name in names:
+        candidate = results = None  # that failed takes no more memory
         if on_gpu:
             before = gpu_memory(name.partition('@')[2])
         try:
@@ -724,7 +730,8 @@ def main(argv: list[str] | None = None) -> None:
         Case(args.task, mode, dtype,
              same_pixels(batch, sides, args.size[0])
              if args.same_pixels else batch, *sides, args.device,
-             args.weights_dtype, args.channels_last, args.drop_path)
+             args.weights_dtype, args.channels_last, args.drop_path,
+             args.cudnn_benchmark)
         for mode in args.mode if mode != 'optimizer'
         for dtype in args.dtype for batch in args.batch for sides in args.size
     ]

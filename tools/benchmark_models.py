@@ -107,14 +107,16 @@ def arch_of(name: str) -> dict | None:
     return resolve_arch(arch) if kind.lower() == 'conv2former' else None
 
 
-def _build_ours(arch: dict, dense: bool, drop_path: float) -> nn.Module:
+def _build_ours(arch: dict, dense: bool, drop_path: float,
+                device: str) -> nn.Module:
     """Conv2Former with random weights that make every branch matter."""
     options = dict(arch=arch, drop_path_rate=drop_path)
     if dense:
         options.update(out_indices=range(len(arch['dims'])), out_norm=True)
-    model = Conv2Former(**options)
-    if not dense:
-        model = Classifier(model, Conv2FormerNeck(arch['dims'][-1]), 1280)
+    with torch.device(device):  # CPUs draw the weights of L in seconds
+        model = Conv2Former(**options)
+        if not dense:
+            model = Classifier(model, Conv2FormerNeck(arch['dims'][-1]), 1280)
     for name, p in model.named_parameters():
         if p.ndim > 1:
             nn.init.normal_(p, std=p[0].numel()**-0.5)
@@ -159,8 +161,8 @@ class BuildError(ValueError):
 
 
 def build_model(name: str, dense: bool, drop_path: float,
-                size: tuple[int, int]) -> nn.Module:
-    """Build a model on the CPU, with the same weights every time.
+                size: tuple[int, int], device: str) -> nn.Module:
+    """Build a model, with the same weights every time.
 
     Args:
         name (str): Name of the model; the path in it is ignored.
@@ -168,9 +170,10 @@ def build_model(name: str, dense: bool, drop_path: float,
             classifier with 1000 classes if not.
         drop_path (float): Stochastic depth rate, where the model has one.
         size (tuple[int, int]): Height and width of the images.
+        device (str): Where to draw the weights of ours.
 
     Returns:
-        nn.Module: The model.
+        nn.Module: The model; those of mmpretrain are on the CPU.
 
     Raises:
         BuildError: If there is no such model or it refuses the size.
@@ -180,7 +183,7 @@ def build_model(name: str, dense: bool, drop_path: float,
     try:
         arch = arch_of(name)
         if arch:
-            return _build_ours(arch, dense, drop_path)
+            return _build_ours(arch, dense, drop_path, device)
         return _build_mmpretrain(name, dense, drop_path, size)
     # What the backbones of mmpretrain raise for a setting that they lack.
     except (AssertionError, ImportError, KeyError, RuntimeError, TypeError,

@@ -22,10 +22,10 @@
 # amp        the recipes of T in fp16 and bf16, on miniature data
 #
 # The kernels of what is timed are compiled before, in processes side by side;
-# so run the steps that are not timed. A step that fails does not stop the
-# others; the exit status is then 1. The table of all steps is printed last, if
-# the script is told to end early, too. Data and runs lie in
-# work_dirs/gpu_checks.
+# so run the steps that are not timed. A step that fails, or takes more than
+# four minutes (amp: no limit), does not stop the others; the exit status is
+# then 1. The table of all steps is printed last, if the script is told to end
+# early, too. Data and runs lie in work_dirs/gpu_checks.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -110,11 +110,13 @@ wanted() {
 
 # step NAME COMMAND...: run it with a log, and note how it ended
 step() {
-    local name=$1 start=$SECONDS result=passed
+    local name=$1 start=$SECONDS result=passed limit=240
     shift
+    # One that hangs shall not take all of the time. These compile for long.
+    if wanted amp || wanted compiled; then limit=0; fi
     printf '==> %s\n' "$name"
     # Traps wait for what runs in the foreground, not for a wait.
-    "$@" >"$out/$name.log" 2>&1 &
+    timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1 &
     wait $! || {
         result=FAILED
         tail -n 20 "$out/$name.log"
@@ -185,6 +187,12 @@ print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
     # imported.
     printf 'Metadata-Version: 2.1\nName: transformers\nVersion: 0\n' \
         >"$site/transformers-0.dist-info/METADATA"
+    # mmcv asks for OpenCV by a name that the one without windows has not got.
+    if "$base" -c 'import cv2' 2>/dev/null; then
+        mkdir -p "$site/opencv_python-4.12.dist-info"
+        printf 'Metadata-Version: 2.1\nName: %s\nVersion: 4.12\n' \
+            opencv-python >"$site/opencv_python-4.12.dist-info/METADATA"
+    fi
     if [ "$1" = with_ops ]; then
         TORCH_CUDA_ARCH_LIST=$("$base" -c '
 import torch
@@ -234,23 +242,27 @@ operators() {
         $(grep -lw 'mark\.gpu' tests/test_*.py)
 }
 
-# In one process, which imports torch once. Of stdin, each line names a file
-# and has the options for what is written to it.
+# Of stdin, each line names a file and has the options for what is written to
+# it. In one process, which imports torch once, as long as nothing fails: after
+# some errors of CUDA a process cannot go on.
 benchmarks() {
     PYTHONPATH=$root/tools "$python" -c '
-import gc, shlex, sys, traceback, torch, benchmark
-failed = []
-for line in sys.stdin.read().replace("\\\n", "").splitlines():
-    file, *options = shlex.split(line)
+import gc, os, shlex, sys, traceback, torch, benchmark
+folder, text, *failed = sys.argv[1:]
+lines = text.replace("\\\n", "").splitlines()
+while lines:
+    file, *options = shlex.split(lines.pop(0))
     try:
         benchmark.main(["--device", "cuda", "--dtype", "bf16", "--json",
-                        f"{sys.argv[1]}/{file}.json", *options])
+                        f"{folder}/{file}.json", *options])
     except (SystemExit, Exception):
         traceback.print_exc()
-        failed.append(file)
+        sys.stdout.flush()
+        os.execv(sys.executable, [*sys.orig_argv[:3], folder,
+                                  "\n".join(lines), *failed, file])
     gc.collect()
     torch.cuda.empty_cache()
-sys.exit(f"failed: {failed}" if failed else 0)' "${1:-$out}"
+sys.exit(f"failed: {failed}" if failed else 0)' "${1:-$out}" "$(cat)"
 }
 
 # compile_kernels NAME OPTION...: by a first run, which finds the kernels of
@@ -281,12 +293,20 @@ kernels_of_growth() {
 
 tiny() {
     benchmarks <<'END'
-tiny --batch 128 --repeats 9 --seconds 8 --profile 40 \
+tiny --batch 128 --mode train forward --repeats 9 --seconds 8 \
     --models conv2former-t@official conv2former-t conv2former-t@graphs \
     ConvNeXt:tiny SwinTransformer:tiny
 detection --task backbone --batch 2 --size 800x1344 --mode train \
     --repeats 9 --seconds 8 --models conv2former-t@official conv2former-t \
     conv2former-t@graphs ConvNeXt:tiny
+layout --batch 128 --mode train --channels-last --cudnn-benchmark \
+    --repeats 5 --seconds 4 --models conv2former-t@graphs ConvNeXt:tiny \
+    SwinTransformer:tiny
+END
+    # Last, and on its own: what was profiled once may be slower from then on.
+    benchmarks "$runs" <<'END'
+profile --batch 128 --mode train forward --repeats 1 --no-memory \
+    --profile 40 --models conv2former-t ConvNeXt:tiny
 END
 }
 
@@ -399,19 +419,21 @@ run() {
 python=$root/.venv-gpu/bin/python
 if wanted amp; then run environment with_ops; else run environment no_ops; fi
 if grep -q FAILED "$summary"; then finish 1; fi
-# First what matters most, for a machine may be lent for some minutes.
-if wanted tiny; then
-    run kernels_of_tiny
-    run tiny
-fi
+# More processes than cores; threads that wait for each other cost most.
 (
-    # More processes than cores; threads that wait for each other cost most.
+    export OMP_NUM_THREADS=2
+    for name in tiny sizes growth; do
+        if wanted $name; then run kernels_of_$name & fi
+    done
+    wait
+) &
+wait $! || true
+# First what matters most, for a machine may be lent for some minutes.
+if wanted tiny; then run tiny; fi
+(
     export OMP_NUM_THREADS=2
     for name in operators digits amp; do
         if wanted $name; then run $name & fi
-    done
-    for name in sizes growth; do
-        if wanted $name; then run kernels_of_$name & fi
     done
     wait
 ) &

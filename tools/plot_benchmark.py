@@ -27,7 +27,7 @@ from matplotlib.ticker import NullLocator
 matplotlib.use('Agg')  # pictures go to files: no screen is needed
 
 WHAT = ('task', 'mode', 'dtype', 'weights_dtype', 'channels_last',
-        'drop_path', 'device')
+        'drop_path', 'cudnn_benchmark', 'device')
 CASE = (*WHAT, 'batch', 'height', 'width')
 
 
@@ -45,12 +45,14 @@ def describe(row: dict, batch: bool = True, size: bool = True) -> str:
         parts.append('channels-last')
     if row['drop_path']:
         parts.append(f'drop path {row["drop_path"]:g}')
+    if row.get('cudnn_benchmark'):
+        parts.append('cuDNN benchmark')
     return ', '.join(parts)
 
 
 def values(row: dict, keys: tuple[str, ...]) -> tuple:
-    """Those values of a row."""
-    return tuple(row[key] for key in keys)
+    """Those values of a row, of which older files lack some."""
+    return tuple(row.get(key, False) for key in keys)
 
 
 def cells(row: dict, first: dict) -> dict[str, str]:
