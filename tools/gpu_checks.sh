@@ -257,9 +257,11 @@ while lines:
                         f"{folder}/{file}.json", *options])
     except (SystemExit, Exception):
         traceback.print_exc()
-        sys.stdout.flush()
-        os.execv(sys.executable, [*sys.orig_argv[:3], folder,
-                                  "\n".join(lines), *failed, file])
+        failed.append(file)
+        if lines:
+            sys.stdout.flush()
+            os.execv(sys.executable, [*sys.orig_argv[:3], folder,
+                                      "\n".join(lines), *failed])
     gc.collect()
     torch.cuda.empty_cache()
 sys.exit(f"failed: {failed}" if failed else 0)' "${1:-$out}" "$(cat)"
