@@ -620,6 +620,8 @@ case "$1 $2" in
     -c*) echo "{checkout}/site" ;;
 esac
 """)
+    (checkout / 'tools/torch.py').write_text(
+        'class cuda: empty_cache = staticmethod(lambda: None)')
     (checkout / 'tools/benchmark.py').write_text("""
 import pathlib
 calls = []
