@@ -359,8 +359,10 @@ def fused_block(x: Tensor, modulation: Branch, mlp: Branch) -> Tensor:
             *own, *others)
     branches = [_absorb_scale(x, b) for b in branches]
     prepared = prepare(x, [b.weights for b in branches])
-    return infer(x, *(b._replace(weights=weights)
-                      for b, weights in zip(branches, prepared)))
+    # The compiler of torch 2.7 knows no _replace.
+    return infer(x, *(
+        Branch(b.norm_weight, b.norm_bias, b.eps, weights, b.scale, b.keep)
+        for b, weights in zip(branches, prepared)))
 
 
 def _absorb_scale(x: Tensor, branch: Branch) -> Branch:
