@@ -669,6 +669,11 @@ class PretrainedModule(BaseModule):
         first_call = not self.is_init
         init_cfg = self.init_cfg
         cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
+        if not all(isinstance(cfg, dict) and 'type' in cfg for cfg in cfgs):
+            raise CheckpointError(
+                "init_cfg must be dict(type='Pretrained', checkpoint=PATH), "
+                'another initialisation of mmengine or a list of them, got '
+                f'{init_cfg!r}')
         pretrained = list(filter(is_pretrained, cfgs))
         self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
         try:

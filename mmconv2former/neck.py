@@ -26,6 +26,9 @@ class Conv2FormerNeck(PretrainedModule):
             ``dict(type='Pretrained', checkpoint=...)`` takes the head of a
             pre-trained classifier, for fine-tuning on other classes. Defaults
             to None, the official initialisation.
+
+    Raises:
+        ValueError: If a number of channels is none.
     """
 
     def __init__(self,
@@ -33,6 +36,11 @@ class Conv2FormerNeck(PretrainedModule):
                  out_channels: int = 1280,
                  init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
+        for name, value in dict(in_channels=in_channels,
+                                out_channels=out_channels).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f'{name} must be a positive integer, got {value!r}')
         self.conv = nn.Conv2d(in_channels, out_channels, 1)
         self.norm = LayerNorm2d(out_channels)
         init_convs(self)

@@ -223,6 +223,8 @@ def test_other_input_channels_and_half_precision_autocast_work():
     (dict(frozen_stages=5), r'-1 \.\. 4 .*got 5'),
     (dict(frozen_stages=None), r'-1 \.\. 4 .*got None'),
     (dict(drop_path_rate=1.), r'drop_path_rate must be .* in \[0, 1\)'),
+    (dict(fused='False'), "fused must be True or False, got 'False'"),
+    (dict(out_norm=dict(type='LN')), 'out_norm must be True or False, got'),
     (dict(drop_path_rate=None), r'in \[0, 1\), got None'),
     (dict(in_channels='3'), "in_channels must be a positive .* got '3'"),
     (dict(layer_scale_init_value=None), 'layer_scale_init_value .* got None'),
@@ -314,6 +316,12 @@ def test_neck_pools_the_last_map_after_norm():
     h = (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, correction=0)
                                          + 1e-6).sqrt()
     torch.testing.assert_close(out, h.mean((2, 3)))
+
+
+@pytest.mark.parametrize('channels', [([32], 8), (32, 0), ('32', 8)])
+def test_channels_of_the_neck_are_positive_integers(channels):
+    with pytest.raises(ValueError, match='_channels must be a positive int'):
+        Conv2FormerNeck(*channels)
 
 
 def test_names_of_archs_may_be_in_capitals():

@@ -499,6 +499,12 @@ def test_pretrained_without_a_checkpoint_is_named():
         backbone.init_weights()
 
 
+@pytest.mark.parametrize('init_cfg', ['a.pth', dict(checkpoint='a.pth')])
+def test_what_is_no_init_cfg_is_refused(init_cfg):
+    with pytest.raises(CheckpointError, match=r"must be dict\(type='Pretrain"):
+        Conv2Former(MINI, init_cfg=init_cfg).init_weights()
+
+
 def test_other_init_cfgs_still_work_and_pretrained_comes_last(tmp_path):
     path = str(tmp_path / 'weights.pth')
     torch.save(GOOD, path)

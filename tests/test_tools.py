@@ -533,6 +533,10 @@ def test_pretrained_file_in_a_list_of_initializations_is_seen(tool):
     with pytest.raises(SystemExit, match=(
             r'init_cfg.1.checkpoint=PATH\n.*model.backbone.init_cfg=None$')):
         train.check_pretrained(cfg)
+    cfg.load_from = 'epoch_1.pth'
+    with pytest.raises(SystemExit, match=(
+            r'init_cfg=None\n- Where load_from has these weights, too: the')):
+        train.check_pretrained(cfg)
     # What is proposed are settings that mmengine knows.
     cfg.merge_from_dict({'model.backbone.init_cfg.1.checkpoint': 'here.pth'})
     assert [*train.pretrained_weights(cfg).values()] == ['here.pth']

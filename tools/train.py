@@ -257,7 +257,10 @@ def check_pretrained(cfg: Config) -> None:
         try:
             find_checkpoint(path, keys)
         except (FileNotFoundError, CheckpointError) as error:
-            raise SystemExit(str(error)) from error
+            hint = ''
+            if cfg.get('load_from'):
+                hint = '\n- Where load_from has these weights, too: the same'
+            raise SystemExit(f'{error}{hint}') from error
 
 
 def check_schedule(cfg: Config) -> None:

@@ -5,7 +5,8 @@
 #
 # A template for your own images in class folders: change data_root,
 # num_classes, the image size in the pipelines (224 or 384 for photographs) and
-# the arch ('nano', 'tiny', ...), and start from pre-trained weights with
+# the arch ('nano', 'tiny', ...) with the in_channels of the neck (512, 576,
+# ...), and start from pre-trained weights with
 # init_cfg=dict(type='Pretrained', checkpoint=...).
 _base_ = ['mmpretrain::_base_/default_runtime.py']
 custom_imports = dict(imports=['mmconv2former'], allow_failed_imports=False)

@@ -6,10 +6,10 @@
 #       configs/detection/mask_rcnn_conv2former_mini_digits.py
 #
 # A template for your own COCO file: change data_root, ann_file, metainfo and
-# num_classes, the scale in both pipelines, and the arch. The heads are a
-# quarter of the usual width, and fewer boxes are looked at, because small
-# images hold few digits: leave these lines out for photographs, and the
-# settings of the base apply.
+# num_classes, the scale in both pipelines, and the arch with its dims. The
+# heads are a quarter of the usual width, and fewer boxes are looked at,
+# because small images hold few digits: leave these lines out for photographs,
+# and the settings of the base apply.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',

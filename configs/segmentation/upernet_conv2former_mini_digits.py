@@ -7,7 +7,8 @@
 #
 # A template for your own images and label maps: change data_root, data_prefix
 # and the suffixes, metainfo, num_classes and class_weight, size and pipelines
-# (RandomResize, RandomCrop and RandomFlip for photographs), and the arch.
+# (RandomResize, RandomCrop and RandomFlip for photographs), and the arch with
+# its dims.
 custom_imports = dict(imports=['mmconv2former'], allow_failed_imports=False)
 default_scope = 'mmseg'
 
