@@ -41,7 +41,8 @@ class DownsamplingFunction(torch.autograd.Function):
         dtype, asked = product_dtype(x), autocast_dtype(x)
         ctx.eps, ctx.shape = eps, weight.shape
         with without_autocast(x):
-            weight = to_nhwc(weight).to(
+            # Detached, for the error about a change before the backward pass.
+            weight = to_nhwc(weight.detach()).to(
                 dtype, memory_format=torch.contiguous_format).flatten(1)
             ctx.save_for_backward(x, norm_weight, norm_bias, weight)
             y = dispatch.kernels_for(x).layer_norm(

@@ -38,11 +38,12 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     The new weights are calculated in double precision and have the type and
     the device of the old ones. Fuse first and convert afterwards, to bfloat16
-    rather than float16, which loses small layer scales. The first call keeps
-    the weights a second time, as the kernels take them, until they change;
-    changes through ``.data`` or by ``torch.distributed`` go unnoticed. A fused
-    model cannot be trained, and its weights have other names: the weights of
-    a model as it was trained have to be loaded before.
+    rather than float16, which loses small layer scales, as autocast to float16
+    does. The first call keeps the weights a second time, as the kernels take
+    them, until they change; changes through ``.data`` or by
+    ``torch.distributed`` go unnoticed. A fused model cannot be trained, and
+    its weights have other names: the weights of a model as it was trained have
+    to be loaded before.
 
     Args:
         model (nn.Module): A Conv2Former, or a model with any number of them,
@@ -353,4 +354,5 @@ class FoldedBlock(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_prepared': None}
+        # torch's leaves out what compile() has made of this very block.
+        return {**super().__getstate__(), '_prepared': None}

@@ -431,6 +431,17 @@ def test_changes_before_the_backward_pass_are_told_as_ever(name, fused):
         out.sum().backward()
 
 
+def test_changes_of_a_downsampling_are_told_as_ever():
+    layers = [operators.LayerNorm2d(8), torch.nn.Conv2d(8, 12, 2, stride=2)]
+    # So is what the kernels take a view.
+    layers[1].to(memory_format=torch.channels_last)
+    out = fused_downsampling.downsampling(random(2, 8, 8, 8).float(), *layers)
+    with torch.no_grad():
+        layers[1].weight.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize('fused', [True, False])
 def test_output_may_be_changed_in_place(fused):
     """As by a neck that begins with ReLU(inplace=True)."""

@@ -266,6 +266,23 @@ def test_copies_of_a_model_in_use(copies):
         assert torch.equal(copies(model)(image), expected)
 
 
+@pytest.mark.parametrize('copies', [copy.deepcopy, saved_and_loaded])
+def test_copies_of_compiled_blocks_have_weights_of_their_own(copies):
+    model = fused(classifier())
+    for block in model.modules():
+        if isinstance(block, FoldedBlock):
+            block.compile(backend='eager')
+    image = official.image(65, 50)
+    with torch.no_grad():
+        expected = model(image)
+        twin = copies(model)
+        assert difference(twin(image), expected) < 1e-5
+        for p in twin.backbone.stages.parameters():
+            p.zero_()
+        assert difference(twin(image), expected) > 1e-2
+        assert torch.equal(model(image), expected)
+
+
 def test_compiled_model_gives_the_same():
     model = classifier()
     image = official.image(65, 50)
