@@ -145,10 +145,11 @@ def find_checkpoint(
     checkpoint = os.fspath(checkpoint)
     if '://' in checkpoint:
         return checkpoint
-    tried = [Path(checkpoint).expanduser()]
+    # Path.expanduser refuses users that are not there.
+    tried = [Path(os.path.expanduser(checkpoint))]
     if os.environ.get(WEIGHTS_VARIABLE):
         tried.append(
-            Path(os.environ[WEIGHTS_VARIABLE]).expanduser() / checkpoint)
+            Path(os.path.expanduser(os.environ[WEIGHTS_VARIABLE]), checkpoint))
     for path in tried:
         if path.is_file():
             return str(path)
@@ -198,7 +199,9 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
     except (pickle.UnpicklingError, struct.error, EOFError, RuntimeError,
             AttributeError, LookupError, ValueError, AssertionError,
             TypeError) as error:
-        blocked = re.search(r'GLOBAL (\S+) was not an allowed', str(error))
+        blocked = re.search(
+            r'GLOBAL (\S+) (was not an allowed|whose module \S+ is blocked)',
+            str(error))
         if blocked:
             raise CheckpointError(
                 f'{path} holds a pickled {blocked[1]}, and unpickling can run '
@@ -262,7 +265,9 @@ def _reason(error: Exception) -> list[str]:
     Without the text in which torch wraps it, which asks to unpickle what was
     refused with good reason.
     """
-    text = str(error).rpartition('WeightsUnpickler error:')[2]
+    wrapped, _, text = str(error).rpartition('WeightsUnpickler error:')
+    if not wrapped and text.startswith('Weights only load failed'):
+        return []
     return text.strip().splitlines()[:1]
 
 
@@ -309,6 +314,12 @@ def model_weights(checkpoint: Any) -> tuple[dict[str, Tensor], str]:
         raise CheckpointError(
             f'no tensors in the checkpoint ({found}); expected a state dict, '
             'or one as state_dict_ema, state_dict, model_ema or model')
+    for key, value in tensors.items():
+        if value.is_meta or value.layout != torch.strided:
+            raise CheckpointError(
+                f'{key} in the checkpoint has no numbers in memory (device '
+                f'{value.device}, {value.layout}); save it as an ordinary '
+                'tensor')
     return tensors, kind
 
 
@@ -368,7 +379,7 @@ def infer_arch(weights: dict[str, Tensor]) -> dict:
     for key, value in weights.items():
         found = re.fullmatch(r'stages\.(\d+)\.(\d+)\.attn\.(proj|att\.2)'
                              r'\.weight', key)
-        if found is None:
+        if found is None or value.ndim != 4:
             continue
         stage, block = int(found[1]), int(found[2])
         if found[3] == 'att.2':
@@ -526,6 +537,8 @@ def _misfits(theirs: dict[str, Tensor], ours: dict[str, Tensor],
     other_numbers = [
         f'{key} {theirs[key].dtype} instead of {value.dtype}'
         for key, value in ours.items() if key in theirs
+        # Nothing depends on the counters of batch norms.
+        and not key.endswith('num_batches_tracked')
         and theirs[key].is_floating_point() != value.is_floating_point()
     ]
     return [

@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -403,6 +404,37 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
         load_backbone(Conv2Former(MINI), path)
 
 
+class Blocked:
+
+    def __reduce__(self):
+        return os.system, ('false', )
+
+
+def test_code_of_modules_that_torch_blocks_is_named(tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(dict(state_dict=GOOD, args=Blocked()), path)
+    with pytest.raises(CheckpointError, match=r'pickled \w+\.system, and unp'):
+        read_checkpoint(path)
+
+
+def test_counters_that_were_cast_with_the_rest_are_taken(tmp_path):
+    path, backbone = str(tmp_path / 'half.pth'), Conv2Former(MINI)
+    half = {key: value.half() for key, value in GOOD.items()}
+    assert any(key.endswith('num_batches_tracked') for key in half)
+    torch.save(half, path)
+    load_backbone(backbone, path)
+    assert torch.equal(backbone.stages[0][0].attn.v.bias,
+                       half['stages.0.0.attn.v.bias'].float())
+
+
+@pytest.mark.parametrize('change', [
+    lambda value: value.to('meta'), lambda value: value.to_sparse()])
+def test_tensors_without_numbers_are_named(change):
+    key = 'stages.0.0.attn.v.bias'
+    with pytest.raises(CheckpointError, match=f'{key} in the .* no numbers'):
+        model_weights({**GOOD, key: change(GOOD[key])})
+
+
 class Reach:
     """Pickled as what getattr finds, as the methods of log buffers are."""
 
@@ -477,6 +509,8 @@ def test_missing_file_says_where_weights_are_and_how_to_do_without(
         tmp_path, monkeypatch):
     # As where no shell expands it, such as in a Dockerfile.
     monkeypatch.setenv('HOME', str(tmp_path.parent))
+    with pytest.raises(FileNotFoundError, match='no checkpoint .~nobody-here'):
+        find_checkpoint('~nobody-here/t.pth')
     monkeypatch.setenv('MMCONV2FORMER_WEIGHTS', f'~/{tmp_path.name}')
     backbone = Conv2Former(
         MINI, init_cfg=dict(type='Pretrained', checkpoint='t.pth'))
@@ -571,6 +605,9 @@ def test_conversion_of_the_backbone_alone_and_of_our_own_file(tmp_path):
      '1 missing: downsample_layers.0.0.weight'),
     ({**GOOD, 'downsample_layers.0.6.weight': torch.ones(8, 4, 3, 3)}, (),
      'the stem is of another kind'),
+    (without('stages.1.'), (), 'a.pth: stage 1 of the backbone has no blocks'),
+    ({**GOOD, 'stages.2.1.attn.proj.weight': torch.ones(())}, (),
+     r'stages\.2\.1'),
     ({**GOOD, 'pred.weight': torch.ones(5, 12)}, (),
      r'a.pth: the linear layer .*\(5, 12\).*expected \(classes, 1280\)'),
 ])

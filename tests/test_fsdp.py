@@ -45,6 +45,7 @@ val_dataloader = dict(
     dataset=dict(data_root={data!r}, pipeline=val_pipeline))
 test_dataloader = val_dataloader
 randomness = dict(seed=0)
+optim_wrapper = dict(clip_grad=dict(max_norm=0.1))  # of larger gradients
 param_scheduler = [dict(type='LinearLR', start_factor=0.5, by_epoch=False)]
 train_cfg = dict(max_iters=2, val_interval=3)
 default_hooks = dict(

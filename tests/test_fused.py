@@ -1515,19 +1515,18 @@ def test_drop_path_without_gradients_drops_in_bf16_too(monkeypatch):
     assert dropped[0] == dropped[1] and 0 < sum(dropped[0]) < 16
 
 
-@pytest.mark.parametrize('channels, kernel_size, dtype', [
-    (16, 15, torch.float32), (16, 13, torch.bfloat16),
-    (24, 15, torch.bfloat16)])
+@pytest.mark.parametrize('low', LOW)
+@pytest.mark.parametrize('channels, kernel_size, ends', [
+    (16, 15, False), (16, 13, True), (24, 15, True)])
 def test_convolutions_that_onednn_does_not_end_are_left_to_fp32(
-        channels, kernel_size, dtype, monkeypatch):
+        channels, kernel_size, ends, low, monkeypatch):
     taken, conv2d = [], F.conv2d
     monkeypatch.setattr(F, 'conv2d', lambda x, *args, **kwargs: (
         taken.append(x.dtype), conv2d(x, *args, **kwargs))[1])
-    x = random(1, 3, 4, channels, dtype=torch.bfloat16)
-    weight = random(channels, 1, kernel_size, kernel_size,
-                    dtype=torch.bfloat16)
+    x = random(1, 3, 4, channels, dtype=low)
+    weight = random(channels, 1, kernel_size, kernel_size, dtype=low)
     out = depthwise.depthwise(x, weight, weight[:, 0, 0, 0])
-    assert taken == [dtype] and out.dtype == torch.bfloat16
+    assert taken == [low if ends else torch.float32] and out.dtype == low
     expected = depthwise.depthwise(x.float(), weight.float(),
                                    weight[:, 0, 0, 0].float())
     torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)

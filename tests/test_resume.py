@@ -57,6 +57,17 @@ def test_last_checkpoint_is_found_where_the_work_dir_was_moved(
         resume.latest_checkpoint(str(tmp_path))
 
 
+def test_processes_that_resume_different_checkpoints_end(resume,
+                                                         monkeypatch):
+    cfg = Config(dict(work_dir='w', resume=True, load_from='w/epoch_2.pth'))
+    resume.check_processes(cfg)
+    monkeypatch.setattr(resume, 'all_gather_object',
+                        lambda own: [own, 'none', own])
+    with pytest.raises(SystemExit, match=(
+            r'checkpoints \(epoch_2.pth, none\), this one epoch_2.pth in ')):
+        resume.check_processes(cfg)
+
+
 def start(type='AdamW', end=10, max_iters=20, **settings):
     """A runner as the hook sees it."""
     settings = dict(lr=0.1) | settings

@@ -987,6 +987,28 @@ def test_mixed_precision_trains_on_the_cpu(tool, dtype, options, scale):
     assert model.weight.dtype == torch.float32
 
 
+def test_sharding_with_a_loss_scale_is_refused_on_the_cpu(tool):
+    for dtype in 'bf16', 'fp16':
+        options = '--amp', dtype, '--fsdp', '--launcher', 'pytorch'
+        refused = ''
+        try:
+            train_config(tool, *options)
+        except SystemExit as error:
+            refused = str(error)
+        assert ('--amp bf16, or without' in refused) == (dtype == 'fp16')
+
+
+@pytest.mark.parametrize('launcher, folders', [
+    ('none', ['w']), ('pytorch', ['w', '.'])])
+def test_folder_where_processes_collect_results_is_checked_first(
+        launcher, folders, tool, monkeypatch):
+    launch, checked = tool('launch'), []
+    monkeypatch.setattr(launch, 'check_writable',
+                        lambda folder, _: checked.append(folder))
+    launch.check_folders(Config(dict(work_dir='w', launcher=launcher)))
+    assert checked == folders
+
+
 def test_loss_scale_of_another_type_is_refused(tool):
     cfg = train_config(tool, '--amp', '--cfg-options',
                        'optim_wrapper.loss_scale=8')
@@ -1503,6 +1525,17 @@ def test_several_machines_have_to_be_told_where_they_meet(missing, tmp_path):
     assert done.returncode == 2
     assert f'NNODES=2 machines need {missing}: a NODE_RANK from 0 to 1' in \
         done.stderr
+
+
+@pytest.mark.parametrize('rank', ['2', 'one', '-1'])
+def test_machine_that_is_none_of_several_is_told(rank):
+    env = {**os.environ, 'NNODES': '2', 'NODE_RANK': rank,
+           'MASTER_ADDR': '10.0.0.1'}
+    done = subprocess.run(
+        ['bash', ROOT / 'tools/dist_train.sh', 'c.py', '8'], env=env,
+        capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"number from 0 to 1, got '{rank}'" in done.stderr
 
 
 def test_several_machines_meet_where_they_are_told(tmp_path):

@@ -112,6 +112,10 @@ def convert(src: Path, dst: Path, backbone_only: bool = False,
         raise CheckpointError(
             f'{src}: the stem is of another kind than those of Conv2Former, '
             'whose last convolution is 2, 4 or 16 pixels wide')
+    if 0 in arch['depths']:
+        raise CheckpointError(
+            f'{src}: stage {arch["depths"].index(0)} of the backbone has no '
+            'blocks; expected a whole Conv2Former')
     check_finite(state_dict, str(src))
     meta = dict(
         arch={key: list(value) if isinstance(value, tuple) else value

@@ -77,7 +77,12 @@ class ShardedStrategy(FSDPStrategy):
             BaseOptimWrapper: The wrapper.
         """
         with FSDP.summon_full_params(model, writeback=False):
-            return super().build_optim_wrapper(optim_wrapper, model)
+            wrapper = super().build_optim_wrapper(optim_wrapper, model)
+        if getattr(wrapper, 'clip_func', None) is nn.utils.clip_grad_norm_:
+            # Which would clip each shard by the norm of its own gradients.
+            wrapper.clip_func = lambda parameters, **options: \
+                model.clip_grad_norm_(**options)
+        return wrapper
 
     def optim_state_dict(self) -> dict:
         """Gather the state of the optimizer.

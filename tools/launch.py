@@ -231,6 +231,20 @@ def check_writable(folder: str, option: str) -> None:
             f'that you may write in with {option}') from error
 
 
+def check_folders(cfg: Config) -> None:
+    """Check that what a run writes can be written.
+
+    Args:
+        cfg (Config): The config, with work dir and launcher.
+
+    Raises:
+        SystemExit: If it cannot.
+    """
+    check_writable(cfg.work_dir, '--work-dir')
+    if cfg.get('launcher', 'none') != 'none':
+        check_writable('.', 'cd: processes collect their results there')
+
+
 def check_model(cfg: Config, path: str, *parts: str) -> None:
     """Check that a config has a model, and what else is needed.
 

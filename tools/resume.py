@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch.optim import Optimizer
@@ -105,6 +106,25 @@ def check_resumable(path: str, cfg: Config) -> None:
             f"the checkpoint to resume, '{path}', was made {made} --fsdp, and "
             f'this run is {here} it. Resume {made} --fsdp, or start from its '
             f'weights: --cfg-options load_from={path}')
+
+
+def check_processes(cfg: Config) -> None:
+    """Check that all processes go on from the same checkpoint.
+
+    Args:
+        cfg (Config): The config.
+
+    Raises:
+        SystemExit: If they do not.
+    """
+    own = os.path.basename(cfg.load_from) if cfg.get('resume') else 'none'
+    found = all_gather_object(own)
+    if len({*found}) > 1:
+        raise SystemExit(
+            '--resume: the processes found different checkpoints '
+            f'({", ".join(dict.fromkeys(found))}), this one {own} in '
+            f"'{cfg.work_dir}'. Machines must share the work dir, or each "
+            'have a copy of it')
 
 
 class ResumedSettings(Hook):

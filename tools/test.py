@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = merge_args(launch.read_config(args), args)
     launch.check_data(cfg, ('test', ))
-    launch.check_writable(cfg.work_dir, '--work-dir')
+    launch.check_folders(cfg)
     with one_message():
         runner = launch.build_runner(cfg)
         checkpoint_files.load_weights(runner.model, args.checkpoint)

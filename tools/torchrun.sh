@@ -24,10 +24,18 @@ if [ "${NNODES:-1}" != 1 ]; then
         fi
     done
 fi
+rank=${NODE_RANK:-0}
+if [ "${NNODES:-1}" = 1 ]; then rank=0; fi
+if ! [[ $rank =~ ^[0-9]+$ ]] || ((10#$rank >= ${NNODES:-1})); then
+    echo "$0: NODE_RANK must be a number from 0 to $((NNODES - 1)), got" \
+        "'$rank'" >&2
+    exit 2
+fi
 if [ "${NNODES:-1}" = 1 ] && [ -z "${PORT:-}" ]; then
-    meet=(--standalone)
+    # By the address, for a name of this machine may not be known anywhere.
+    meet=(--standalone --local-addr 127.0.0.1)
 else
-    meet=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
+    meet=(--nnodes "${NNODES:-1}" --node-rank "$rank"
         --master-addr "${MASTER_ADDR:-127.0.0.1}"
         --master-port "${PORT:-29500}")
 fi

@@ -128,6 +128,11 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
             # It has the range of fp32, so that nothing needs scaling.
             settings.setdefault('loss_scale', 1.)
     if args.fsdp:
+        if settings.type == CPUAmpOptimWrapper.__name__ \
+                and settings.dtype == 'float16':
+            raise SystemExit('--fsdp in fp16 runs on GPUs only, for on CPUs '
+                             'each process would scale its losses by itself: '
+                             'train with --amp bf16, or without --fsdp')
         if cfg.launcher == 'none':
             raise SystemExit('--fsdp shards over several processes: start '
                              'them with dist_train.sh or slurm_train.sh')
@@ -335,11 +340,12 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.get('load_from') and not cfg.get('resume'):
         checkpoint_files.read_file(cfg.load_from, 'load_from')
     launch.check_data(cfg, ('train', 'val'))
-    launch.check_writable(cfg.work_dir, '--work-dir')
+    launch.check_folders(cfg)
     note = fit_lr(cfg)
     earlier = os.path.isfile(os.path.join(cfg.work_dir, 'last_checkpoint'))
     with one_message():
         runner = launch.build_runner(cfg)
+        resume.check_processes(cfg)
         if cfg.get('load_from') and isinstance(
                 runner.model, nn.Module):  # FlexibleRunner builds it later
             if cfg.get('resume'):
