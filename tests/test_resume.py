@@ -13,6 +13,7 @@ from mmengine.optim import (
     LinearParamScheduler,
     OptimWrapper,
 )
+from mmengine.runner import EpochBasedTrainLoop
 from torch.amp import GradScaler
 
 import amp
@@ -174,6 +175,21 @@ def test_settings_of_any_group_are_told(resume, caplog):
 def test_checkpoints_without_schedules_are_resumed(resume, caplog):
     saved = {**checkpoint(start()), 'param_schedulers': None}
     assert not warnings(resume, start(), saved, caplog)
+
+
+@pytest.mark.parametrize('length, told', [(5, False), (3, True)])
+def test_iterations_are_those_of_epochs_as_long_as_now(length, told, resume,
+                                                       caplog):
+    runner = start()
+    runner.train_loop = EpochBasedTrainLoop.__new__(EpochBasedTrainLoop)
+    runner.train_loop.dataloader = range(length)
+    saved = checkpoint(start())
+    saved['meta'] = dict(epoch=2, iter=10)
+    messages = warnings(resume, runner, saved, caplog)
+    assert saved['meta']['iter'] == 2 * length
+    assert [f'has {length} iterations: the checkpoint is taken for one after '
+            f'{2 * length} in place of 10' in text for text in messages
+            ] == [True] * told
 
 
 @pytest.mark.parametrize('unit', ['epoch', 'iter'])

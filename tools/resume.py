@@ -13,7 +13,11 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import (
+    EpochBasedTrainLoop,
+    Runner,
+    find_latest_checkpoint,
+)
 from torch.optim import Optimizer
 
 import checkpoint_files
@@ -170,6 +174,7 @@ class ResumedSettings(Hook):
                 'The checkpoint is of a run with EMAHook, and this one has '
                 'none: it goes on from the averaged weights, with the state '
                 'of the optimizer that belongs to the others')
+        _recount_iterations(runner, checkpoint['meta'])
         for unit in 'epoch', 'iter':
             last = runner.cfg.train_cfg.get(f'max_{unit}s')
             done = checkpoint['meta'].get(unit)
@@ -179,6 +184,23 @@ class ResumedSettings(Hook):
                     f'{last}, and the checkpoint has seen {done}. Validation '
                     'that was cut short is not made up for; tools/test.py '
                     'evaluates the checkpoint')
+
+
+def _recount_iterations(runner: Runner, meta: dict) -> None:
+    """Count iterations as if all epochs had been as long as they are now.
+
+    An epoch is begun anew, by another number of processes or images at a time
+    it may be shorter, and mmengine's accumulation of gradients ends in an
+    assertion when more iterations were counted than there are in all.
+    """
+    loop = getattr(runner, 'train_loop', None)
+    if isinstance(loop, EpochBasedTrainLoop):
+        length, before = len(loop.dataloader), meta['iter']
+        meta['iter'] = meta['epoch'] * length
+        if meta['iter'] != before:
+            runner.logger.warning(
+                f'An epoch has {length} iterations: the checkpoint is taken '
+                f'for one after {meta["iter"]} in place of {before}')
 
 
 def _check_optimizer(optimizer: Optimizer, saved: list[dict],
