@@ -23,9 +23,10 @@
 #
 # The kernels of what is timed are compiled before, in processes side by side;
 # so run the steps that are not timed. A step that fails, or takes more than
-# four minutes (amp: no limit), does not stop the others; the exit status is
-# then 1. The table of all steps is printed last, if the script is told to end
-# early, too. Data and runs lie in work_dirs/gpu_checks.
+# four minutes where neither amp nor compiled is asked for, does not stop the
+# others; the exit status is then 1. The table of all steps is printed last, if
+# the script is told to end early, too. Data and runs lie in
+# work_dirs/gpu_checks.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
