@@ -315,6 +315,13 @@ dispatch.remember_forward(LayerNorm2d, Pointwise, DropPath, ConvModulation,
                           MLP, Block)
 
 
+def _check_switches(**switches: bool) -> None:
+    """Refuse what Python would take for True, such as the text 'False'."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} must be True or False, got {value!r}')
+
+
 @MODELS.register_module()
 class Conv2Former(PretrainedModule):
     """Conv2Former backbone.
@@ -419,12 +426,9 @@ class Conv2Former(PretrainedModule):
         self._check_arguments(in_channels, mlp_ratio, fusion, drop_path_rate,
                               layer_scale_init_value, frozen_stages, with_cp,
                               compile, cuda_graphs)
-        for name, value in dict(
-                out_norm=out_norm, norm_eval=norm_eval, with_cp=with_cp,
-                residual_in_fp32=residual_in_fp32, fused=fused).items():
-            if not isinstance(value, bool):
-                raise ValueError(
-                    f'{name} must be True or False, got {value!r}')
+        _check_switches(out_norm=out_norm, norm_eval=norm_eval,
+                        with_cp=with_cp, residual_in_fp32=residual_in_fp32,
+                        fused=fused)
         self.in_channels = in_channels
         self.out_indices = self._resolve_out_indices(out_indices)
         self.out_norm = out_norm

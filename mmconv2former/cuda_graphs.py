@@ -104,8 +104,8 @@ class _Watched:
         if torch.is_grad_enabled() and _has_saved_tensor_hooks():
             # That of a checkpoint would run the module again, in a thread
             # for which the recording one waits.
-            obstacle = 'it runs inside a checkpoint, or under other hooks ' \
-                'for what is stored for the backward pass'
+            obstacle = 'the backbone runs inside a checkpoint, or under ' \
+                'other hooks for what the backward pass needs'
         if self.is_sharded:
             obstacle = 'the weights of the backbone are sharded'
         if any(m.training for m in self.synchronized):

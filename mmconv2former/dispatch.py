@@ -189,7 +189,8 @@ class _WithoutAutocast:
         torch.set_autocast_enabled(kind, False)
         self.other = None
         if kind == 'cuda' and torch.cuda.current_device() != self.device.index:
-            # Back on a GPU that is not in use, torch's takes no memory there.
+            # set_device, to go back to a GPU that is not in use, would take
+            # memory there.
             self.other = torch.cuda.device(self.device)
             self.other.__enter__()
 

@@ -28,7 +28,7 @@ class Conv2FormerNeck(PretrainedModule):
             to None, the official initialisation.
 
     Raises:
-        ValueError: If a number of channels is none.
+        ValueError: If channels are no positive integers.
     """
 
     def __init__(self,

@@ -23,6 +23,15 @@ def _has_onednn(device: torch.device) -> bool:
             and torch.backends.mkldnn.is_available())
 
 
+def _has_mm_in_fp32(dtype: torch.dtype) -> bool:
+    """Whether GPUs multiply matrices of that type with results in fp32."""
+    return (_MM_IN_FP32 and dtype.itemsize == 2
+            and not torch.compiler.is_compiling()
+            # With sums in fp16 torch refuses it.
+            and not (dtype == torch.float16 and
+                     torch.backends.cuda.matmul.allow_fp16_accumulation))
+
+
 def _onednn_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether to ask oneDNN for products in fp32, of which torch asks MKL."""
     return dtype == torch.float32 and _has_onednn(device)
@@ -154,10 +163,7 @@ def linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     """
     rows, columns = grad.flatten(0, 2).t(), x.flatten(0, 2)
     if x.is_cuda:
-        if x.dtype.itemsize == 2 and _MM_IN_FP32 \
-                and not torch.compiler.is_compiling() \
-                and not (x.dtype == torch.float16 and torch.backends.cuda
-                         .matmul.allow_fp16_accumulation):  # refuses fp32
+        if _has_mm_in_fp32(x.dtype):
             return aten.mm.dtype(rows, columns, torch.float32)
         return torch.mm(rows, columns)
     (o, count), i = rows.shape, columns.shape[1]

@@ -1,4 +1,5 @@
 """The fused operators against the plain path."""
+import contextlib
 import copy
 import functools
 import os
@@ -933,21 +934,21 @@ def test_kernels_run_on_the_device_of_their_operands(train, monkeypatch):
 
 @pytest.mark.parametrize('current', [0, 1])
 def test_current_device_is_left_as_it_was(current, monkeypatch):
-    """As torch does it, which leaves GPUs alone that are not in use."""
-    calls = []
+    """By torch's context, which leaves GPUs alone that are not in use."""
+    steps = []
 
-    def exchange(device):
-        calls.append(device)
-        return current
+    @contextlib.contextmanager
+    def context(device):
+        steps.append(device.index)
+        yield
+        steps.append('back')
 
-    for name, function in dict(
-            current_device=lambda: current, _exchange_device=exchange,
-            _maybe_exchange_device=exchange).items():
-        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: current)
+    monkeypatch.setattr(torch.cuda, 'device', context)
     x = SimpleNamespace(device=torch.device('cuda', 1))
     with dispatch.without_autocast(x):
-        assert calls == [1] * (current != 1)
-    assert calls == [1, current] * (current != 1)
+        assert steps == [1] * (current != 1)
+    assert steps == [1, 'back'] * (current != 1)
 
 
 @pytest.mark.skipif(not products._MM_IN_FP32,

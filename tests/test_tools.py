@@ -535,7 +535,7 @@ def test_pretrained_file_in_a_list_of_initializations_is_seen(tool):
         train.check_pretrained(cfg)
     cfg.load_from = 'epoch_1.pth'
     with pytest.raises(SystemExit, match=(
-            r'init_cfg=None\n- Where load_from has these weights, too: the')):
+            r'init_cfg=None\n- Start from load_from alone: with the same op')):
         train.check_pretrained(cfg)
     # What is proposed are settings that mmengine knows.
     cfg.merge_from_dict({'model.backbone.init_cfg.1.checkpoint': 'here.pth'})

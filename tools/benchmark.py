@@ -243,7 +243,7 @@ def optimizer_steps(names: list[str],
         try:
             model = build_model(
                 name, case.task == 'backbone', 0., (case.height, case.width),
-                case.device).to(case.device)
+                case.device)
         except BuildError as error:
             facts[name] = dict(failed=str(error))
             continue

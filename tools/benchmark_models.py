@@ -170,10 +170,10 @@ def build_model(name: str, dense: bool, drop_path: float,
             classifier with 1000 classes if not.
         drop_path (float): Stochastic depth rate, where the model has one.
         size (tuple[int, int]): Height and width of the images.
-        device (str): Where to draw the weights of ours.
+        device (str): Where it is to be.
 
     Returns:
-        nn.Module: The model; those of mmpretrain are on the CPU.
+        nn.Module: The model.
 
     Raises:
         BuildError: If there is no such model or it refuses the size.
@@ -184,7 +184,7 @@ def build_model(name: str, dense: bool, drop_path: float,
         arch = arch_of(name)
         if arch:
             return _build_ours(arch, dense, drop_path, device)
-        return _build_mmpretrain(name, dense, drop_path, size)
+        return _build_mmpretrain(name, dense, drop_path, size).to(device)
     # What the backbones of mmpretrain raise for a setting that they lack.
     except (AssertionError, ImportError, KeyError, RuntimeError, TypeError,
             ValueError) as error:

@@ -211,12 +211,12 @@ def _no_config(path: str) -> str:
     return f"config '{path}' does not exist. {hint}"
 
 
-def check_writable(folder: str, option: str) -> None:
+def check_writable(folder: str, by: str) -> None:
     """Make a folder and try to write in it.
 
     Args:
         folder (str): The folder; made if it does not exist.
-        option (str): The option that it comes from, for the message.
+        by (str): What chooses it, an option, for the message.
 
     Raises:
         SystemExit: If it cannot be made or written in.
@@ -227,8 +227,8 @@ def check_writable(folder: str, option: str) -> None:
             pass
     except OSError as error:
         raise SystemExit(
-            f"cannot write in '{folder}': {error.strerror}. Name a folder "
-            f'that you may write in with {option}') from error
+            f"cannot write in '{folder}': {error.strerror}. Choose a folder "
+            f'that you may write in with {by}') from error
 
 
 def check_folders(cfg: Config) -> None:
@@ -242,7 +242,8 @@ def check_folders(cfg: Config) -> None:
     """
     check_writable(cfg.work_dir, '--work-dir')
     if cfg.get('launcher', 'none') != 'none':
-        check_writable('.', 'cd: processes collect their results there')
+        check_writable('.', 'cd, for processes collect their results in the '
+                       'current one')
 
 
 def check_model(cfg: Config, path: str, *parts: str) -> None:

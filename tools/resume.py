@@ -1,7 +1,8 @@
 """Going on from a checkpoint: from which, whether it can be, and with what.
 
 mmengine takes the settings of the optimizer and of the schedules from the
-checkpoint, whatever the config says; :class:`ResumedSettings` tells which.
+checkpoint, whatever the config says; :class:`ResumedSettings` tells which, and
+changes what would not do here.
 """
 import math
 import os
@@ -132,10 +133,11 @@ def check_processes(cfg: Config) -> None:
 
 
 class ResumedSettings(Hook):
-    """Tell where the checkpoint that is resumed overrules the config."""
+    """Tell where the checkpoint that is resumed overrules the config, but for
+    what this run must count or scale by itself."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Compare, before mmengine takes over what the checkpoint has.
+        """Compare and change, before mmengine takes over what is there.
 
         Args:
             runner (Runner): The runner, with optimizer and schedules of the
@@ -149,12 +151,7 @@ class ResumedSettings(Hook):
         anew = ('without --resume, from its weights: --cfg-options '
                 f'load_from={runner.cfg.get("load_from") or "PATH"}')
         # Of several optimizers they are by name.
-        state = checkpoint.get('optimizer', {})
-        saved, scaler = state.get('param_groups'), state.get('loss_scaler')
-        if scaler is not None and scaler.get('scale', 1.) == 1.:
-            # Of a run in bf16, which scales nothing, and on CPUs saves no
-            # scale: fp16 begins with its own.
-            del state['loss_scaler']
+        saved = checkpoint.get('optimizer', {}).get('param_groups')
         kept = []
         if saved and isinstance(runner.optim_wrapper.param_groups, list):
             optimizer = runner.optim_wrapper.optimizer
@@ -174,6 +171,7 @@ class ResumedSettings(Hook):
                 'The checkpoint is of a run with EMAHook, and this one has '
                 'none: it goes on from the averaged weights, with the state '
                 'of the optimizer that belongs to the others')
+        _drop_scale_of_bf16(checkpoint.get('optimizer', {}))
         _recount_iterations(runner, checkpoint['meta'])
         for unit in 'epoch', 'iter':
             last = runner.cfg.train_cfg.get(f'max_{unit}s')
@@ -184,6 +182,14 @@ class ResumedSettings(Hook):
                     f'{last}, and the checkpoint has seen {done}. Validation '
                     'that was cut short is not made up for; tools/test.py '
                     'evaluates the checkpoint')
+
+
+def _drop_scale_of_bf16(optimizer: dict) -> None:
+    """Have fp16 begin with its own loss scale after a run in bf16, which
+    scales by 1, and on CPUs saves no scale."""
+    scaler = optimizer.get('loss_scaler')
+    if scaler is not None and scaler.get('scale', 1.) == 1.:
+        del optimizer['loss_scaler']
 
 
 def _recount_iterations(runner: Runner, meta: dict) -> None:

@@ -264,7 +264,7 @@ def check_pretrained(cfg: Config) -> None:
         except (FileNotFoundError, CheckpointError) as error:
             hint = ''
             if cfg.get('load_from'):
-                hint = '\n- Where load_from has these weights, too: the same'
+                hint = '\n- Start from load_from alone: with the same option'
             raise SystemExit(f'{error}{hint}') from error
 
 
