@@ -357,7 +357,8 @@ class Conv2Former(PretrainedModule):
             norm of its own (``norm{i}``), as dense tasks want.
             Defaults to False.
         frozen_stages (int): -1 freezes nothing, 0 the stem, k the stem and
-            the first k stages with the downsampling in front of them.
+            the first k stages with the downsampling in front of them. Norms
+            of ``out_norm`` are trained all the same, as ConvNeXt's are.
             Defaults to -1.
         norm_eval (bool): Whether the batch norms of the stem stay in
             evaluation mode while training. Defaults to False.

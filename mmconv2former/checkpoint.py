@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, update_init_info
 from torch import Tensor, nn
 
 from .archs import STEMS, describe_arch
@@ -709,4 +709,14 @@ class PretrainedModule(BaseModule):
                     f'{", ".join(unknown)}; it may contain '
                     f'{", ".join(sorted(_PRETRAINED_KEYS))}')
             self.load_pretrained(cfg['checkpoint'], cfg.get('prefix'))
+            if hasattr(self, '_params_init_info'):  # as a part of a model
+                update_init_info(self, 'PretrainedInit: load from '
+                                 f'{cfg["checkpoint"]}')
         self._is_init = True
+
+    def _dump_init_info(self) -> None:
+        """Leave out mmengine's table where this is not a part of a model.
+
+        It would be written before a file is loaded, and say of each parameter
+        that nothing has changed it.
+        """

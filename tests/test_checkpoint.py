@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MMLogger
-from mmengine.model import PretrainedInit
+from mmengine.model import ModuleDict, PretrainedInit
 from torch import nn
 
 import convert_checkpoint
@@ -552,6 +552,24 @@ def test_other_init_cfgs_still_work_and_pretrained_comes_last(tmp_path):
     assert torch.equal(backbone.stages[0][0].attn.v.weight,
                        GOOD['stages.0.0.attn.v.weight'])
     assert backbone.init_cfg[0]['type'] == 'Pretrained'
+
+
+def test_table_of_initialisations_names_the_file(tmp_path, log):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(GOOD, path)
+    init_cfg = dict(type='Pretrained', checkpoint=path)
+    sizes = GOOD['head.0.weight'].shape[1::-1]
+    ModuleDict(dict(
+        backbone=Conv2Former(MINI, init_cfg=init_cfg),
+        neck=Conv2FormerNeck(*sizes, init_cfg=init_cfg))).init_weights()
+    found = {line.split(' - ')[0].strip(): line for line in log}
+    for name in 'backbone.stages.0.0.attn.v.weight', 'neck.conv.weight':
+        assert f'PretrainedInit: load from {path}' in found[name]
+    # Which would say that nothing has changed, of the backbone alone.
+    log.clear()
+    Conv2Former(MINI, init_cfg=init_cfg).init_weights()
+    line, = log
+    assert line.startswith('loaded')
 
 
 def test_a_failed_initialisation_keeps_the_init_cfg():
