@@ -133,10 +133,12 @@ def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
 
 
 def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """``layer(x)``, once more where torch gets it wrong in bf16.
+    """``layer(x)``, by other means where torch gets it wrong in bf16.
 
     That is, on CPUs with AMX, where the result is one pixel wide
-    (https://github.com/pytorch/pytorch/issues/163347).
+    (https://github.com/pytorch/pytorch/issues/163347), and where kernels of
+    4 columns and more meet 4 to 24 channels, of which oneDNN 3.10 puts the
+    values of a row together.
 
     Args:
         x (Tensor): (N, C, H, W).
@@ -145,10 +147,20 @@ def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
     Returns:
         Tensor: (N, C', H', W').
     """
-    out = layer(x)
-    if out.dtype != torch.bfloat16 or out.shape[3] > 1 \
+    if dispatch.autocast_dtype(x) != torch.bfloat16 \
             or not _can_replace(x, layer, nn.Conv2d) \
             or layer.padding_mode != 'zeros':
+        return layer(x)
+    if layer.kernel_size[1] > 3 and 3 < layer.in_channels <= 24:
+        with dispatch.without_autocast(x):
+            x, weight, bias = (
+                t if t is None else t.float()
+                for t in (x, layer.weight, layer.bias))
+            out = F.conv2d(x, weight, bias, layer.stride, layer.padding,
+                           layer.dilation, layer.groups)
+        return out.bfloat16()
+    out = layer(x)
+    if out.shape[3] > 1:
         return out
     # With zeros for another column of the result, which is cut off.
     out = layer(F.pad(x, (0, layer.stride[1])))

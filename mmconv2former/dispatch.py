@@ -316,6 +316,12 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def is_watched() -> bool:
+    """Whether a TorchDispatchMode is given each operation of torch."""
+    return (not torch.compiler.is_compiling()
+            and torch._C._len_torch_dispatch_stack() > 0)
+
+
 def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
     """The kernels that take such a tensor.
 
@@ -330,9 +336,7 @@ def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
     if x.dtype == torch.double:  # the others compute in fp32
         return torch_kernels
     # Of no class that torch looks into, and with no mode that looks on.
-    is_ordinary = type(x) is Tensor and (
-        torch.compiler.is_compiling()
-        or not torch._C._len_torch_dispatch_stack())
+    is_ordinary = type(x) is Tensor and not is_watched()
     if not x.is_cuda:
         if not is_ordinary or torch.compiler.is_compiling() \
                 or x.device.type != 'cpu' or _cpp_obstacle():
@@ -402,6 +406,9 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
     if torch.compiler.is_compiling() \
             and kernels_for(x) is torch_kernels:
         return 'the model is being compiled, which fuses them as well'
+    if is_watched() and kernels_for(x) is torch_kernels:
+        # Of selective checkpointing it may keep what these overwrite.
+        return 'a TorchDispatchMode looks on'
     return ''
 
 
@@ -433,9 +440,7 @@ def available(x: Tensor, find_modified: FindModified) -> bool:
             missing = triton_obstacle(x.device) if x.is_cuda \
                 else _cpp_obstacle()
             reason = 'the model is in fp64' if x.dtype == torch.double \
-                else missing or (
-                    'a TorchDispatchMode looks on' if type(x) is Tensor
-                    else f'they get a {type(x).__name__}')
+                else missing or f'they get a {type(x).__name__}'
             log_once(f'fused operators of torch alone, because {reason}')
     return not obstacle
 

@@ -186,8 +186,8 @@ def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
     Args:
         grad (Tensor): Gradient of the result, (N, H, W, C).
         a (Tensor): Output of the convolution, (N, H, W, C).
-        zv, weight, bias (Tensor): As above. This and ``a`` may be of another
-            type than the rest.
+        zv, weight, bias (Tensor): As above. These and ``a`` may be of other
+            types than the gradient.
 
     Returns:
         tuple[Tensor]: Gradients of zv, weight and bias (the latter two in
@@ -195,6 +195,8 @@ def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
         first over all positions, (2C, ), which only hand-written kernels have
         at hand: None here.
     """
+    # Other kernels may have run in the forward pass.
+    weight, _ = filters(weight, bias, grad.dtype)
     grad_zv = torch.empty_like(zv, dtype=grad.dtype)
     grad_z, grad_v = grad_zv.chunk(2, -1)
     z, v = zv.chunk(2, -1)
@@ -231,14 +233,15 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
     Args:
         grad (Tensor): Gradient of the result, (N, H, W, C), which is
             overwritten.
-        z, weight, bias (Tensor): As above. z may be of another type than the
-            rest.
+        z, weight, bias (Tensor): As above, also of other types than the
+            gradient.
 
     Returns:
         tuple[Tensor]: Gradients of z, weight and bias (the latter two in
         fp32), the result, which the caller has not stored, and the sum of the
         first over all positions, (C, ): None here, as above.
     """
+    weight, bias = filters(weight, bias, grad.dtype)
     z = z.to(grad.dtype)
     h = F.gelu(z)
     d = depthwise(h, weight, bias)

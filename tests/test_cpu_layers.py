@@ -123,6 +123,33 @@ def test_convolutions_to_one_column_are_right_in_bf16(
     assert x.grad.isfinite().all() and layer.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize('channels, kernel_size, stride, width', [
+    (4, 16, 16, 16), (4, 16, 16, 97), (6, 16, 16, 97), (24, 4, 4, 16),
+    (8, 8, 3, 29), (8, (3, 12), 2, 40)])
+@pytest.mark.parametrize('autocast', [True, False])
+def test_convolutions_of_long_rows_of_few_channels_are_right_in_bf16(
+        channels, kernel_size, stride, width, autocast):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, 64, kernel_size, stride)
+    x = torch.randn(2, channels, 33, width).bfloat16().float()
+    layer.weight.data = layer.weight.data.bfloat16().float()
+    grad = torch.randn_like(layer(x)).bfloat16()
+    results = []
+    for low in False, True:
+        own = copy.deepcopy(layer)
+        leaf = x.clone()
+        if low and not autocast:
+            own, leaf = own.bfloat16(), leaf.bfloat16()
+        leaf.requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16, enabled=low and autocast):
+            out = cpu_layers.convolution(leaf, own)
+        assert out.dtype == (torch.bfloat16 if low else torch.float)
+        out.backward(grad.to(out))
+        results.append((out, leaf.grad, own.weight.grad, own.bias.grad))
+    for exact, found in zip(*results, strict=True):
+        assert (found - exact).norm() < 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize('arch, height, width', [
     (dict(depths=[1], dims=[320], kernel_size=3, stem='3conv'), 64, 24),
     (dict(depths=[1], dims=[64], kernel_size=3), 32, 6)])

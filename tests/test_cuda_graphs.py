@@ -88,8 +88,9 @@ def device(request, monkeypatch):
         cuda_graphs.CUDAGraphs, 'can_record',
         staticmethod(lambda x: not recording and not x.requires_grad))
     monkeypatch.setattr(dispatch, 'is_capturing', lambda x: bool(recording))
-    # A tape has the operators of torch and no others.
+    # A tape has the operators of torch and no others, on the fused path.
     monkeypatch.setattr(dispatch, '_cpp_obstacle', lambda: 'are not on tape')
+    monkeypatch.setattr(dispatch, 'is_watched', lambda: False)
     # The bits of MKL's products depend on where in memory the factors are.
     monkeypatch.setattr(products, '_mkl_is_fast', lambda: False)
     for name, value in dict(

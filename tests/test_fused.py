@@ -23,6 +23,11 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmconv2former import (
     Conv2Former,
@@ -1482,6 +1487,51 @@ def test_empty_switch_is_no_switch(monkeypatch):
 def test_other_devices_run_plain_operators():
     assert 'device meta has no fused operators' == dispatch.find_obstacle(
         torch.ones(1, 8, 4, 4, device='meta'))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_mode_may_look_on_in_the_backward_pass_alone(dtype):
+    model, x = Conv2Former(TINY), torch.randn(2, 3, 32, 32)
+
+    def grads(mode):
+        with torch.autocast('cpu', torch.bfloat16,
+                            enabled=dtype == torch.bfloat16):
+            out, = model(x)
+        with mode:
+            return torch.autograd.grad(out.float().square().sum(),
+                                       [*model.parameters()])
+
+    tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
+    for own, other in zip(grads(FlopCounterMode(display=False)),
+                          grads(contextlib.nullcontext()), strict=True):
+        assert (own - other).norm() <= tolerance * other.norm()
+
+
+def test_selective_checkpoints_may_keep_what_convolutions_return():
+    model, x = Conv2Former(TINY).double(), torch.randn(2, 3, 32, 32).double()
+    aten = torch.ops.aten
+    kept = functools.partial(
+        create_selective_checkpoint_contexts,
+        [aten.convolution.default, aten.gelu.default, aten.clone.default])
+    results = []
+    for run in model, functools.partial(checkpoint, model, use_reentrant=False,
+                                        context_fn=kept):
+        torch.manual_seed(0)
+        out, = run(x)
+        results.append((out, *torch.autograd.grad(
+            out, [*model.parameters()], torch.randn_like(out))))
+    torch.testing.assert_close(*results)
+
+
+def test_traced_training_steps_can_be_run_with_gradients():
+    model, x = Conv2Former(TINY).eval(), torch.randn(2, 3, 32, 32)
+
+    def step(x):
+        out, = model(x)
+        return torch.autograd.grad(out.square().sum(), [*model.parameters()])
+
+    traced = make_fx(step)(x)
+    torch.testing.assert_close(traced(x), step(x))
 
 
 @pytest.mark.parametrize('tracing_mode', ['real', 'fake', 'symbolic'])
