@@ -2,7 +2,8 @@
 from collections.abc import Sequence
 
 # One row per model. The hierarchical ones are those of the paper (table of
-# variants) with the depths and kernels of the official code; 'base-22k' is
+# variants, https://arxiv.org/abs/2211.11943) with the depths and kernels of
+# the official code (https://github.com/HVision-NKU/Conv2Former); 'base-22k' is
 # that of its base model for ImageNet-22K.
 # The paper gives the isotropic models 18 blocks and their sizes but not their
 # widths: 320 and 640 are our choice, which meets 23 M and 86 M parameters.
@@ -105,7 +106,7 @@ def describe_arch(settings: dict) -> str:
 
     Returns:
         str: Such as ``"arch 'tiny' (depths 3-3-12-3, dims 72-144-288-576,
-        kernel 11)"``; the nearest row of the table where only the kernel
+        kernel 11)"``; the first row of the table where only the kernel
         differs, 'of its own' where no row has these depths and dims.
     """
     name, rest = 'of its own', ''
@@ -114,7 +115,8 @@ def describe_arch(settings: dict) -> str:
         if row == settings:
             name, rest = f"'{row_name}'", ''
             break
-        if {**row, 'kernel_size': settings['kernel_size']} == settings:
+        if not rest and {
+                **row, 'kernel_size': settings['kernel_size']} == settings:
             name = f"'{row_name}'"
             rest = f' with kernel_size={settings["kernel_size"]}'
     depths, dims = ('-'.join(map(str, settings[key]))

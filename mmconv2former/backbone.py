@@ -424,12 +424,12 @@ class Conv2Former(PretrainedModule):
         if kernel_size is not None:
             self.arch['kernel_size'] = kernel_size
         depths, dims = self.arch['depths'], self.arch['dims']
-        self._check_arguments(in_channels, mlp_ratio, fusion, drop_path_rate,
-                              layer_scale_init_value, frozen_stages, with_cp,
-                              compile, cuda_graphs)
         _check_switches(out_norm=out_norm, norm_eval=norm_eval,
                         with_cp=with_cp, residual_in_fp32=residual_in_fp32,
                         fused=fused)
+        self._check_arguments(in_channels, mlp_ratio, fusion, drop_path_rate,
+                              layer_scale_init_value, frozen_stages, with_cp,
+                              compile, cuda_graphs)
         self.in_channels = in_channels
         self.out_indices = self._resolve_out_indices(out_indices)
         self.out_norm = out_norm

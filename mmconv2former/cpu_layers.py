@@ -135,10 +135,11 @@ def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
 def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """``layer(x)``, by other means where torch gets it wrong in bf16.
 
-    That is, on CPUs with AMX, where the result is one pixel wide
-    (https://github.com/pytorch/pytorch/issues/163347), and where kernels of
-    4 columns and more meet 4 to 24 channels, of which oneDNN 3.10 puts the
-    values of a row together.
+    On CPUs with AMX, torch gets two kinds of convolutions wrong: those whose
+    result is one pixel wide (https://github.com/pytorch/pytorch/issues/163347)
+    and those of 4 to 24 channels with kernels of 4 columns or more, of which
+    oneDNN 3.10 puts the values of a row together. The same is done on other
+    CPUs.
 
     Args:
         x (Tensor): (N, C, H, W).

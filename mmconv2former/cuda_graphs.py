@@ -1,11 +1,11 @@
 """CUDA graphs of the backbone: its kernels are launched as one.
 
-A training step of T launches hundreds of kernels, for which a CPU may
-take longer than a GPU for the work. For each kind of batch the launches are
-recorded once, and then replayed. ``torch.cuda.make_graphed_callables`` does
-the same for one kind; its gradients are wrong where several backward passes
-add up to one update, because those of the next pass take the place of what was
-accumulated.
+A training step of T launches hundreds of kernels, and launching them may
+take the CPU longer than running them takes the GPU. For each kind of batch
+the launches are recorded once, and then replayed.
+``torch.cuda.make_graphed_callables`` does the same for one kind; its gradients
+are wrong where several backward passes add up to one update, because those of
+the next pass take the place of what was accumulated.
 """
 import os
 import threading
@@ -29,8 +29,8 @@ from .dispatch import (
     log_once,
 )
 
-# Batches of a kind that run as ever before it is recorded, so that kinds which
-# do not come back take no memory.
+# Batches of a kind that run without a graph before the kind is recorded, so
+# that kinds which do not come back take no memory.
 WARM_UP = 2
 # Module attributes that change what is computed or returned; another value
 # needs another recording.
@@ -131,9 +131,10 @@ class CUDAGraphs:
     for which parameters there are gradients. It is recorded at its third
     batch. Those beyond the limit, and modules with hooks, sharded weights or
     synchronized batch norms, run without graphs; the log says why. All graphs
-    share their memory: a second forward pass overwrites what the first has
-    stored for its backward pass. Threads may infer while another one trains,
-    but only one may train.
+    share their memory: any further forward pass, also one without gradients,
+    overwrites what the last has stored, whose backward pass then raises a
+    RuntimeError. Threads may infer at the same time. While one trains, no
+    other may run the module between its forward and its backward pass.
 
     Args:
         limit (int): Greatest number of kinds.
@@ -153,7 +154,8 @@ class CUDAGraphs:
         self.seen: Counter[Hashable] = Counter()
         self.recordings: dict[Hashable, _Recording] = {}
         if self.stream is not None:
-            # It may still be using the memory, which goes back to another one.
+            # Its kernels may still use the memory, which another stream may
+            # get as soon as it is freed.
             self.stream.synchronize()
         self.memory: _Memory | None = None
 
@@ -174,7 +176,8 @@ class CUDAGraphs:
 
     @staticmethod
     def can_record(x: Tensor) -> bool:
-        """Whether that is a batch on a GPU, and is not being recorded."""
+        """Whether a graph could take x: an ordinary tensor on a GPU that needs
+        no gradient, outside of compiling, tracing and other recordings."""
         if not x.is_cuda:
             log_once(f'no CUDA graphs on the {x.device.type}')
         return (x.is_cuda and type(x) is Tensor and not x.requires_grad

@@ -70,8 +70,9 @@ def _correlate(grad: Tensor, x: Tensor, kernel_size: int) -> Tensor:
     padding = kernel_size // 2
     x, grad = to_nchw(x), to_nchw(grad)
     if x.dtype != torch.bfloat16 or h * w < 1024:
-        # Rounds once instead of once for each sample. Large maps are twice
-        # as fast in bf16, and have no few numbers that could cancel out.
+        # In fp32, so that only the sum over the samples is rounded, and not
+        # the part of each. Large maps stay in bf16, which is twice as fast;
+        # of so many numbers the sum hardly suffers from that rounding.
         x, grad = at_least_fp32(x), at_least_fp32(grad)
     # oneDNN's contiguous kernels are the faster ones, but end at 13 and where
     # the padding exceeds the image; its channels-last ones take anything.

@@ -134,7 +134,8 @@ def log_once(text: str) -> None:
 
 @cache
 def _is_emulated(dtype: torch.dtype) -> bool:
-    """Whether this CPU computes in that type by other ones."""
+    """Whether this CPU has no instructions for that type, so that oneDNN
+    converts to fp32 and back."""
     if not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
         return False  # not known of others
     if dtype == torch.bfloat16:
@@ -207,8 +208,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return _WithoutAutocast(x)
 
 
-# The operators of the Triton kernels once they are needed, and the module of
-# their functions. A global, of which torch.compile knows where it comes from.
+# Filled by _make_triton_operators when first needed: an operator of torch for
+# each Triton kernel, by its name, and as ``functions`` the module of the plain
+# functions. A global, because torch.compile has to know where it comes from.
 TRITON = SimpleNamespace()
 _REGISTERING = threading.Lock()
 
@@ -255,8 +257,8 @@ def _as_operator(function: Callable) -> Callable:
 
 
 def _register(triton_kernels: ModuleType) -> None:
-    # Not an operator of Triton's function: these take and return no lists of
-    # lists, and return no tensor that they were given.
+    # triton_kernels.operands cannot become an operator of torch: it takes and
+    # returns lists of lists, and may return a tensor that it was given.
     TRITON.operands = partial(torch_kernels.join_operands,
                               filters=triton_kernels.filters)
     TRITON.deferred_sums = torch_kernels.deferred_sums
@@ -301,8 +303,9 @@ def _cpp_obstacle() -> str:
     return ''
 
 
-# torch.compile calls the next two and takes what they return. It would trace
-# into a cached function, and replaces torch's is_exporting by True.
+# torch.compile runs the next two functions while it traces, and takes their
+# results for constants. By itself it would trace into functools.cache, and it
+# takes torch.compiler.is_exporting() for True.
 
 
 @torch.compiler.assume_constant_result
@@ -330,12 +333,13 @@ def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
 
     Returns:
         module: :mod:`mmconv2former.torch_kernels`,
-        :mod:`mmconv2former.cpp_kernels`, or what has Triton's under the same
-        names.
+        :mod:`mmconv2former.cpp_kernels`,
+        :mod:`mmconv2former.triton_kernels` or, where torch's dispatcher has
+        to see the calls, ``TRITON`` with operators of the same names.
     """
     if x.dtype == torch.double:  # the others compute in fp32
         return torch_kernels
-    # Of no class that torch looks into, and with no mode that looks on.
+    # No subclass of Tensor (FakeTensor, DTensor), and no TorchDispatchMode.
     is_ordinary = type(x) is Tensor and not is_watched()
     if not x.is_cuda:
         if not is_ordinary or torch.compiler.is_compiling() \
@@ -370,8 +374,9 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
 
     Args:
         x (Tensor): The input.
-        find_modified (FindModified, optional): As for :func:`available`.
-            Defaults to None.
+        find_modified (FindModified, optional): Given the channels and the
+            device of x, the first module of the block that was changed or has
+            hooks, or None. Defaults to None, which does not look.
 
     Returns:
         str: The reason.
@@ -407,7 +412,8 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
             and kernels_for(x) is torch_kernels:
         return 'the model is being compiled, which fuses them as well'
     if is_watched() and kernels_for(x) is torch_kernels:
-        # Of selective checkpointing it may keep what these overwrite.
+        # That of selective checkpointing may keep a tensor which these kernels
+        # then overwrite.
         return 'a TorchDispatchMode looks on'
     return ''
 
@@ -417,7 +423,8 @@ def available(x: Tensor, find_modified: FindModified) -> bool:
 
     Args:
         x (Tensor): Input of the block, (N, C, H, W).
-        find_modified (FindModified): Of the block.
+        find_modified (FindModified): As for :func:`find_obstacle`, such as
+            :meth:`mmconv2former.backbone.Block.modified`.
 
     Returns:
         bool: Whether they can.

@@ -6,8 +6,8 @@ Its residual branches have one form,
 
 where the middle is ``gate`` for convolutional modulation, [z|v] ->
 DW_k(GELU(z)) * v, and ``position`` for the MLP, z -> h + GELU(DW_3(h)) with
-h = GELU(z). Kernels that take the sum of the first branch norm it for the
-second as well, and the gradient of that norm goes on into the first branch.
+h = GELU(z). One kernel adds the first branch to x and normalises the sum for
+the second; its backward pass also gives the gradients of the first branch.
 
 On the plain path, in :mod:`mmconv2former.backbone`, autograd stores what each
 operator read, some 27 tensors of the size of x in a block. Here 9 are stored,
@@ -55,8 +55,8 @@ class Branch(NamedTuple):
             linear layers, whose outputs stand side by side (two of (C, C) for
             'gate', one of (O, C) for 'position'), of the depthwise
             convolution, and of the last linear layer, (C, C) or (C, O).
-            Linear layers may be 1x1 convolutions. For :func:`infer` one of
-            those from :func:`prepare`.
+            Linear layers may be 1x1 convolutions. For :func:`infer`, one of
+            the two lists that :func:`prepare` returns.
         scale (Tensor, optional): Layer scale, (C, ); for :func:`infer` also
             None for ones. Defaults to None.
         keep (Tensor, optional): Drop path, (N, 1, 1, 1). Defaults to None,

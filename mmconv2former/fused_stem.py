@@ -203,6 +203,8 @@ def available(x: Tensor, layers: nn.Sequential) -> bool:
     Returns:
         bool: On GPUs with Triton, in 16 bits, for the stem as it was built.
     """
+    # Only where Triton's functions are called directly: the stem's kernels are
+    # not registered as operators of torch.
     if not x.is_cuda or torch.compiler.is_compiling() \
             or dispatch.find_obstacle(x) or dispatch.kernels_for(
                 x) is not getattr(dispatch.TRITON, 'functions', None):

@@ -20,8 +20,8 @@ from .operators import (
     to_nhwc,
 )
 
-# A greater padding would leave the range of fp16, and only a batch norm that
-# all but removes its channel asks for one.
+# Well within the range of fp16 (65504). Only a batch norm that all but removes
+# its channel asks for a greater padding.
 _MAX_PADDING = 1e3
 
 

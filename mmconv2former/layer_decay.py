@@ -209,10 +209,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
               top of the decay.
 
     Raises:
-        ValueError: If ``paramwise_cfg`` has other keys or values.
-            Also if the backbone finds no parameter to be in a layer of it,
-            and if shared parameters are not to be bypassed.
+        ValueError: If ``paramwise_cfg`` has other keys or values, if
+            ``get_layer_depth`` puts no parameter into a layer of the backbone,
+            or if layers share parameters and ``bypass_duplicate`` is False.
         TypeError: If nothing in the model has a ``get_layer_depth``.
+        CheckpointError: When a checkpoint with other groups is resumed.
 
     Examples:
         >>> optim_wrapper = dict(

@@ -17,7 +17,8 @@ class Conv2FormerNeck(PretrainedModule):
     """1x1 convolution - GELU - layer norm - global average pooling.
 
     In front of mmpretrain's ``LinearClsHead`` it makes the official
-    classifier (official code, ``Conv2Former.head``).
+    classifier (``Conv2Former.head`` in the `official code
+    <https://github.com/HVision-NKU/Conv2Former>`_).
 
     Args:
         in_channels (int): Channels of the last feature map, 576 for tiny.
@@ -58,7 +59,7 @@ class Conv2FormerNeck(PretrainedModule):
                 one, (N, in_channels, H, W), is used.
 
         Returns:
-            Tuple[Tensor]: One tensor, (N, out_channels).
+            tuple[Tensor]: One tensor, (N, out_channels).
         """
         # The layout in which the norm reads.
         x = self.norm(F.gelu(self.conv(dispatch.channels_last(feats[-1]))))

@@ -22,7 +22,7 @@ def to_nhwc(x: Tensor) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """In fp32 if it has less."""
+    """x, in fp32 if its type has fewer than 32 bits."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 

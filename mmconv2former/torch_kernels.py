@@ -33,15 +33,17 @@ PART_BYTES = 2**22
 
 @cache
 def _raise_trim_threshold() -> None:
-    """Have the C library keep up to 64 MB of freed memory for the next tensor.
+    """Have glibc keep up to 64 MB of freed memory for the next tensor.
 
-    glibc keeps twice the size of the largest block, up to 32 MB, that it once
-    mapped for a tensor and got back. The pages of this one are never touched.
+    When a block of up to 32 MB that was mapped by itself is freed, glibc
+    raises its trim threshold to twice the size of that block. The pages of
+    this one are never touched. In training, ``keep_freed_memory`` of
+    tools/launch.py does more.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device='cpu')
 
 
-def in_parts(sample: int, size: int, *tensors: Tensor | None
+def in_parts(sample_bytes: int, part_bytes: int, *tensors: Tensor | None
              ) -> list[tuple[Tensor | None, ...]]:
     """A batch in parts that need small temporary tensors; whole on GPUs.
 
@@ -49,8 +51,8 @@ def in_parts(sample: int, size: int, *tensors: Tensor | None
     and gets the memory of the next ones page by page.
 
     Args:
-        sample (int): Bytes of the largest temporary tensor of one sample.
-        size (int): Bytes that this tensor may have for a part of several
+        sample_bytes (int): Size of the largest temporary tensor of one sample.
+        part_bytes (int): Size that this tensor may have for a part of several
             samples.
         tensors (Tensor, optional): The batch, (N, ...) each. The first is not
             None.
@@ -62,7 +64,7 @@ def in_parts(sample: int, size: int, *tensors: Tensor | None
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
         return [tensors]
     _raise_trim_threshold()
-    samples = max(size // max(sample, 1), 1)
+    samples = max(part_bytes // max(sample_bytes, 1), 1)
     if samples >= len(x):
         return [tensors]
     return list(zip(*(
@@ -199,8 +201,8 @@ def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
     weight, _ = filters(weight, bias, grad.dtype)
     grad_zv = torch.empty_like(zv, dtype=grad.dtype)
     grad_z, grad_v = grad_zv.chunk(2, -1)
-    z, v = zv.chunk(2, -1)
-    z, a = z.to(grad.dtype).contiguous(), a.to(grad.dtype)
+    z, v = zv.to(grad.dtype).chunk(2, -1)
+    z, a = z.contiguous(), a.to(grad.dtype)
     torch.mul(grad, a, out=grad_v)
     grad_a = grad * v
     h = F.gelu(z)
@@ -239,7 +241,8 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
     Returns:
         tuple[Tensor]: Gradients of z, weight and bias (the latter two in
         fp32), the result, which the caller has not stored, and the sum of the
-        first over all positions, (C, ): None here, as above.
+        first over all positions, (C, ): None here, see
+        :func:`gate_backward`.
     """
     weight, bias = filters(weight, bias, grad.dtype)
     z = z.to(grad.dtype)
@@ -254,7 +257,8 @@ def position_backward(grad: Tensor, z: Tensor, weight: Tensor,
 
 def _norm_parameters(x: Tensor, *parameters: Tensor
                      | None) -> list[Tensor | None]:
-    """CPUs take them in fp32 whatever x is in, and are faster then."""
+    """Weight and bias as torch's layer norm takes them fastest: in the type of
+    x on GPUs, at least in fp32 on CPUs, whatever the type of x."""
     return [
         p if p is None else p.to(x.dtype) if x.is_cuda else at_least_fp32(p)
         for p in parameters
@@ -326,7 +330,8 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
     Returns:
         tuple[Tensor]: Gradients of x, weight and bias, the output once more,
         of the type of ``grad``, and the sum of the residual over all
-        positions, (C, ), or (0, ) if it is not wanted: None here, as above.
+        positions, (C, ), or (0, ) if it is not wanted: None here, see
+        :func:`gate_backward`.
     """
     dtype = x.dtype
     if patch > 1:
@@ -389,7 +394,8 @@ def scale_residual_backward(
     Returns:
         tuple[Tensor]: The gradient as if the scale were 1, (0, ) where that
         is ``grad``; the gradient, (0, ) without a scale; and the sum of the
-        former over all positions, (C, ): None here, as above.
+        former over all positions, (C, ): None here, see
+        :func:`gate_backward`.
     """
     grad_y, none = grad, grad.new_empty(0, dtype=dtype)
     if keep is not None:

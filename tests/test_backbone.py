@@ -223,6 +223,7 @@ def test_other_input_channels_and_half_precision_autocast_work():
     (dict(frozen_stages=5), r'-1 \.\. 4 .*got 5'),
     (dict(frozen_stages=None), r'-1 \.\. 4 .*got None'),
     (dict(drop_path_rate=1.), r'drop_path_rate must be .* in \[0, 1\)'),
+    (dict(cuda_graphs=4, with_cp='False'), 'with_cp must be True or False'),
     (dict(fused='False'), "fused must be True or False, got 'False'"),
     (dict(out_norm=dict(type='LN')), 'out_norm must be True or False, got'),
     (dict(drop_path_rate=None), r'in \[0, 1\), got None'),

@@ -174,6 +174,11 @@ def head_sizes(model: ConfigDict) -> dict[str, int]:
     return sizes
 
 
+def _without_tta(model: ConfigDict) -> ConfigDict:
+    """The model inside of what test.py --tta wraps around it."""
+    return model.get('module', model)
+
+
 def preprocessing(cfg: Config) -> tuple[str, dict]:
     """What happens to the images in front of the model.
 
@@ -185,7 +190,7 @@ def preprocessing(cfg: Config) -> tuple[str, dict]:
         which are empty if there is none. As mmengine's runner has it, that of
         the model goes before that of the config, even where it is None.
     """
-    model = cfg.model.get('module', cfg.model)  # test.py --tta wraps it
+    model = _without_tta(cfg.model)
     where = 'data_preprocessor'
     if where in model:
         return f'model.{where}', model[where] or {}
@@ -202,7 +207,7 @@ def model_sizes(cfg: Config) -> dict[str, int]:
         dict[str, int]: Those of :func:`head_sizes` and, of a classifier that
         trains on one-hot labels, the length of those.
     """
-    model = cfg.model.get('module', cfg.model)  # test.py --tta wraps it
+    model = _without_tta(cfg.model)
     sizes = head_sizes(model)
     where, settings = preprocessing(cfg)
     one_hot = settings.get('to_onehot') or settings.get('batch_augments') or (
@@ -221,7 +226,7 @@ def ignored_labels(model: ConfigDict) -> dict[str, int]:
     Returns:
         dict[str, int]: By the name of the setting.
     """
-    model = model.get('module', model)  # test.py --tta wraps it
+    model = _without_tta(model)
     found = {}
     for key in ('decode_head', 'auxiliary_head'):
         heads = model.get(key) or []

@@ -151,7 +151,7 @@ struct Free {
 using Buffer = std::unique_ptr<float, Free>;
 
 inline Buffer allocate(size_t floats) {
-  const size_t bytes = (floats * 4 + 63) / 64 * 64;
+  const size_t bytes = (floats / 16 + 1) * 64;  // 0 bytes may give null
   Buffer buffer(static_cast<float*>(std::aligned_alloc(64, bytes)));
   if (!buffer) {
     std::fprintf(stderr, "mmconv2former: no memory for %zu bytes\n", bytes);

@@ -691,31 +691,20 @@ def _position_launch(shape: tuple[int, ...], stride: int) -> Launch:
 
 
 @plan
-def _position_backward_launch(
-        shape: tuple[int, ...], stride: int,
-        grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
+def _position_backward_launches(
+        shape: tuple[int, ...], stride: int, grad_stride: int
+) -> tuple[Launch, Launch, tuple[int, ...], tuple[int, ...]]:
+    """Both passes, and the shapes of their partial sums."""
     _, height, width, c = shape
     tile, blocks, share, items = _position_tile(shape, strip=7,
                                                 registers=128)
     splits = split_count(items, blocks, WAVES)
-    launch = Launch(_position_kernel, splits * blocks, items, splits, share,
-                    height, width, C=c, Z_STRIDE=stride,
-                    GRAD_STRIDE=grad_stride, **tile)
-    return launch, (splits, 10, ceil_div(width, tile['STRIP']), c)
-
-
-@plan
-def _position_input_grad_launch(
-        shape: tuple[int, ...], stride: int,
-        grad_stride: int) -> tuple[Launch, tuple[int, ...]]:
-    _, height, width, c = shape
-    tile, blocks, share, items = _position_tile(shape, strip=7,
-                                                registers=128)
-    splits = split_count(items, blocks, WAVES)
-    launch = Launch(_position_input_grad_kernel, splits * blocks, items,
-                    splits, share, height, width, C=c, Z_STRIDE=stride,
-                    GRAD_STRIDE=grad_stride, **tile)
-    return launch, (splits, 1, ceil_div(width, tile['STRIP']), c)
+    first, second = (
+        Launch(kernel, splits * blocks, items, splits, share, height, width,
+               C=c, Z_STRIDE=stride, GRAD_STRIDE=grad_stride, **tile)
+        for kernel in (_position_kernel, _position_input_grad_kernel))
+    strips = ceil_div(width, tile['STRIP'])
+    return first, second, (splits, 10, strips, c), (splits, 1, strips, c)
 
 
 def position(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -742,12 +731,12 @@ def position_backward(
     shape, taps, c = z.shape, _taps_first(weight), z.shape[3]
     (z, stride), (grad, grad_stride) = as_pixels(z), as_pixels(grad)
 
-    launch, partial = _position_backward_launch(shape, stride, grad_stride)
-    d_partial = s.new_empty(partial, dtype=torch.float32)
-    launch(z, taps, bias.contiguous(), grad, s, dd, d_partial)
-    launch, partial = _position_input_grad_launch(shape, stride, grad_stride)
-    z_partial = s.new_empty(partial, dtype=torch.float32)
-    launch(dd, taps, z, grad, grad_z, z_partial)
+    first, second, *partials = _position_backward_launches(
+        shape, stride, grad_stride)
+    d_partial, z_partial = (
+        s.new_empty(partial, dtype=torch.float32) for partial in partials)
+    first(z, taps, bias.contiguous(), grad, s, dd, d_partial)
+    second(dd, taps, z, grad, grad_z, z_partial)
     grad_weight, grad_bias, total = sum_partials(
         d_partial, z_partial, taps=9).split_with_sizes((9 * c, c, c))
     return grad_z, grad_weight.view(weight.shape), grad_bias, s, total

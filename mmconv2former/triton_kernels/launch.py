@@ -20,7 +20,7 @@ plan = lru_cache(maxsize=4096)
 # What Triton has compiled for each kernel with its constants, by the device
 # and the types of aligned tensors. Shared, for images of many sizes.
 COMPILED: dict[tuple[Hashable, ...], dict[tuple[Hashable, ...], Any]] = {}
-# A description of the launch, and what takes it before and after.
+# Triton's launch metadata, and the hooks on entering and leaving a launch.
 NO_HOOKS = None, None, None
 
 
@@ -29,15 +29,15 @@ class Launch:
 
     ``kernel[grid](...)`` looks at every argument, anew in each call, to choose
     among what is compiled: at types, values, and alignment of pointers. That
-    takes ten microseconds. Here are left types and alignment of the tensors.
-    ``compiled[grid](...)``, the call of what is compiled, takes half of its
-    time to describe itself to the hooks of profilers, which those of torch and
-    Nsight do without; its last step is taken instead.
+    takes ten microseconds. Here only types and alignment of the tensors are
+    looked at. ``compiled[grid](...)``, Triton's call of a compiled kernel,
+    spends half of its time on a description for launch hooks, which the
+    profilers of torch and Nsight do not need; its last step is called instead.
 
     Args:
         kernel (JITFunction): Takes pointers, scalars and constants, in this
             order.
-        programs (int): Their number.
+        programs (int): Number of programs, the grid.
         scalars (int | float): The scalars.
         constants (int): The constants, and options of the compiler.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from .launch import Launch, plan
 from .tiling import ceil_div
 
-# As many sets of partial sums are taken by a launch.
+# Sets of partial sums that one launch takes at most.
 SETS = 4
 
 

@@ -71,9 +71,9 @@ def padded_tile(channels: int) -> dict:
 
 
 def programs_of_four_warps(warps: int) -> int:
-    """How many run at a time where a multiprocessor has registers for so many
-    warps."""
-    return PROGRAMS * warps // (16 * 4)  # PROGRAMS are of 16
+    """How many programs of four warps run at a time on an H100, where a
+    multiprocessor has registers for that many warps."""
+    return PROGRAMS // 16 * warps // 4  # 132 multiprocessors
 
 
 def column_tiles(shape: tuple[int, ...], block: int,
