@@ -492,6 +492,8 @@ def test_arch_that_has_no_row_is_described():
     assert describe_arch({**tiny, 'kernel_size': 9}) == (
         "arch 'tiny' with kernel_size=9 (depths 3-3-12-3, dims "
         '72-144-288-576, kernel 9)')
+    assert describe_arch({**resolve_arch('base'), 'kernel_size': 9}
+                         ).startswith("arch 'base' with kernel_size=9 (")
     assert describe_arch({**tiny, 'depths': (1, 1, 1, 1)}).startswith(
         'arch of its own (depths 1-1-1-1, ')
 
@@ -579,6 +581,17 @@ def test_a_failed_initialisation_keeps_the_init_cfg():
     with pytest.raises(TypeError, match='ConstantInit'):
         backbone.init_weights()
     assert backbone.init_cfg == cfgs
+
+
+def test_conversion_that_cannot_write_the_checksum_changes_nothing(tmp_path):
+    src, dst = tmp_path / 'official.pth.tar', tmp_path / 'ours.pth'
+    torch.save(LAYOUTS['timm with EMA and module.'][0], src)
+    dst.write_text('before')
+    (tmp_path / 'ours.pth.sha256').mkdir()
+    with pytest.raises(IsADirectoryError, match='ours.pth.sha256 is a dir'):
+        convert_checkpoint.convert(src, dst)
+    assert dst.read_text() == 'before'
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_conversion_proves_and_records_what_it_did(tmp_path):

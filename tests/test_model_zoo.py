@@ -8,6 +8,7 @@ from pathlib import Path
 import mmdet
 import mmseg
 import modelindex
+import numpy as np
 import pytest
 import yaml
 from mmengine.config import Config
@@ -264,6 +265,19 @@ def test_crop_is_found_in_wrapped_data_sets(get_flops):
         train_dataloader=dict(
             dataset=dict(type='RepeatDataset', times=2, dataset=inner))))
     assert get_flops.default_shape(cfg) == (64, 64)
+
+
+@pytest.mark.parametrize('name, key', [
+    ('CenterCrop', 'crop_size'), ('RandomCrop', 'crop_size'),
+    ('RandomResizedCrop', 'scale')])
+def test_crop_that_is_no_square_counts_as_it_crops(name, key, get_flops):
+    from mmpretrain.registry import TRANSFORMS
+    crop = {'type': f'mmpretrain.{name}', key: (48, 32)}
+    image = TRANSFORMS.build(crop)(dict(img=np.zeros((64, 64, 3))))['img']
+    cfg = Config(dict(
+        model=dict(head=dict()), test_dataloader=dict(
+            dataset=dict(type='CustomDataset', pipeline=[crop]))))
+    assert get_flops.default_shape(cfg) == image.shape[:2]
 
 
 def estimate(config):

@@ -23,7 +23,7 @@ from PIL import Image
 import checkpoint_files
 import config_queries
 import data_checks
-from mmconv2former import Conv2Former
+from mmconv2former import Conv2Former, Conv2FormerNeck
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
@@ -831,15 +831,27 @@ def test_weights_of_another_arch_are_described(tmp_path):
         load(large, path)
 
 
-def test_weights_of_a_deeper_backbone_are_refused(tmp_path):
+@pytest.mark.parametrize('extra, name', [
+    (dict(depth=2), 'backbone.stages.0.1'),
+    (dict(out_norm=True), 'backbone.norm0'),
+    (dict(neck=Conv2FormerNeck(8, 4)), 'neck.conv')])
+def test_weights_of_a_larger_model_are_refused(extra, name, tmp_path):
+
+    def model(depth=1, neck=None, **kwargs):
+        backbone = Conv2Former(dict(depths=[depth], dims=[8], kernel_size=3),
+                               **kwargs)
+        return torch.nn.ModuleDict(dict(
+            backbone=backbone, neck=neck or torch.nn.Identity()))
+
     path = str(tmp_path / 'a.pth')
-    small, large = (torch.nn.ModuleDict(dict(backbone=Conv2Former(dict(
-        depths=[depth], dims=[8], kernel_size=3)))) for depth in (1, 2))
-    torch.save(large.state_dict(), path)
+    small, large = model(), model(**extra)
+    # A part that the model has not got does no harm.
+    torch.save({**large.state_dict(), 'auxiliary_head.weight': torch.ones(1)},
+               path)
     load = checkpoint_files.load_weights
     load(large, path)
     with pytest.raises(SystemExit, match=(
-            r'has \d+ tensors more, such as backbone\.stages\.0\.1')):
+            rf'has \d+ tensors more, such as {re.escape(name)}')):
         load(small, path)
 
 

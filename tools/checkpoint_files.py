@@ -62,14 +62,15 @@ def load_weights(model: nn.Module, path: str) -> None:
     """Load a checkpoint, which must have all weights of a model.
 
     mmengine would go on with random ones in place of others, and without
-    blocks of a deeper backbone. What else is in the file does no harm.
+    blocks, norms and necks that the model was trained with. Other parts of
+    the file, such as an auxiliary head, do no harm.
 
     Args:
         model (nn.Module): The model.
         path (str): File or URL.
 
     Raises:
-        SystemExit: If it has not, or more blocks.
+        SystemExit: If it has not, or more of them in backbone or neck.
     """
     checkpoint = read_file(path, 'the checkpoint')
     weights = checkpoint.get('state_dict', checkpoint)
@@ -79,17 +80,17 @@ def load_weights(model: nn.Module, path: str) -> None:
         state._metadata = weights._metadata
     try:
         found = _unwrapped(model).load_state_dict(state, strict=False)
-        missing = [key for key in found.missing_keys
-                   if not key.endswith('num_batches_tracked')]
-        layers = [key for key in found.unexpected_keys if key.startswith(
-            ('backbone.stages.', 'backbone.downsample_layers.'))]
+        missing, more = (
+            [key for key in keys if not key.endswith('num_batches_tracked')]
+            for keys in (found.missing_keys, found.unexpected_keys))
+        more = [key for key in more if key.startswith(('backbone.', 'neck.'))]
         reason = ''
         if missing:
             reason = (f'{len(missing)} tensors are missing, such as '
                       f'{missing[0]}')
-        elif layers:
-            reason = (f'its backbone has {len(layers)} tensors more, such as '
-                      f'{layers[0]}')
+        elif more:
+            reason = (f'its backbone or neck has {len(more)} tensors more, '
+                      f'such as {more[0]}')
     except RuntimeError as error:
         # A line of what it is about, and one for each tensor.
         what, *lines = str(error).splitlines()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mmconv2former import Conv2Former, Conv2FormerNeck
-from mmconv2former.archs import describe_arch
+from mmconv2former.archs import STEMS, describe_arch
 from mmconv2former.checkpoint import (
     CheckpointError,
     check_finite,
@@ -95,6 +95,11 @@ def convert(src: Path, dst: Path, backbone_only: bool = False,
     if dst.is_dir():
         raise IsADirectoryError(f'{dst} is a directory; name the file to '
                                 f'write, such as {dst / src.name}')
+    checksum = dst.with_name(dst.name + '.sha256')
+    if checksum.is_dir():
+        raise IsADirectoryError(f'{checksum} is a directory, and is to be the '
+                                'file of the checksum; name another file to '
+                                'write')
     with naming(str(src)):
         weights, kind = model_weights(read_checkpoint(str(src), trust_pickle))
         state_dict = {
@@ -109,9 +114,11 @@ def convert(src: Path, dst: Path, backbone_only: bool = False,
     }
     arch = infer_arch(inner)
     if arch['stem'] is None:
+        widths = sorted(row['last_kernel'] for row in STEMS.values())
         raise CheckpointError(
             f'{src}: the stem is of another kind than those of Conv2Former, '
-            'whose last convolution is 2, 4 or 16 pixels wide')
+            f'whose last convolution is {", ".join(map(str, widths))} pixels '
+            'wide')
     if 0 in arch['depths']:
         raise CheckpointError(
             f'{src}: stage {arch["depths"].index(0)} of the backbone has no '
@@ -133,11 +140,14 @@ def convert(src: Path, dst: Path, backbone_only: bool = False,
             raise CheckpointError(str(error).replace(name, str(src))
                                   ) from error
         digest = sha256(name)
+        line = Path(name + '.sha256')
+        line.write_text(f'{digest}  {dst.name}\n')
         os.chmod(name, 0o644)
         os.replace(name, dst)
+        os.replace(line, checksum)
     finally:
-        Path(name).unlink(missing_ok=True)
-    dst.with_name(dst.name + '.sha256').write_text(f'{digest}  {dst.name}\n')
+        for left in name, name + '.sha256':
+            Path(left).unlink(missing_ok=True)
     return dict(
         arch=describe_arch(arch),
         tensors=len(state_dict),

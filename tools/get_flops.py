@@ -71,13 +71,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def crop_size(loader: dict | None) -> int | tuple[int, int] | None:
-    """Size of the crop in the pipeline of a data loader, None without."""
+    """Size of the crop in the pipeline of a data loader, one number or height
+    and width; None without."""
+    keys = dict(CenterCrop='crop_size', RandomCrop='crop_size',
+                RandomResizedCrop='scale')
     for _, data_set in data_sets(loader.dataset, '') if loader else ():
         for transform in data_set.get('pipeline') or ():
-            for key, crops in (('crop_size', ('CenterCrop', 'RandomCrop')),
-                               ('scale', ('RandomResizedCrop', ))):
-                if type_name(transform) in crops:
-                    return transform[key]
+            name = type_name(transform)
+            if name in keys:
+                size = transform[keys[name]]
+                # mmcv's, the others are mmpretrain's: width and height.
+                is_swapped = name == 'CenterCrop' and not isinstance(size, int)
+                return size[::-1] if is_swapped else size
     return None
 
 
@@ -252,8 +257,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f'input: {shape[1]}x{shape[0]} (width x height)')
     if 'roi_head' in rows:
         test_cfg = cfg.model.test_cfg
-        print(f'roi_head: {test_cfg.rpn.max_per_img} boxes, '
-              f'{test_cfg.rcnn.max_per_img} masks')
+        masks = f', {test_cfg.rcnn.max_per_img} masks' \
+            if cfg.model.roi_head.get('mask_head') else ''
+        print(f'roi_head: {test_cfg.rpn.max_per_img} boxes{masks}')
     if TRAINING_ONLY in rows:
         print(f'{TRAINING_ONLY}: in training only, no MACs in the total')
     print(f'{"part":14}  {"parameters":>11}  {"MACs":>10}')
