@@ -689,6 +689,7 @@ class PretrainedModule(BaseModule):
                 f'{init_cfg!r}')
         pretrained = list(filter(is_pretrained, cfgs))
         self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
+        self._loads_file = bool(pretrained)
         try:
             super().init_weights()
         finally:
@@ -715,8 +716,10 @@ class PretrainedModule(BaseModule):
         self._is_init = True
 
     def _dump_init_info(self) -> None:
-        """Leave out mmengine's table where this is not a part of a model.
+        """Leave out mmengine's table where a file is still to be loaded.
 
-        It would be written before a file is loaded, and say of each parameter
-        that nothing has changed it.
+        Of a module on its own it would be written before that, and say of
+        each parameter that nothing has changed it.
         """
+        if not self._loads_file:
+            super()._dump_init_info()

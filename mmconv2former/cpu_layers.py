@@ -108,7 +108,8 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         Tensor: (N, C, H, W).
     """
     # In this order: a trace would hold the numbers that are compared last.
-    if not torch.is_grad_enabled() \
+    # The replacement overwrites what a mode may keep.
+    if not torch.is_grad_enabled() or dispatch.is_watched() \
             or not _can_replace(x, norm, nn.BatchNorm2d) \
             or not dispatch.has_usual_moments(norm) \
             or x.numel() == x.shape[1]:
@@ -135,11 +136,12 @@ def gelu(x: Tensor, layer: nn.GELU) -> Tensor:
 def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """``layer(x)``, by other means where torch gets it wrong in bf16.
 
-    On CPUs with AMX, torch gets two kinds of convolutions wrong: those whose
-    result is one pixel wide (https://github.com/pytorch/pytorch/issues/163347)
-    and those of 4 to 24 channels with kernels of 4 columns or more, of which
-    oneDNN 3.10 puts the values of a row together. The same is done on other
-    CPUs.
+    On CPUs with AMX, torch 2.11 (oneDNN 3.10) gets two kinds wrong. Where the
+    result is one pixel wide
+    (https://github.com/pytorch/pytorch/issues/163347), it is computed two
+    pixels wide and cut. Where 4 to 24 channels meet a kernel of 4 columns or
+    more, it is computed in fp32. Other CPUs do the same, so that results do
+    not depend on the CPU.
 
     Args:
         x (Tensor): (N, C, H, W).

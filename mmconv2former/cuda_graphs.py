@@ -130,11 +130,13 @@ class CUDAGraphs:
     A kind is a shape with a memory layout and a precision, and whether and
     for which parameters there are gradients. It is recorded at its third
     batch. Those beyond the limit, and modules with hooks, sharded weights or
-    synchronized batch norms, run without graphs; the log says why. All graphs
-    share their memory: any further forward pass, also one without gradients,
-    overwrites what the last has stored, whose backward pass then raises a
-    RuntimeError. Threads may infer at the same time. While one trains, no
-    other may run the module between its forward and its backward pass.
+    synchronized batch norms, run without graphs; the log says why.
+
+    All graphs share their memory: a forward pass that is replayed or recorded,
+    also one without gradients, overwrites what an earlier one has stored, and
+    the backward pass of that earlier one raises a RuntimeError. So threads may
+    infer at the same time, but while one trains, no other may run the module
+    between its forward and its backward pass.
 
     Args:
         limit (int): Greatest number of kinds.

@@ -411,10 +411,6 @@ def find_obstacle(x: Tensor, find_modified: FindModified | None = None) -> str:
     if torch.compiler.is_compiling() \
             and kernels_for(x) is torch_kernels:
         return 'the model is being compiled, which fuses them as well'
-    if is_watched() and kernels_for(x) is torch_kernels:
-        # That of selective checkpointing may keep a tensor which these kernels
-        # then overwrite.
-        return 'a TorchDispatchMode looks on'
     return ''
 
 
@@ -433,6 +429,10 @@ def available(x: Tensor, find_modified: FindModified) -> bool:
         ValueError: If the environment variable is neither 0 nor 1.
     """
     obstacle = find_obstacle(x, find_modified)
+    if not obstacle and is_watched() and kernels_for(x) is torch_kernels:
+        # That of selective checkpointing may keep a tensor which these
+        # kernels then overwrite.
+        obstacle = 'a TorchDispatchMode looks on'
     if not torch.compiler.is_compiling():
         if obstacle:
             log_once(f'plain operators, because {obstacle}')

@@ -197,8 +197,9 @@ def gate_backward(grad: Tensor, zv: Tensor, a: Tensor, weight: Tensor,
         first over all positions, (2C, ), which only hand-written kernels have
         at hand: None here.
     """
-    # Other kernels may have run in the forward pass.
-    weight, _ = filters(weight, bias, grad.dtype)
+    # A mode may look on in the backward pass alone: the C++ kernels keep the
+    # filters of bf16 in fp32.
+    weight = weight.to(grad.dtype)
     grad_zv = torch.empty_like(zv, dtype=grad.dtype)
     grad_z, grad_v = grad_zv.chunk(2, -1)
     z, v = zv.to(grad.dtype).chunk(2, -1)

@@ -567,11 +567,15 @@ def test_table_of_initialisations_names_the_file(tmp_path, log):
     found = {line.split(' - ')[0].strip(): line for line in log}
     for name in 'backbone.stages.0.0.attn.v.weight', 'neck.conv.weight':
         assert f'PretrainedInit: load from {path}' in found[name]
-    # Which would say that nothing has changed, of the backbone alone.
+    # Of the backbone alone it would say that nothing has changed.
     log.clear()
     Conv2Former(MINI, init_cfg=init_cfg).init_weights()
     line, = log
     assert line.startswith('loaded')
+    log.clear()
+    Conv2Former(MINI, init_cfg=dict(
+        type='Constant', layer='Conv2d', val=.25)).init_weights()
+    assert any('ConstantInit' in line for line in log)
 
 
 def test_a_failed_initialisation_keeps_the_init_cfg():

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmconv2former import Conv2Former, cpu_layers
 
@@ -148,6 +149,27 @@ def test_convolutions_of_long_rows_of_few_channels_are_right_in_bf16(
         results.append((out, leaf.grad, own.weight.grad, own.bias.grad))
     for exact, found in zip(*results, strict=True):
         assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+def test_convolutions_are_right_where_a_mode_looks_on():
+
+    class Mode(TorchDispatchMode):
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **kwargs or {})
+
+    torch.manual_seed(0)
+    # To one column, and of long rows of few channels.
+    for layer, width in ((nn.Conv2d(32, 64, 2, 2), 2),
+                         (nn.Conv2d(8, 64, 8, 3), 29)):
+        layer = layer.bfloat16()
+        x = torch.randn(2, layer.in_channels, 20, width).bfloat16()
+        with Mode():
+            out = cpu_layers.convolution(x, layer)
+        expected = copy.deepcopy(layer).float()(x.float())
+        assert (out - expected).norm() < 0.01 * expected.norm()
+    # On other CPUs, too, the last one is computed in fp32.
+    assert torch.equal(out, expected.bfloat16())
 
 
 @pytest.mark.parametrize('arch, height, width', [

@@ -383,9 +383,20 @@ def test_model_of_another_number_of_classes_is_refused(quantize):
         run(config=['model.head.num_classes=1000'])
 
 
+def test_model_of_other_channels_than_the_data_is_refused(
+        quantizer, quantize, monkeypatch):
+    monkeypatch.setattr(quantizer, 'check_onnx', lambda path: (4, 7))
+    with pytest.raises(SystemExit, match='images of 4 channels.* has 3; give'):
+        quantize[0]()
+
+
 def test_file_that_is_no_classifier_is_told(quantizer, tool, classifier,
                                             tmp_path):
     path = tmp_path / 'model.onnx'
+    with pytest.raises(SystemExit, match='does not exist; write it with'):
+        quantizer.main([classifier[0], str(path)])
+    with pytest.raises(SystemExit, match='is a folder; write it with'):
+        quantizer.main([classifier[0], str(tmp_path)])
     path.write_bytes(b'no model')
     with pytest.raises(SystemExit, match='is no ONNX file; write it with'):
         quantizer.main([classifier[0], str(path)])

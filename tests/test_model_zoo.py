@@ -181,6 +181,18 @@ def test_table_of_the_tool_adds_up(get_flops, capsys):
     assert total[1] == pytest.approx(macs, abs=0.02)
 
 
+@pytest.mark.parametrize('has_masks', [True, False])
+def test_regions_are_those_that_are_counted(has_masks, get_flops, capsys):
+    options = [] if has_masks else [
+        '--cfg-options', 'model.roi_head.mask_head=None']
+    get_flops.main([
+        str(ROOT / 'configs/detection/mask_rcnn_conv2former_mini_digits.py'),
+        *options])
+    masks = ', [0-9]+ masks' if has_masks else ''
+    assert re.search(f'^roi_head: [0-9]+ boxes{masks}$',
+                     capsys.readouterr().out, re.M)
+
+
 def test_kernel_size_can_be_set_on_the_command_line(get_flops, capsys):
     get_flops.main([
         str(ROOT / 'configs/classification/conv2former_t_in1k.py'),

@@ -70,7 +70,8 @@ def load_weights(model: nn.Module, path: str) -> None:
         path (str): File or URL.
 
     Raises:
-        SystemExit: If it has not, or more of them in backbone or neck.
+        SystemExit: If weights of the model are missing or of other shapes,
+            or the file has more of them in its backbone or neck.
     """
     checkpoint = read_file(path, 'the checkpoint')
     weights = checkpoint.get('state_dict', checkpoint)

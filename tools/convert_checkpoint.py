@@ -79,8 +79,9 @@ def convert(src: Path, dst: Path, backbone_only: bool = False,
 
     Raises:
         FileNotFoundError: If ``src`` or the directory of ``dst`` is missing.
-        IsADirectoryError: If one of them is a directory.
-        FileExistsError: If it is ``src``.
+        IsADirectoryError: If ``src``, ``dst`` or the file of the checksum,
+            ``dst``.sha256, is a directory.
+        FileExistsError: If ``dst`` is ``src``.
         CheckpointError: If ``src`` cannot be read or is not one Conv2Former.
     """
     for path, what in ((src, 'file to convert'),
@@ -117,8 +118,8 @@ def convert(src: Path, dst: Path, backbone_only: bool = False,
         widths = sorted(row['last_kernel'] for row in STEMS.values())
         raise CheckpointError(
             f'{src}: the stem is of another kind than those of Conv2Former, '
-            f'whose last convolution is {", ".join(map(str, widths))} pixels '
-            'wide')
+            f'whose last convolution is {" or ".join(map(str, widths))} '
+            'pixels wide')
     if 0 in arch['depths']:
         raise CheckpointError(
             f'{src}: stage {arch["depths"].index(0)} of the backbone has no '
@@ -130,24 +131,18 @@ def convert(src: Path, dst: Path, backbone_only: bool = False,
         source=src.name,
         source_sha256=sha256(src),
         source_weights=kind)
-    handle, name = tempfile.mkstemp(dir=dst.parent, prefix=dst.name + '.')
-    os.close(handle)
-    try:
-        torch.save(dict(meta=meta, state_dict=state_dict), name)
+    with tempfile.TemporaryDirectory(dir=dst.parent) as folder:
+        written, digests = Path(folder, dst.name), Path(folder, checksum.name)
+        torch.save(dict(meta=meta, state_dict=state_dict), written)
         try:
-            prove(name, arch, backbone_only)
+            prove(str(written), arch, backbone_only)
         except CheckpointError as error:
-            raise CheckpointError(str(error).replace(name, str(src))
-                                  ) from error
-        digest = sha256(name)
-        line = Path(name + '.sha256')
-        line.write_text(f'{digest}  {dst.name}\n')
-        os.chmod(name, 0o644)
-        os.replace(name, dst)
-        os.replace(line, checksum)
-    finally:
-        for left in name, name + '.sha256':
-            Path(left).unlink(missing_ok=True)
+            raise CheckpointError(
+                str(error).replace(str(written), str(src))) from error
+        digest = sha256(written)
+        digests.write_text(f'{digest}  {dst.name}\n')
+        os.replace(digests, checksum)
+        os.replace(written, dst)
     return dict(
         arch=describe_arch(arch),
         tensors=len(state_dict),

@@ -80,7 +80,8 @@ def crop_size(loader: dict | None) -> int | tuple[int, int] | None:
             name = type_name(transform)
             if name in keys:
                 size = transform[keys[name]]
-                # mmcv's, the others are mmpretrain's: width and height.
+                # CenterCrop is mmcv's and takes width and height, the others
+                # are mmpretrain's and take height and width.
                 is_swapped = name == 'CenterCrop' and not isinstance(size, int)
                 return size[::-1] if is_swapped else size
     return None

@@ -11,6 +11,7 @@ new file is not written.
 """
 import argparse
 import copy
+import itertools
 import logging
 import os
 import os.path as osp
@@ -27,7 +28,6 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor
 
-import checkpoint_files
 import data_checks
 import export
 import launch
@@ -79,7 +79,7 @@ def batches(cfg: Config, part: str,
         images (int): How many, at most.
 
     Yields:
-        tuple[Tensor, Tensor]: Images (N, 3, H, W) and their classes (N, ).
+        tuple[Tensor, Tensor]: Images (N, C, H, W) and their classes (N, ).
     """
     dataset = copy.deepcopy(cfg[f'{part}_dataloader'].dataset)
     _, tested = next(data_sets(cfg.test_dataloader.dataset, ''))
@@ -103,14 +103,14 @@ def batches(cfg: Config, part: str,
             return
 
 
-def check_onnx(path: Path) -> int:
+def check_onnx(path: Path) -> tuple[int, int]:
     """Check that a file is a classifier in ONNX that is not quantised yet.
 
     Args:
         path (Path): The file.
 
     Returns:
-        int: Number of its classes.
+        tuple[int, int]: Numbers of its input channels and classes.
 
     Raises:
         SystemExit: If it is not.
@@ -118,6 +118,9 @@ def check_onnx(path: Path) -> int:
     import onnx
     from google.protobuf.message import DecodeError
     hint = 'write it with: python tools/export.py CONFIG CHECKPOINT'
+    if not path.is_file():
+        what = 'is a folder' if path.is_dir() else 'does not exist'
+        raise SystemExit(f"the ONNX file '{path}' {what}; {hint}")
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except DecodeError as error:
@@ -132,7 +135,9 @@ def check_onnx(path: Path) -> int:
     if any(node.op_type.endswith('QuantizeLinear') for node in graph.node):
         raise SystemExit(f"'{path}' is quantised already; expected a model in "
                          f'fp32: {hint}')
-    return graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    images, logits = (tensors[0].type.tensor_type.shape.dim[1].dim_value
+                      for tensors in (graph.input, graph.output))
+    return images, logits
 
 
 def quantize(model: Path, out: str, data: Iterator[Tensor]) -> None:
@@ -195,18 +200,17 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse_args(argv)
     export.check_packages()
-    checkpoint_files.check_file(str(args.model), 'the ONNX file')
     cfg = launch.read_config(args)
     if library(cfg) != 'mmpretrain' or not cfg.get(
             'test_dataloader') or not cfg.get('train_dataloader'):
         raise SystemExit('only a classifier with data for training and test '
                          f"can be quantised; '{args.config}' is the config of "
                          'none')
-    found = check_onnx(args.model)
+    channels, classes = check_onnx(args.model)
     expected = cfg.model.get('head', {}).get('num_classes')
-    if found != expected:
+    if classes != expected:
         raise SystemExit(
-            f"'{args.model}' has {found} classes, and the config "
+            f"'{args.model}' has {classes} classes, and the config "
             f"'{args.config}' has {expected}; give the config that the model "
             'was exported with')
     out = args.out or args.model.with_stem(f'{args.model.stem}_int8')
@@ -222,6 +226,13 @@ def main(argv: list[str] | None = None) -> None:
             dir=out.parent) as folder:
         written = osp.join(folder, 'int8.onnx')
         training = batches(cfg, 'train', CALIBRATION_IMAGES)
+        images, _ = first = next(training)
+        if images.shape[1] != channels:
+            raise SystemExit(
+                f"'{args.model}' takes images of {channels} channels, and the "
+                f"data of '{args.config}' has {images.shape[1]}; give the "
+                'config, and the --cfg-options, that it was exported with')
+        training = itertools.chain([first], training)
         quantize(args.model, written, (images for images, _ in training))
         paths = [str(args.model), written]
         results = compare(paths, batches(cfg, 'test', args.images))
