@@ -109,7 +109,7 @@ def batch_norm(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """
     # In this order: a trace would hold the numbers that are compared last.
     # The replacement overwrites what a mode may keep.
-    if not torch.is_grad_enabled() or dispatch.is_watched() \
+    if not torch.is_grad_enabled() or dispatch.has_dispatch_mode() \
             or not _can_replace(x, norm, nn.BatchNorm2d) \
             or not dispatch.has_usual_moments(norm) \
             or x.numel() == x.shape[1]:
@@ -140,8 +140,8 @@ def convolution(x: Tensor, layer: nn.Conv2d) -> Tensor:
     result is one pixel wide
     (https://github.com/pytorch/pytorch/issues/163347), it is computed two
     pixels wide and cut. Where 4 to 24 channels meet a kernel of 4 columns or
-    more, it is computed in fp32. Other CPUs do the same, so that results do
-    not depend on the CPU.
+    more, some are wrong, and all are computed in fp32. Other CPUs do the same,
+    so that results do not depend on the CPU.
 
     Args:
         x (Tensor): (N, C, H, W).

@@ -319,7 +319,7 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def is_watched() -> bool:
+def has_dispatch_mode() -> bool:
     """Whether a TorchDispatchMode is given each operation of torch."""
     return (not torch.compiler.is_compiling()
             and torch._C._len_torch_dispatch_stack() > 0)
@@ -340,7 +340,7 @@ def kernels_for(x: Tensor) -> ModuleType | SimpleNamespace:
     if x.dtype == torch.double:  # the others compute in fp32
         return torch_kernels
     # No subclass of Tensor (FakeTensor, DTensor), and no TorchDispatchMode.
-    is_ordinary = type(x) is Tensor and not is_watched()
+    is_ordinary = type(x) is Tensor and not has_dispatch_mode()
     if not x.is_cuda:
         if not is_ordinary or torch.compiler.is_compiling() \
                 or x.device.type != 'cpu' or _cpp_obstacle():
@@ -429,7 +429,8 @@ def available(x: Tensor, find_modified: FindModified) -> bool:
         ValueError: If the environment variable is neither 0 nor 1.
     """
     obstacle = find_obstacle(x, find_modified)
-    if not obstacle and is_watched() and kernels_for(x) is torch_kernels:
+    if not obstacle and has_dispatch_mode() \
+            and kernels_for(x) is torch_kernels:
         # That of selective checkpointing may keep a tensor which these
         # kernels then overwrite.
         obstacle = 'a TorchDispatchMode looks on'

@@ -90,7 +90,7 @@ def device(request, monkeypatch):
     monkeypatch.setattr(dispatch, 'is_capturing', lambda x: bool(recording))
     # A tape has the operators of torch and no others, on the fused path.
     monkeypatch.setattr(dispatch, '_cpp_obstacle', lambda: 'are not on tape')
-    monkeypatch.setattr(dispatch, 'is_watched', lambda: False)
+    monkeypatch.setattr(dispatch, 'has_dispatch_mode', lambda: False)
     # The bits of MKL's products depend on where in memory the factors are.
     monkeypatch.setattr(products, '_mkl_is_fast', lambda: False)
     for name, value in dict(

@@ -133,8 +133,8 @@ def check_processes(cfg: Config) -> None:
 
 
 class ResumedSettings(Hook):
-    """Tell where the checkpoint that is resumed overrules the config, but for
-    what this run must count or scale by itself."""
+    """Tell where the checkpoint that is resumed overrules the config, and take
+    out of it what this run must count or scale by itself."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Compare and change, before mmengine takes over what is there.
