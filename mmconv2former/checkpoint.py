@@ -72,8 +72,9 @@ def safe_globals() -> list[tuple[Any, str]]:
     # NumPy's types are taken from torch, which saves the package an import.
     arrays = [
         torch.zeros((), dtype=dtype).numpy()
-        for dtype in (torch.float64, torch.float32, torch.int64, torch.int32,
-                      torch.uint8, torch.bool)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.int64,
+                      torch.int32, torch.int16, torch.int8, torch.uint64,
+                      torch.uint32, torch.uint16, torch.uint8, torch.bool)
     ]
     reconstruct, scalar, dtype = (
         value.__reduce__()[0]
@@ -200,11 +201,12 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
             AttributeError, LookupError, ValueError, AssertionError,
             TypeError) as error:
         blocked = re.search(
-            r'GLOBAL (\S+) (was not an allowed|whose module \S+ is blocked)',
-            str(error))
+            r'GLOBAL (\S+) (?:was not an allowed|whose module \S+ is blocked)|'
+            r"via `add_safe_globals`, but got <class '(\S+)'>", str(error))
         if blocked:
             raise CheckpointError(
-                f'{path} holds a pickled {blocked[1]}, and unpickling can run '
+                f'{path} holds a pickled {blocked[1] or blocked[2]}, and '
+                'unpickling can run '
                 'code. If you trust who made the file, convert it once to '
                 'tensors only: python tools/convert_checkpoint.py SRC DST '
                 '--trust-pickle') from error
@@ -390,11 +392,13 @@ def infer_arch(weights: dict[str, Tensor]) -> dict:
             dims.append(0)
         depths[stage] = max(depths[stage], block + 1)
         dims[stage] = value.shape[0]
-    stem_convs = [
-        value for key, value in weights.items()
+    # Files may list the layers in another order than the model.
+    stem_convs = {
+        key: value
+        for key, value in weights.items()
         if key.startswith('downsample_layers.0.') and value.ndim == 4
-    ]
-    last_kernel = stem_convs[-1].shape[-1] if stem_convs else 0
+    }
+    last_kernel = stem_convs[max(stem_convs)].shape[-1] if stem_convs else 0
     stem = next((name for name, settings in STEMS.items()
                  if settings['last_kernel'] == last_kernel), None)
     return dict(

@@ -276,13 +276,19 @@ class FoldedBlock(nn.Module):
         return ((self.zv, self.depthwise, self.proj),
                 (self.fc1, self.pos, self.fc2))
 
-    def _modified(self, _: int, device: torch.device) -> nn.Module | None:
+    def _modified(self, dim: int, device: torch.device) -> nn.Module | None:
         """A layer that is no longer as it was made, if any."""
-        kinds = [Pointwise, nn.Conv2d, Pointwise] * 2
-        for layer, kind in zip(chain(*self._layers()), kinds):
-            if not dispatch.is_plain(layer, kind) or not all(
-                    dispatch.is_readable(p, device)
-                    for p in (layer.weight, layer.bias)):
+        inner, hidden = (getattr(layer, 'out_channels', 0)
+                         for layer in (self.depthwise, self.pos))
+        k = getattr(self.depthwise, 'kernel_size', (0, ))[0] | 1  # odd
+        for layer, kind, *shape in (
+                (self.zv, Pointwise, 2 * inner, dim, 1, 1),
+                (self.depthwise, nn.Conv2d, inner, 1, k, k),
+                (self.proj, Pointwise, dim, inner, 1, 1),
+                (self.fc1, Pointwise, hidden, dim, 1, 1),
+                (self.pos, nn.Conv2d, hidden, 1, 3, 3),
+                (self.fc2, Pointwise, dim, hidden, 1, 1)):
+            if not dispatch.is_layer(layer, kind, device, *shape):
                 return layer
         return None
 

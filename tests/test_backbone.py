@@ -349,9 +349,11 @@ def test_options_of_the_compiler_are_passed_on(monkeypatch):
     assert seen == [dict(mode='reduce-overhead'), {}, {}]
 
 
-def test_stem_has_second_derivatives_without_fused_operators():
-    stem = Conv2Former(MINI, fused=False).downsample_layers[0].double()
-    x = torch.rand(2, 3, 8, 8, dtype=torch.double, requires_grad=True)
-    grad, = torch.autograd.grad(stem(x).pow(2).sum(), x, create_graph=True)
+@pytest.mark.parametrize('index, channels', [(0, 3), (1, 8)])
+def test_stem_and_downsampling_have_second_derivatives_if_not_fused(
+        index, channels):
+    layer = Conv2Former(MINI, fused=False).downsample_layers[index].double()
+    x = torch.rand(2, channels, 8, 8, dtype=torch.double, requires_grad=True)
+    grad, = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
     grad.pow(2).sum().backward()
     assert x.grad.isfinite().all()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -462,21 +463,47 @@ def test_pickles_reach_nothing_but_what_log_buffers_have(owner, name,
 
 @pytest.mark.parametrize('value', [
     np.float32(.5), np.float64(.5), np.int64(3), np.bool_(True),
-    np.arange(3.), np.arange(3, dtype=np.uint8), np.array([[1, 2]]).T])
+    np.arange(3.), np.array([[1, 2]]).T,
+    *(np.arange(3, dtype=kind) for kind in 'efbhiBHIL')])
 def test_numbers_and_arrays_of_numpy_are_read(value, tmp_path):
     """Such as the accuracy that a training script put beside the weights."""
     torch.save(dict(state_dict={}, best=value), tmp_path / 'weights.pth')
     own = read_checkpoint(str(tmp_path / 'weights.pth'))['best']
     assert type(own) is type(value)
+    assert own.dtype == value.dtype
     np.testing.assert_array_equal(own, value)
+
+
+def test_arrays_that_numpy_1_wrote_are_read(tmp_path):
+    new, old = tmp_path / 'new.pth', tmp_path / 'old.pth'
+    torch.save(dict(state_dict={}, best=np.arange(3.)), new)
+    with zipfile.ZipFile(new) as src, zipfile.ZipFile(old, 'w') as dst:
+        for name in src.namelist():
+            dst.writestr(name, src.read(name).replace(
+                b'cnumpy._core.', b'cnumpy.core.'))
+    assert b'cnumpy.core.' in old.read_bytes()
+    np.testing.assert_array_equal(read_checkpoint(str(old))['best'],
+                                  np.arange(3.))
+
+
+@pytest.mark.parametrize('value', [np.array([None]), np.str_('a')])
+def test_other_arrays_of_numpy_are_told_as_pickled(value, tmp_path):
+    path = str(tmp_path / 'weights.pth')
+    torch.save(dict(state_dict=GOOD, names=value), path)
+    with pytest.raises(CheckpointError, match=r'pickled numpy\.dtypes\.\w+, '
+                       'and unpickling can run code'):
+        read_checkpoint(path)
+    assert read_checkpoint(path, trust_pickle=True)['names'] == value
 
 
 @pytest.mark.parametrize('name', ARCHS)
 def test_arch_is_read_off_the_weights(name):
     with torch.device('meta'):
         model = Conv2Former(name)
-    arch = infer_arch(model.state_dict())
+    weights = model.state_dict()
+    arch = infer_arch(weights)
     assert arch == resolve_arch(name) == model.arch
+    assert infer_arch(dict(reversed(weights.items()))) == arch
     assert describe_arch(arch).startswith(f"arch '{name}' (depths ")
 
 

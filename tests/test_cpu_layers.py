@@ -76,6 +76,18 @@ def test_batch_norm_of_cpus_is_as_exact_as_torchs_in_16_bits(training, dtype):
         assert (own - true).norm() <= 2 * (other - true).norm() + noise
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_batch_norm_of_cpus_takes_moments_in_16_bits(dtype):
+    torch.manual_seed(0)
+    norm, plain = nn.BatchNorm2d(8).to(dtype), nn.BatchNorm2d(8)
+    x = torch.randn(2, 8, 5, 6).to(dtype)
+    out = cpu_layers.batch_norm(x, norm)
+    assert type(out.grad_fn).__name__ == 'BatchNormFunctionBackward'
+    plain(x.float())
+    for own, true in zip(norm.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(own, true.to(own), rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize('hooked', [True, False])
 def test_gelu_of_cpus_is_the_layer(hooked):
     layer, seen = nn.GELU(), []
@@ -149,6 +161,16 @@ def test_convolutions_of_long_rows_of_few_channels_are_right_in_bf16(
         results.append((out, leaf.grad, own.weight.grad, own.bias.grad))
     for exact, found in zip(*results, strict=True):
         assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize('change', [
+    dict(padding=2, padding_mode='reflect'), dict(groups=2)])
+def test_other_convolutions_are_the_layer_in_bf16(change):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(8, 8, 5, **change), torch.randn(1, 8, 9, 9)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        out = cpu_layers.convolution(x, layer)
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.02, atol=0.02)
 
 
 def test_convolutions_are_right_where_a_mode_looks_on():

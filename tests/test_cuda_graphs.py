@@ -297,6 +297,15 @@ def test_modes_and_frozen_stages_have_graphs_of_their_own(models, device):
     assert recorded(graphed) == 5
 
 
+def test_outputs_of_frozen_stages_want_no_gradients(models, device):
+    eager, graphed = models(frozen_stages=1, out_norm=False)
+    x = images(device)
+    for _ in range(4):
+        assert_same(step(graphed, x), step(eager, x))
+    for model in (eager, graphed):
+        assert [out.requires_grad for out in model(x)] == [False, True]
+
+
 def test_new_weights_are_seen_wherever_they_come_from(models, device):
     eager, graphed = models()
     eager.eval(), graphed.eval()

@@ -92,7 +92,7 @@ def folder(ade20k, tmp_path_factory):
         cwd=folder,
         env={
             **os.environ, 'OMP_NUM_THREADS': '1',
-            'PYTHONPATH': str(ROOT / 'tools')
+            'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tools"}'
         },
         capture_output=True,
         text=True,

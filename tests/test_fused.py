@@ -662,6 +662,19 @@ def test_hooks_of_all_modules_are_called_for_each():
         id(m) for m in model.modules() if not isinstance(m, nn.ModuleList)}
 
 
+@pytest.mark.parametrize('kind', [
+    'forward_pre_hook', 'full_backward_hook', 'full_backward_pre_hook'])
+def test_other_hooks_of_all_modules_are_called(kind):
+    model, called = Conv2Former(TINY), set()
+    handle = getattr(nn.modules.module, f'register_module_{kind}')(
+        lambda module, *_: called.add(module))
+    try:
+        model(torch.randn(1, 3, 32, 32))[0].sum().backward()
+    finally:
+        handle.remove()
+    assert {model.stages[0][0].attn.v, model.stages[0][0].mlp.fc1} <= called
+
+
 @pytest.mark.parametrize('change', [
     lambda block: setattr(block, 'layer_scale_1',
                           nn.Parameter(torch.ones(1))),
@@ -821,6 +834,13 @@ def test_weights_that_are_tensors_of_other_classes_take_the_plain_path():
     out = model(torch.ones(2, 8, 6, 7))
     assert not came_from_fused_path(out)
     torch.testing.assert_close(out.a, expected)
+
+
+def test_inputs_of_other_classes_are_not_read_by_the_kernels():
+    torch.manual_seed(0)
+    model, x = block(8, 5).float(), torch.randn(2, 8, 6, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(model(TwoTensor(x, x.clone())).a, model(x))
 
 
 @pytest.mark.parametrize('train', [True, False])
@@ -1477,6 +1497,13 @@ def test_all_kinds_of_hooks_are_called(name, register):
              lambda *_: called.append(1) and None)
     model(torch.randn(1, 3, 32, 32))[0].sum().backward()
     assert called == [1]
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_gradient_of_a_bias_is_in_fp32(dtype):
+    grad = torch.ones(1, 4, 128, 1, dtype=dtype)
+    torch.testing.assert_close(
+        products.linear_grad_bias(grad), torch.tensor([512.]))
 
 
 def test_empty_switch_is_no_switch(monkeypatch):

@@ -241,6 +241,7 @@ def test_prepared_weights_keep_the_place_of_those_that_they_are_of():
         model(official.image(32, 32))
         weight = weakref.ref(layer.weight)
         memory = weakref.ref(layer.weight.untyped_storage())
+        layer.weight.data = torch.zeros_like(layer.weight)
         del layer.weight
         gc.collect()
         assert weight() is not None and memory() is not None
@@ -470,6 +471,22 @@ def test_hooks_and_layers_of_later_than_fusing_run(autocast, change):
     assert difference(out, expected) < (0.02 if autocast else 1e-5)
 
 
+@pytest.mark.parametrize('change', [
+    dict(padding=2, dilation=2), dict(padding=1, padding_mode='reflect'),
+    dict(padding=1, groups=1)])
+def test_convolutions_of_later_than_fusing_run_as_they_are(
+        change, monkeypatch):
+    model, image = fused(classifier()), official.image(32, 32)
+    block = model.backbone.stages[1][1]
+    width = block.pos.out_channels
+    block.pos = nn.Conv2d(width, width, 3, **{'groups': width, **change})
+    block.pos.requires_grad_(False)
+    with torch.no_grad():
+        out = model(image)
+        monkeypatch.setenv('MMCONV2FORMER_FUSED', '0')
+        assert difference(out, model(image)) < 1e-5
+
+
 def test_weights_of_other_classes_are_not_read_by_the_kernels():
     model, image = fused(classifier()), official.image(32, 32)
     with torch.no_grad():
@@ -492,6 +509,8 @@ def test_each_norm_keeps_its_own_eps():
     model = classifier()
     for block in (m for m in model.modules() if isinstance(m, Block)):
         block.attn.norm.eps, block.mlp.norm.eps = 1., 0.1
+    for i, downsample in enumerate(model.backbone.downsample_layers[1:]):
+        downsample[0].eps = 0.1 * (i + 1)
     image = official.image(65, 50)
     with torch.no_grad():
         torch.testing.assert_close(fused(model)(image), model(image),

@@ -255,12 +255,18 @@ def test_mmpretrains_constructor_and_backbones_work_too():
     with pytest.raises(ValueError, match='knows layer_wise decay only'):
         build(model, decay_rate=.5, decay_type='stage_wise')
 
+    classifier = pretrain.models.ImageClassifier(dict(
+        type='mmconv2former.Conv2Former', arch=MINI))
+    found = settings(classifier, build(classifier, decay_rate=.5))
+    assert found['backbone.downsample_layers.0.0.weight'] == (.5**7, WD)
+
 
 @pytest.mark.parametrize('paramwise_cfg, message', [
     (dict(decay_rate=.9, layer_decay=.9), 'unknown keys.*: layer_decay;.*deca'
      'y_rate, decay_type, num_layers'),
     (dict(num_layers=6), r'decay_rate in \(0, 1\], got None'),
     (dict(decay_rate=1.1), r'decay_rate in \(0, 1\], got 1.1'),
+    (dict(decay_rate=0), r'decay_rate in \(0, 1\], got 0'),
     (dict(decay_rate=.9, decay_type='block'), "'layer_wise' or 'stage_wise'"),
     (dict(decay_rate=.9, num_layers=3), 'at least 4, the number of stages'),
     (dict(decay_rate=.9, num_layers=6.5), 'an integer of .* got 6.5'),
@@ -400,16 +406,19 @@ def test_resuming_with_other_groups_names_both_sets(change):
         other.load_state_dict(saved)
 
 
-def test_resuming_with_parameters_of_another_shape_is_refused():
+@pytest.mark.parametrize('optimizer', [
+    dict(type='AdamW', lr=LR), dict(type='SGD', lr=LR, momentum=.9),
+    dict(type='Adagrad', lr=LR)])
+def test_resuming_with_parameters_of_another_shape_is_refused(optimizer):
     """A fused optimizer would read beyond the end of the saved averages."""
     model = Model()
-    optim_wrapper = build(model, decay_rate=.5, num_layers=6)
+    optim_wrapper = build(model, optimizer, decay_rate=.5, num_layers=6)
     train_a_step(model, optim_wrapper)
     wider = Model(Conv2Former(MINI, mlp_ratio=2, out_norm=True,
                               out_indices=(0, 1, 2, 3)))
     with pytest.raises(CheckpointError, match=(
             'was trained with backbone.stages.0.0.mlp.fc1.* of shape')):
-        build(wider, decay_rate=.5, num_layers=6).load_state_dict(
+        build(wider, optimizer, decay_rate=.5, num_layers=6).load_state_dict(
             optim_wrapper.state_dict())
 
 

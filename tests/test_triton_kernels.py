@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -591,14 +592,14 @@ def test_number_of_splits_changes_nothing_but_the_rounding(
 
 @device_test
 def test_inputs_may_be_strided(kernels):
-    grad, z, zv, weight, bias = draw(
+    grad, z, zv, weight, bias, keep = draw(
         torch.float32, (2, 2, 2, 8), (2, 2, 2, 8), (2, 2, 2, 16), (8, 1, 3, 3),
-        (8, ))
+        (8, ), (2, 1, 1, 1))
 
     def strided(x, kind):
         """A slice of the channels, or channels that are not the last."""
-        if len(x) != 2:
-            return x
+        if x.shape[:3] != z.shape[:3]:
+            return x.repeat_interleave(2, 0)[::2]
         if kind == 1:
             pixels = x.flatten(0, 2).t().contiguous().t()
             return pixels.unflatten(0, x.shape[:3])
@@ -615,12 +616,12 @@ def test_inputs_may_be_strided(kernels):
         kernels.layer_norm: (z, bias, bias, EPS, torch.float32),
         kernels.layer_norm_backward: (grad, z, bias, bias, EPS, zv[..., 8:], 1,
                                       True),
-        kernels.scale_residual: (z, grad, bias, None),
-        kernels.scale_residual_backward: (grad, bias, None, torch.float32),
-        kernels.scale_residual_norm: (z, grad, bias, None, bias, bias, EPS,
+        kernels.scale_residual: (z, grad, bias, keep),
+        kernels.scale_residual_backward: (grad, bias, keep, torch.float32),
+        kernels.scale_residual_norm: (z, grad, bias, keep, bias, bias, EPS,
                                       torch.float32),
         kernels.scale_residual_norm_backward: (
-            grad, z, bias, bias, EPS, zv[..., 8:], bias, None, torch.float32,
+            grad, z, bias, bias, EPS, zv[..., 8:], bias, keep, torch.float32,
             True),
     }
     for function, inputs in calls.items():
@@ -630,6 +631,23 @@ def test_inputs_may_be_strided(kernels):
                               strict=True):
             torch.testing.assert_close(out, other, rtol=1e-6, atol=1e-5,
                                        msg=function.__name__)
+
+
+@device_test
+def test_weights_may_be_strided_and_have_many_rows(kernels):
+    rows = 1300
+    shapes = [(8, 8, 1, 1), (8, ), (8, 8, 1, 1), (8, ), (8, 1, 3, 3), (8, ),
+              (rows, 8, 1, 1), (rows, )]
+    branches = [draw(torch.float32, *shapes) for _ in range(2)]
+    scales = draw(torch.float32, (rows, ), (rows, ))
+    *others, other_scales = [
+        [p.repeat_interleave(2, 0)[::2] for p in group]
+        for group in (*branches, scales)]
+    for own, other, branch in zip(
+            kernels.operands(branches, torch.float32, scales),
+            kernels.operands(others, torch.float32, other_scales), branches):
+        assert all(map(torch.equal, own, other))
+        assert torch.equal(own[5], branch[7])
 
 
 @device_test
@@ -696,6 +714,14 @@ def test_deferred_sums_are_those_of_a_launch_each(kernels, monkeypatch):
         sums.sum_partials(partials[0])
         raise LookupError
     assert not launched  # of what failed nothing
+
+
+@device_test
+def test_sums_of_one_thread_do_not_wait_for_those_of_another(kernels):
+    partial, = draw(torch.float32, (3, 2, 2, 8))
+    with kernels.deferred_sums(), ThreadPoolExecutor(1) as pool:
+        out = pool.submit(sums.sum_partials, partial).result()
+        torch.testing.assert_close(out, partial.sum((0, 2)).flatten())
 
 
 @device_test
