@@ -808,8 +808,10 @@ def test_metric_has_to_ignore_what_the_heads_ignore():
         check(metric, loader, sizes, ignored, 'test_evaluator')
     metric['ignore_index'] = 200
     check(metric, loader, sizes, ignored, 'test_evaluator')
-    # A class that is not learned may count.
-    check(dict(type='IoUMetric'), loader, sizes, {'head': 0}, '')
+    # A class that is not learned may count; the first number that is none not.
+    check(dict(type='IoUMetric'), loader, {'head': 3}, {'head': 2}, '')
+    with pytest.raises(DataError, match='ignore_index=3'):
+        check(dict(type='IoUMetric'), loader, {'head': 3}, {'head': 3}, '')
     check(dict(type='Other'), loader, sizes, ignored, '')
 
 
@@ -1148,6 +1150,21 @@ def test_label_that_is_no_class_is_named_when_it_is_read(
                       'train_dataloader.sampler.shuffle=False')
     assert message.startswith(f"the label map '{path}' has the label 200")
     assert 'Traceback' not in message
+
+
+def test_label_maps_of_the_whole_data_are_sampled(ade20k, copy, monkeypatch):
+    monkeypatch.setattr(data_checks, 'SAMPLE', 2)  # of four
+    data = copy(ade20k)
+    paint(label_maps(data)[2], 151)
+    with pytest.raises(DataError, match='has the label 151'):
+        check(ADE20K, data)
+
+
+def test_labels_of_data_without_classes_are_those_of_the_heads(ade20k, copy):
+    data, key = copy(ade20k), 'model.decode_head.num_classes'
+    check(ADE20K, data, sizes={key: 151}, type='BaseSegDataset')
+    with pytest.raises(DataError, match='label 150 .* there are 150, with'):
+        check(ADE20K, data, sizes={key: 150}, type='BaseSegDataset')
 
 
 @pytest.mark.parametrize('label', [0, 1, 150, 255])

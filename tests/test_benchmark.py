@@ -259,6 +259,19 @@ def test_models_that_differ_or_fail_are_not_timed_and_others_are(
     assert '| conv2former-n          | differs from' in capsys.readouterr().out
 
 
+def test_fp32_is_fp32_and_too_little_memory_is_no_failure(monkeypatch, capsys):
+    for name, value in dict(allow_tf32=True, benchmark=False).items():
+        monkeypatch.setattr(torch.backends.cudnn, name, value)
+
+    def run_case(case, args):
+        assert not torch.backends.cudnn.allow_tf32
+        return [make_row(samples=None, failed=benchmark.OUT_OF_MEMORY)], {}
+
+    monkeypatch.setattr(benchmark, 'run_case', run_case)
+    benchmark.main(['--models', 'conv2former-n', '--mode', 'forward'])
+    assert benchmark.OUT_OF_MEMORY in capsys.readouterr().out
+
+
 def test_models_that_refuse_a_case_do_not_end_the_others(tmp_path):
     path = tmp_path / 'x.json'
     with pytest.raises(SystemExit, match='not timed:\n.*no layer depths'):

@@ -339,16 +339,26 @@ def test_detection_trains_for_one_or_three_times_the_schedule(config):
     warm_up, falls = cfg.param_scheduler
     assert (warm_up.start_factor, warm_up.end, warm_up.by_epoch) == (
         0.001, 1000, False)
-    assert (cfg.train_cfg.max_epochs, falls.end, falls.milestones) == (
-        epochs, epochs, steps)
+    assert (cfg.train_cfg.max_epochs, falls.end, falls.milestones,
+            falls.gamma) == (epochs, epochs, steps, 0.1)
     pipeline = cfg.train_dataloader.dataset.pipeline
     crops = [t for t in pipeline if t.type == 'RandomChoice']
     assert len(crops) == (0 if '1x' in config.stem else 1)
+    for choice in crops:
+        whole, (before, crop, after) = choice.transforms
+        assert whole[0].scales == after.scales == [
+            (short, 1333) for short in range(480, 801, 32)]
+        assert before.scales == [(400, 1333), (500, 1333), (600, 1333)]
+        assert crop.crop_size == (384, 600)
     assert cfg.val_evaluator.metric == ['bbox', 'segm']
 
 
 def test_cascade_has_the_heads_of_the_recipe():
-    for head in load(CASCADE).model.roi_head.bbox_head:
+    heads = load(CASCADE).model.roi_head.bbox_head
+    assert [head.bbox_coder.target_stds for head in heads] == [
+        [0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1],
+        [0.033, 0.033, 0.067, 0.067]]
+    for head in heads:
         assert head.type == 'Shared4Conv1FCBBoxHead'
         assert head.norm_cfg.type == 'SyncBN'
         assert not head.reg_class_agnostic and head.reg_decoded_bbox
@@ -361,6 +371,7 @@ def test_segmentation_slides_and_decays_to_zero(size):
     cfg = load(f'segmentation/upernet_conv2former_{size}_ade20k.py')
     warm_up, poly = cfg.param_scheduler
     assert (warm_up.start_factor, warm_up.end) == (1e-6, 1500)
+    assert warm_up.by_epoch is poly.by_epoch is False
     assert (poly.power, poly.begin, poly.end, poly.eta_min) == (1, 1500,
                                                                 160000, 0)
     assert cfg.train_cfg.max_iters == 160000
@@ -369,13 +380,67 @@ def test_segmentation_slides_and_decays_to_zero(size):
     assert (test_cfg.mode, test_cfg.crop_size, test_cfg.stride) == (
         'slide', (crop, crop), (stride, stride))
     assert cfg.model.data_preprocessor.size == (crop, crop)
-    resize, random_crop = cfg.train_dataloader.dataset.pipeline[2:4]
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    assert [t.type for t in pipeline] == [
+        'LoadImageFromFile', 'LoadAnnotations', 'RandomResize', 'RandomCrop',
+        'RandomFlip', 'PhotoMetricDistortion', 'PackSegInputs']
+    resize, random_crop, flip = pipeline[2:5]
     assert (resize.scale, random_crop.crop_size) == ((4 * crop, crop),
                                                      (crop, crop))
+    assert (resize.ratio_range, random_crop.cat_max_ratio, flip.prob) == (
+        (0.5, 2.0), 0.75, 0.5)
+    for head, weight in ((cfg.model.decode_head, 1.0),
+                         (cfg.model.auxiliary_head, 0.4)):
+        assert head.loss_decode.loss_weight == weight
+        assert head.norm_cfg.type == 'SyncBN'
     assert cfg.test_dataloader.dataset.pipeline[1].scale == (4 * crop, crop)
     scales = [t.scale for t in cfg.tta_pipeline[1].transforms[0]]
     assert scales == [(int(4 * crop * r), int(crop * r))
                       for r in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
+    flips = cfg.tta_pipeline[1].transforms[1]
+    assert [flip.prob for flip in flips] == [0., 1.]
+
+
+@pytest.mark.parametrize('config', [
+    IN1K, 'classification/conv2former_l_in22k.py', FINE_TUNED])
+def test_classification_is_augmented_as_published(config):
+    cfg = load(config)
+    _, crop, flip, augment, erase, _ = cfg.train_dataloader.dataset.pipeline
+    assert crop.interpolation == 'bicubic'
+    assert (flip.prob, flip.direction) == (0.5, 'horizontal')
+    assert (augment.policies, augment.num_policies, augment.magnitude_level,
+            augment.magnitude_std) == ('timm_increasing', 2, 9, 0.5)
+    assert erase.erase_prob == 0.25
+    # Images are BGR there, and RGB behind the preprocessor.
+    assert erase.fill_color == cfg.data_preprocessor.mean[::-1]
+    assert erase.fill_std == cfg.data_preprocessor.std[::-1]
+    assert augment.hparams.pad_val == [
+        round(x) for x in cfg.data_preprocessor.mean[::-1]]
+    loss = cfg.model.head.loss
+    assert (loss.type, loss.label_smooth_val) == ('LabelSmoothLoss', 0.1)
+    mixed = [(a.type, a.alpha)
+             for a in (cfg.model.get('train_cfg') or {}).get('augments', ())]
+    assert mixed == ([] if config == FINE_TUNED else
+                     [('Mixup', 0.8), ('CutMix', 1.)])
+
+
+@pytest.mark.parametrize('config', LEAVES, ids=lambda path: path.stem)
+def test_images_are_normalised_as_in_the_pre_training(config):
+    cfg = load(config)
+    settings = cfg.model.get('data_preprocessor') or cfg.data_preprocessor
+    assert settings.mean == [123.675, 116.28, 103.53]
+    assert settings.std == [58.395, 57.12, 57.375]
+    assert settings.get('to_rgb') or settings.get('bgr_to_rgb')
+
+
+@pytest.mark.parametrize('config', RECIPES, ids=lambda path: path.stem)
+def test_best_checkpoint_is_the_one_of_the_greatest_metric(config):
+    cfg = load(config)
+    keep = cfg.default_hooks.checkpoint
+    metric = dict(classification='auto', detection='coco/bbox_mAP',
+                  segmentation='mIoU')[config.parts[0]]
+    assert (keep.save_best, keep.rule) == (
+        metric if cfg.val_dataloader else None, 'greater')
 
 
 @pytest.mark.parametrize('config, size, edge', [
@@ -392,6 +457,8 @@ def test_classification_is_evaluated_on_the_central_90_percent(
         assert pipeline[1].scale == edge == int(size / 0.9)
         assert pipeline[1].interpolation == 'bicubic'
         assert pipeline[2].crop_size == size
+    flips = cfg.tta_pipeline[-1].transforms[0]
+    assert [flip.prob for flip in flips] == [0., 1.]
 
 
 def test_ablations_change_one_setting_of_the_main_model():

@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -229,6 +230,28 @@ def test_file_that_was_put_into_the_data_is_not_lost(few_sources, tmp_path):
     assert contents(dest) == before
 
 
+def test_link_that_leads_nowhere_is_not_lost(few_sources, tmp_path):
+    dest = tmp_path / 'digits'
+    make.make_digits(dest, **SETTINGS, report=silent)
+    (dest / 'link').symlink_to(tmp_path / 'nowhere')
+    with pytest.raises(SystemExit, match='holds link, which no manifest'):
+        make.main([str(dest), '--seed', '1'])
+    assert (dest / 'link').is_symlink()
+
+
+def test_validation_has_one_picture_of_each_fifth_digit(few_sources, tmp_path):
+    make.make_digits(tmp_path, **{**SETTINGS, 'views': 2}, report=silent)
+    manifest = json.loads((tmp_path / 'manifest.json').read_text())
+    for split, views in (('train', 2), ('val', 1)):
+        pictures = [name for name in manifest['files']
+                    if name.startswith(f'classification/{split}/')]
+        assert len(pictures) == views * len(manifest['sources'][split])
+    _, labels = make.load_sources()
+    for label in range(10):
+        chosen = [i for i in manifest['sources']['val'] if labels[i] == label]
+        assert len(chosen) == round(0.2 * (labels == label).sum())
+
+
 def test_path_that_cannot_become_a_folder_is_told(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(SystemExit, match='is a file'):
@@ -436,6 +459,46 @@ def test_report_names_a_file_that_was_cut(read, file, runs, tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(report.DataError, match=f'{path.name} is damaged'):
         read(run)
+
+
+def test_last_test_is_the_newest_whatever_its_name(tmp_path):
+    for age, name in enumerate('bca'):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (9 - age, 9 - age))
+    assert report.newest(tmp_path, '*').name == 'b'
+
+
+def test_rows_compare_with_target_and_scratch(tmp_path, monkeypatch):
+    metric = report.Metric('top-1 %', 'top1', 100, 97, 1)
+    monkeypatch.setattr(
+        report, 'TASKS', (report.Task('a', 'run', (metric, ), True), ))
+    values = {'run': 0.97, 'run_scratch': 0.5}
+    monkeypatch.setattr(report, 'read_metrics', lambda run, keys: {
+        'top1': values[run.name]})
+    row, _ = report.make_rows(tmp_path, {
+        'train run': 60., 'test run': 30., 'train run_scratch': 600.,
+        'total': 90.}, True)
+    assert row == {
+        'task': 'a', 'metric': 'top-1 %', 'value': '97.0', 'target': '97.0',
+        'met': 'yes', 'minutes': '1.5', 'from scratch': '50.0',
+        'difference': '+47.0'}
+
+
+def test_sure_digits_are_drawn_as_what_they_are(data):
+    mask = rle.encode(np.asfortranarray(np.ones((4, 4), 'uint8')))
+    instances = dict(
+        bboxes=torch.tensor([[0., 0., 4., 4.], [0., 0., 2., 2.]]),
+        masks=[mask, mask], labels=torch.tensor([3, 4]),
+        scores=torch.tensor([0.9, 0.4]))
+    found = report.read_detections([
+        dict(img_path='x/a.png', pred_instances=instances)])
+    digit, = found['a.png']
+    assert (digit.label, digit.box) == (3, (0, 0, 4, 4))
+    truth = report.read_truth(data / 'scenes/val.json')
+    coco = json.loads((data / 'scenes/val.json').read_text())
+    names = {c['id']: int(c['name']) for c in coco['categories']}
+    assert sorted(d.label for digits in truth.values() for d in digits) == \
+        sorted(names[a['category_id']] for a in coco['annotations'])
 
 
 @pytest.mark.parametrize('size', [100, 10])

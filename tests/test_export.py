@@ -167,6 +167,28 @@ def test_other_channels_than_three_have_the_order_of_the_loader(
         capsys.readouterr().out
 
 
+@pytest.mark.parametrize('settings, order', [
+    (dict(to_rgb=True), 'RGB'), (dict(bgr_to_rgb=True), 'RGB'),
+    (dict(bgr_to_rgb=False), 'BGR')])
+def test_order_of_the_colours_is_told(settings, order, tool, tmp_path,
+                                      monkeypatch, capsys):
+    cfg = Config(dict(model=dict(data_preprocessor=settings), work_dir='x'))
+    monkeypatch.setattr(tool.launch, 'read_config', lambda args: cfg)
+    monkeypatch.setattr(tool, 'load_model', lambda *_: None)
+    monkeypatch.setattr(tool, 'select', lambda *_: (None, ['logits']))
+    monkeypatch.setattr(tool, 'export', lambda *_: [])
+    tool.main(['a.py', 'a.pth', '--format', 'torch', '--out',
+               str(tmp_path / 'a')])
+    assert f'pixels: {order}, mean None' in capsys.readouterr().out
+
+
+def test_one_wrong_number_is_a_difference(tool):
+    right = torch.full((1000, ), 10.)
+    wrong = right.clone()
+    wrong[7] += 0.1
+    assert tool.difference([wrong], [right]) == pytest.approx(0.01, 1e-3)
+
+
 @pytest.mark.parametrize('wrong', [
     lambda out: out + 2e-4 * out.abs().max(),
     lambda out: out * float('nan'),
@@ -412,10 +434,43 @@ def test_int8_that_loses_accuracy_is_not_written(quantizer, quantize,
     monkeypatch.setattr(quantizer, 'quantize',
                         lambda model, out, data: Path(out).touch())
     monkeypatch.setattr(quantizer, 'compare',
-                        lambda paths, data: [(90., 2.), (89.4, 1.)])
-    with pytest.raises(SystemExit, match='int8 loses 0.60 points'):
+                        lambda paths, data: [(90., 2.), (89.49, 1.)])
+    with pytest.raises(SystemExit, match='int8 loses 0.51 points'):
         run()
     assert [*model.parent.iterdir()] == [model]
+    other, found = model.parent / 'other.onnx', [89.5, 93.]
+    monkeypatch.setattr(quantizer, 'compare',
+                        lambda paths, data: [(90., 2.), (found.pop(), 1.)])
+    while found:
+        run('--out', str(other))
+        other.unlink()
+    assert [*model.parent.iterdir()] == [model]
+
+
+def test_accuracy_of_each_file_is_that_of_all_images(quantizer, monkeypatch):
+    labels, rows = torch.tensor([0, 1, 2, 0]), torch.arange(4)
+    scores = dict(right=torch.eye(3)[labels],
+                  half=torch.eye(3)[torch.tensor([0, 1, 0, 1])])
+    monkeypatch.setattr(quantizer.export, 'load',
+                        lambda path: lambda rows: [scores[path][rows]])
+    (right, _), (half, _) = quantizer.compare(
+        ['right', 'half'], [(rows[:3], labels[:3]), (rows[3:], labels[3:])])
+    assert (right, half) == (100, 50)
+
+
+def test_data_of_training_calibrate_and_those_of_testing_compare(
+        quantizer, quantize, monkeypatch):
+    run, _, written = quantize
+    parts = []
+    monkeypatch.setattr(quantizer, 'batches', lambda cfg, part, count: (
+        parts.append((part, count)), iter([(torch.zeros(1, 3, 8, 8), 0)]))[1])
+    monkeypatch.setattr(quantizer, 'quantize',
+                        lambda model, out, data: Path(out).touch())
+    monkeypatch.setattr(quantizer, 'compare',
+                        lambda paths, data: [(90., 2.), (90., 1.)])
+    run('--images', '7')
+    written.unlink()
+    assert parts == [('train', 256), ('test', 7)]
 
 
 def test_accuracy_is_counted_on_images_as_testing_sees_them(

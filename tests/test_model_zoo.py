@@ -185,12 +185,14 @@ def test_table_of_the_tool_adds_up(get_flops, capsys):
 def test_regions_are_those_that_are_counted(has_masks, get_flops, capsys):
     options = [] if has_masks else [
         '--cfg-options', 'model.roi_head.mask_head=None']
+    test_cfg = load('configs/detection/mask_rcnn_conv2former_mini_digits.py'
+                    ).model.test_cfg
     get_flops.main([
         str(ROOT / 'configs/detection/mask_rcnn_conv2former_mini_digits.py'),
         *options])
-    masks = ', [0-9]+ masks' if has_masks else ''
-    assert re.search(f'^roi_head: [0-9]+ boxes{masks}$',
-                     capsys.readouterr().out, re.M)
+    masks = f', {test_cfg.rcnn.max_per_img} masks' if has_masks else ''
+    assert f'\nroi_head: {test_cfg.rpn.max_per_img} boxes{masks}\n' \
+        in capsys.readouterr().out
 
 
 def test_kernel_size_can_be_set_on_the_command_line(get_flops, capsys):
@@ -259,6 +261,8 @@ def test_segmentors_are_counted_at_the_size_of_the_preprocessing(get_flops):
     cfg = Config(dict(model=dict(decode_head=dict()),
                       data_preprocessor=dict(size=(64, 64))))
     assert get_flops.default_shape(cfg) == (64, 256)
+    cfg.data_preprocessor.size = (64, 96)
+    assert get_flops.default_shape(cfg) == (64, 256)
     cfg.model.data_preprocessor = dict(size=(32, 32))
     assert get_flops.default_shape(cfg) == (32, 128)
     cfg.model.data_preprocessor = None
@@ -284,10 +288,14 @@ def test_crop_is_found_in_wrapped_data_sets(get_flops):
     ('RandomResizedCrop', 'scale')])
 def test_crop_that_is_no_square_counts_as_it_crops(name, key, get_flops):
     from mmpretrain.registry import TRANSFORMS
-    crop = {'type': f'mmpretrain.{name}', key: (48, 32)}
+    crop, other = ({'type': f'mmpretrain.{name}', key: size}
+                   for size in ((48, 32), (16, 16)))
     image = TRANSFORMS.build(crop)(dict(img=np.zeros((64, 64, 3))))['img']
     cfg = Config(dict(
-        model=dict(head=dict()), test_dataloader=dict(
+        model=dict(head=dict()),
+        train_dataloader=dict(
+            dataset=dict(type='CustomDataset', pipeline=[other])),
+        test_dataloader=dict(
             dataset=dict(type='CustomDataset', pipeline=[crop]))))
     assert get_flops.default_shape(cfg) == image.shape[:2]
 

@@ -128,9 +128,9 @@ def test_groups_that_do_not_learn_are_resumed(resume, caplog):
 
 def test_settings_that_the_checkpoint_overrules_are_told(resume, caplog):
     message, = warnings(
-        resume, start(lr=0.2, end=30, max_iters=40, weight_decay=0.3),
+        resume, start(lr=0.105, end=30, max_iters=40, weight_decay=0.3),
         checkpoint(start(weight_decay=0.4)), caplog)
-    assert 'lr of the optimizer 0.1 (config: 0.2); ' in message
+    assert 'lr of the optimizer 0.1 (config: 0.105); ' in message
     assert 'weight_decay of the optimizer 0.4 (config: 0.3); ' in message
     assert 'end of param_scheduler.0 10 (config: 30); ' in message
     assert 'total_iters of param_scheduler.0 9 (config: 29). ' in message

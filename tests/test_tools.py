@@ -509,6 +509,26 @@ def test_training_that_ends_in_the_warm_up_is_refused(config, last, message,
     assert told.startswith(message) and bool(told) == bool(message)
 
 
+def test_training_begins_with_looks_at_schedules_and_checkpoints(
+        tool, in_digits, tmp_path, monkeypatch, caplog):
+    train, compared = tool('train'), []
+    monkeypatch.setattr(
+        train.launch, 'build_runner', lambda cfg: SimpleNamespace(
+            logger=logging.getLogger('told'), train=lambda: None))
+    monkeypatch.setattr(train.resume, 'check_processes', compared.append)
+    with caplog.at_level(logging.WARNING, 'told'):
+        train.main([
+            'digits.py', '--resume', '--work-dir', str(tmp_path),
+            '--cfg-options', 'optim_wrapper.paramwise_cfg.decay_rate=0.9',
+            "param_scheduler=[dict(type='PolyLR',eta_min=1e-5)]"])
+    assert len(compared) == 1
+    assert f'no checkpoint in {tmp_path}; training begins' in caplog.text
+    assert 'param_scheduler.0: eta_min=1e-05 is one rate' in caplog.text
+    assert 'begins after 5 epochs of warm-up' in refusal(
+        train.main, CONFIGS / 'classification/conv2former_t_in1k.py',
+        '--cfg-options', 'train_cfg.max_epochs=5')
+
+
 def test_resume_needs_neither_backbone_nor_neck_to_be_pretrained(
         tool, tmp_path):
     train = tool('train')
@@ -796,6 +816,24 @@ def test_weights_of_some_of_the_names_are_started_from(name, is_refused,
     assert ('no weights by the names of this model' in told) == is_refused
 
 
+def test_checkpoint_may_be_a_url():
+    checkpoint_files.check_file('https://host.test/c.pth', 'the checkpoint')
+
+
+def test_versions_of_layers_are_loaded_with_their_weights(tmp_path):
+    class Layer(torch.nn.Linear):
+        _version = 3
+
+        def _load_from_state_dict(self, state, prefix, metadata, *args):
+            seen.append(metadata.get('version'))
+            super()._load_from_state_dict(state, prefix, metadata, *args)
+
+    model, seen = torch.nn.Sequential(Layer(1, 1)), []
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'a.pth')
+    checkpoint_files.load_weights(model, str(tmp_path / 'a.pth'))
+    assert seen == [3]
+
+
 def test_missing_checkpoint_is_refused(tool):
     message = refusal(
         tool('test').main, CONFIGS / 'classification/conv2former_t_in1k.py',
@@ -1051,6 +1089,20 @@ def test_config_taken_for_a_value_of_amp_is_explained(tool, capsys):
         ' '.join(capsys.readouterr().err.split())
 
 
+def test_loss_scale_that_is_set_does_not_grow(tool):
+    cfg = train_config(tool, '--amp', '--cfg-options',
+                       'optim_wrapper.loss_scale=8.')
+    for key in ('constructor', 'paramwise_cfg'):
+        cfg.optim_wrapper.pop(key, None)
+    model = torch.nn.Linear(2, 2)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    wrapper.loss_scaler.set_growth_interval(1)
+    with wrapper.optim_context(model):
+        loss = model(torch.ones(1, 2)).float().sum()
+    wrapper.update_params(loss)
+    assert wrapper.loss_scaler.get_scale() == 8
+
+
 def fit_lr(tool, *options):
     """The config and the line for the log that train.py makes of options."""
     cfg = train_config(tool, *options)
@@ -1079,6 +1131,13 @@ def test_learning_rate_is_scaled_to_the_images_of_an_update(
     assert cfg.auto_scale_lr == dict(
         enable=False, base_batch_size=processes * 32)
     assert level == logging.INFO and f'sees {processes * 32} images' in text
+
+
+def test_learning_rate_of_a_resumed_training_is_that_of_its_checkpoint(tool):
+    cfg = train_config(tool)
+    cfg.resume = True
+    _, text = tool('train').fit_lr(cfg)
+    assert text.endswith('That of the checkpoint goes on.')
 
 
 def test_batch_that_the_learning_rate_does_not_fit_is_reported(tool):
@@ -1187,9 +1246,14 @@ def test_sharding_needs_several_processes(tool):
         train_config(tool, '--fsdp')
 
 
-def test_settings_of_sharding_are_kept(tool):
+@pytest.mark.parametrize('config', [
+    'classification/conv2former_mini_digits.py',  # names no optim_wrapper.type
+    'segmentation/upernet_conv2former_t_ade20k.py'])
+def test_settings_of_sharding_are_kept(config, tool):
     cfg = train_config(tool, '--fsdp', '--launcher', 'pytorch',
-                       '--cfg-options', 'strategy.model_wrapper.a=5')
+                       '--cfg-options', 'strategy.model_wrapper.a=5',
+                       config=config)
+    assert cfg.runner_type == 'FlexibleRunner'
     assert cfg.strategy == dict(type='ShardedStrategy',
                                 model_wrapper=dict(a=5))
 
@@ -1287,6 +1351,39 @@ def options_of_test(tool, config, *options):
     test = tool('test')
     args = test.parse_args([str(CONFIGS / config), __file__, *options])
     return test.merge_args(sys.modules['launch'].read_config(args), args)
+
+
+def test_masks_are_saved_as_run_lengths(tool, tmp_path):
+    path = str(tmp_path / 'a.pkl')
+    cfg = options_of_test(
+        tool, 'detection/mask_rcnn_conv2former_t_coco.py', '--out', path)
+    assert cfg.test_evaluator[-1] == dict(
+        type='mmdet.DumpDetResults', out_file_path=path)
+
+
+def test_missing_data_of_testing_are_answered_with_the_layout(
+        tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal(
+        tool('test').main, CONFIGS / 'classification/conv2former_t_in1k.py',
+        __file__)
+    assert '[MISSING] data/imagenet/val' in message
+    assert 'data/imagenet/train' not in message
+
+
+def test_work_dir_of_testing_that_cannot_be_made_is_refused(tool, in_digits):
+    message = refusal(tool('test').main, 'digits.py', __file__,
+                      '--work-dir', 'digits.py/work')
+    assert "cannot write in 'digits.py/work'" in message
+
+
+def test_wrapped_data_sets_are_augmented(tool):
+    cfg = Config.fromfile(CONFIGS / 'classification/conv2former_t_in1k.py')
+    inner = cfg.test_dataloader.dataset
+    cfg.test_dataloader.dataset = dict(type='ConcatDataset', datasets=[inner])
+    tool('test')._augment(cfg)
+    assert cfg.test_dataloader.dataset.datasets == [
+        dict(inner, pipeline=cfg.tta_pipeline)]
 
 
 def test_label_maps_are_not_saved_in_a_pickle(tool, tmp_path):
@@ -1430,6 +1527,22 @@ def test_types_may_be_classes(tool, tmp_path):
         dict(type=torch.nn.SyncBatchNorm)) == dict(type='BN')
 
 
+def test_settings_of_the_wrapper_are_kept_on_a_cpu(tool, monkeypatch):
+    launch = tool('launch')
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(launch, 'keep_freed_memory', lambda: None)
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(launch.Runner, 'from_cfg', lambda cfg: SimpleNamespace(
+        build_dataloader=None, build_val_loop=None, build_test_loop=None))
+    cfg = Config(dict(
+        launcher='pytorch', model=dict(type='A'), find_unused_parameters=True,
+        model_wrapper_cfg=dict(static_graph=True)))
+    launch.build_runner(cfg)
+    assert cfg.model_wrapper_cfg == dict(
+        type='MMDistributedDataParallel', broadcast_buffers=False,
+        find_unused_parameters=True, static_graph=True, device_ids=None)
+
+
 def test_batch_norm_is_not_synchronised_without_a_gpu(tool):
     cfg = Config.fromfile(
         CONFIGS / 'segmentation/upernet_conv2former_t_ade20k.py')
@@ -1550,15 +1663,19 @@ def test_machine_that_is_none_of_several_is_told(rank):
     assert f"number from 0 to 1, got '{rank}'" in done.stderr
 
 
-def test_several_machines_meet_where_they_are_told(tmp_path):
+@pytest.mark.parametrize('env, expected', [
+    (dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='10.0.0.1', PORT='1234'),
+     '--nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 1234'),
+    (dict(NODE_RANK='3'), '--standalone --local-addr 127.0.0.1'),
+    (dict(PORT='1234'), '--nnodes 1 --node-rank 0 --master-addr 127.0.0.1 '
+     '--master-port 1234')])
+def test_machines_meet_where_they_are_told(env, expected, tmp_path):
     """What torchrun is given; a stand-in for python prints it."""
     python = tmp_path / 'python'
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
     printed = run(
         'bash', ROOT / 'tools/dist_train.sh', 'c.py', '8', '--amp',
-        cwd=tmp_path, PATH=f'{tmp_path}:{os.environ["PATH"]}', NNODES='2',
-        NODE_RANK='1', MASTER_ADDR='10.0.0.1', PORT='1234')
-    assert ('--nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port '
-            '1234 --nproc-per-node 8') in printed
+        cwd=tmp_path, PATH=f'{tmp_path}:{os.environ["PATH"]}', **env)
+    assert f'.run {expected} --nproc-per-node 8 ' in printed
     assert printed.strip().endswith('train.py c.py --amp --launcher pytorch')

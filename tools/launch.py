@@ -72,7 +72,8 @@ class _SettingsAction(DictAction):
                 ('[', '(')) and ('{' in text or 'dict(' in text):
             try:
                 return Config.fromstring(f'value = {text}', '.py').value
-            except (SyntaxError, NameError) as error:
+            except (SyntaxError, NameError, TypeError, ValueError,
+                    ArithmeticError) as error:
                 raise ValueError(
                     f'{text} is not as Python writes dicts: {error}'
                 ) from error

@@ -128,7 +128,7 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> Config:
             # It has the range of fp32, so that nothing needs scaling.
             settings.setdefault('loss_scale', 1.)
     if args.fsdp:
-        if settings.type == CPUAmpOptimWrapper.__name__ \
+        if type_name(settings) == CPUAmpOptimWrapper.__name__ \
                 and settings.dtype == 'float16':
             raise SystemExit('--fsdp in fp16 runs on GPUs only, for on CPUs '
                              'each process would scale its losses by itself: '
