@@ -911,7 +911,8 @@ def test_settings_may_be_dicts(tool, value):
     assert args.cfg_options == dict(key=[dict(type='A', size=(8, 8))])
 
 
-@pytest.mark.parametrize('value', ["[dict(type='A']", '[{type: A}]'])
+@pytest.mark.parametrize('value', [
+    "[dict(type='A']", '[{type: A}]', 'dict(1)', 'dict(a=1/0)'])
 def test_settings_that_are_no_dicts_are_told(tool, value, capsys):
     with pytest.raises(SystemExit):
         tool('train').parse_args(['a.py', '--cfg-options', f'key={value}'])
