@@ -76,6 +76,11 @@ def executed_launches(hopper, monkeypatch):
     def call(self, *tensors):
         names.add(self.kernel.__name__)
         assert self.constants['enable_fp_fusion']
+        # One that is compiled serves all values of integers.
+        scalars = [p for p in self.kernel.params if not p.is_constexpr]
+        for param, value in zip(scalars[len(tensors):], self.scalars,
+                                strict=True):
+            assert param.do_not_specialize or isinstance(value, float), param
         ptx.execute(self.kernel, self.grid[0], *tensors, *self.scalars,
                     **self.constants)
 

@@ -246,7 +246,7 @@ def test_any_number_of_threads_gives_the_same_bits():
         (c, 1, k, k), (c, ), (c, 1, 3, 3))
     threads, results = torch.get_num_threads(), []
     try:
-        for count in 1, 2, 5:
+        for count in 1, 2, 5, 2, 5, 2, 5:  # a race has several chances
             torch.set_num_threads(count)
             results.append([
                 *cpp_kernels.gate_forward(zv, weight, bias),
@@ -261,6 +261,42 @@ def test_any_number_of_threads_gives_the_same_bits():
     for others in results[1:]:
         for first, other in zip(results[0], others, strict=True):
             assert torch.equal(first, other)
+
+
+def test_sums_of_thousands_of_samples_are_exact():
+    x = torch.linspace(0.1, 0.8, 8).repeat(20000, 1, 1, 1)
+    weight, bias = torch.full((8, 1, 3, 3), 0.1), torch.full((8, ), 0.1)
+    for name, *inputs in (
+            ('gate_backward', x, x.repeat(1, 1, 1, 2), x, weight, bias),
+            ('position_backward', x, x, weight, bias),
+            ('layer_norm_backward', x, x, bias, bias, EPS, None),
+            ('scale_residual_backward', x, bias, None, x.dtype)):
+        own = getattr(cpp_kernels, name)(*inputs)
+        true = getattr(torch_kernels, name)(*map(in_double, inputs))
+        for o, t in zip(own, true, strict=True):
+            if t is not None:  # of what comes first
+                torch.testing.assert_close(o.double(), t, rtol=1e-6,
+                                           atol=1e-6)
+
+
+def test_norms_and_gradients_are_of_what_is_stored():
+    low = torch.bfloat16
+    x, y, residual = draw(low, *[(2, 5, 7, 20)] * 3)
+    scale, weight, bias = draw(torch.float32, *[(20, )] * 3)
+    keep = torch.tensor([1.25, 0.]).view(2, 1, 1, 1)
+    out, normed = cpp_kernels.scale_residual_norm(
+        x, y, scale, keep, weight, bias, EPS, low)
+    assert torch.equal(out, cpp_kernels.scale_residual(x, y, scale, keep))
+    assert torch.equal(
+        normed, cpp_kernels.layer_norm(out, weight, bias, EPS, low))
+    grad, *_, own, scaled, sums = cpp_kernels.scale_residual_norm_backward(
+        y, out, weight, bias, EPS, residual, scale, keep, low, False)
+    for o, t in zip((own, scaled, sums), cpp_kernels.scale_residual_backward(
+            grad, scale, keep, low), strict=True):
+        assert torch.equal(o, t)
+    grad = grad.float() * keep
+    assert torch.equal(own, grad.to(low))
+    assert torch.equal(scaled, (grad * scale).to(low))
 
 
 def test_inputs_may_have_any_strides():
@@ -319,6 +355,46 @@ def test_torch_has_what_the_kernels_do_not_take(dtype, k):
             for o, p in zip(*([out] if torch.is_tensor(out) else out
                               for out in outs), strict=True):
                 assert o is p is None or torch.equal(o, p), name
+
+
+def test_torch_has_what_is_in_part_of_such_a_type():
+    half, low = torch.float16, torch.bfloat16
+    x, zv, bias, weight = draw(torch.float32, (2, 5, 7, 8), (2, 5, 7, 16),
+                               (8, ), (8, 1, 3, 3))
+    norm = bias, bias, EPS
+    for name, *inputs in (
+            ('gate_backward', x, zv.half(), x.half(), weight, bias),
+            ('position_backward', x, x.half(), weight, bias),
+            ('layer_norm_backward', x.half(), x, *norm, None),
+            ('scale_residual', x, x.half(), bias, None),
+            ('scale_residual_backward', x, bias, None, half),
+            ('scale_residual_norm', x, x, bias, None, *norm, low),
+            ('scale_residual_norm_backward', x, x, *norm, x, bias, None, low,
+             False)):
+        outs = [getattr(module, name)(*map(copied, inputs))
+                for module in (cpp_kernels, torch_kernels)]
+        for o, p in zip(*([out] if torch.is_tensor(out) else out
+                          for out in outs), strict=True):
+            assert o is p is None or torch.equal(o, p), name
+
+
+def test_what_goes_along_has_the_type_of_the_rest():
+    low = torch.bfloat16
+    x, zv, bias, weight = draw(low, (2, 5, 7, 8), (2, 5, 7, 16), (8, ),
+                               (8, 1, 3, 3))
+    wide, norm = x.float(), (bias, bias, EPS)
+    for name, mixed, same in (
+            ('gate_backward', (wide, zv.float(), x, weight, bias),
+             (wide, zv.float(), wide, weight, bias)),
+            ('layer_norm_backward', (wide, wide, *norm, x),
+             (wide, wide, *norm, wide)),
+            ('scale_residual_norm_backward',
+             (x, wide, *norm, x, bias, None, low, False),
+             (x, wide, *norm, wide, bias, None, low, False))):
+        outs = [getattr(cpp_kernels, name)(*map(copied, inputs))
+                for inputs in (mixed, same)]
+        for o, t in zip(*outs, strict=True):
+            assert o is t is None or torch.equal(o, t), name
 
 
 def test_signatures_are_those_of_torchs_functions():
@@ -488,5 +564,24 @@ def test_kernels_for_avx2_are_as_exact():
          'exact or nearest or threads or strides'],
         env={**os.environ, 'ATEN_CPU_CAPABILITY': 'avx2'}, text=True,
         capture_output=True)
+    assert process.returncode == 0, process.stdout
+    assert 'the C++ kernels' not in process.stdout  # skipped
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(),
+    reason='this process rounds without instructions for bf16 anyway')
+def test_kernels_without_instructions_for_bf16_round_to_the_nearest(tmp_path):
+    compiler = library._compiler()
+    refuses = tmp_path / 'compiler'
+    refuses.write_text(
+        '#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1; esac\n'
+        f'exec {" ".join(compiler)} "$@"\n')
+    refuses.chmod(0o755)
+    process = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-rs', __file__, '-k',
+         'nearest and not instructions'],
+        env={**os.environ, 'CXX': str(refuses), 'XDG_CACHE_HOME': str(tmp_path)
+             }, text=True, capture_output=True)
     assert process.returncode == 0, process.stdout
     assert 'the C++ kernels' not in process.stdout  # skipped

@@ -1303,6 +1303,40 @@ def test_norm_of_the_downsampling_has_the_precision_of_products(monkeypatch):
     assert x.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize('dtype', LOW)
+@pytest.mark.parametrize('emulated', [True, False])
+def test_downsampling_has_the_type_that_is_asked_for(emulated, dtype,
+                                                     monkeypatch):
+    monkeypatch.setattr(dispatch, '_is_emulated', lambda _: emulated)
+    norm, conv = operators.LayerNorm2d(8), nn.Conv2d(8, 12, 2, 2)
+    with torch.autocast('cpu', dtype):
+        out = fused_downsampling.downsampling(
+            torch.randn(2, 8, 6, 6), norm, conv)
+    assert out.dtype == dtype
+    out.backward(torch.ones_like(out))
+    assert conv.weight.grad.dtype == torch.float32
+
+
+def test_downsampling_of_which_nothing_is_learned_has_a_gradient():
+    norm, conv = operators.LayerNorm2d(8), nn.Conv2d(8, 12, 2, 2)
+    for name in 'weight', 'bias':
+        norm.register_parameter(name, None)
+    conv.requires_grad_(False)
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    out = fused_downsampling.downsampling(x, norm, conv)
+    grad, true = (torch.autograd.grad(y.square().sum(), x)[0]
+                  for y in (out, conv(norm(x))))
+    torch.testing.assert_close(grad, true)
+
+
+def test_downsampling_says_that_it_has_no_second_derivatives():
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    out = fused_downsampling.downsampling(
+        x, operators.LayerNorm2d(8), nn.Conv2d(8, 12, 2, 2))
+    with pytest.raises(RuntimeError, match='no second derivatives'):
+        torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
+
+
 def test_switch_reaches_the_downsampling(monkeypatch):
     kernels = SimpleNamespace(**vars(torch_kernels))
     monkeypatch.setattr(dispatch, 'kernels_for', lambda _: kernels)

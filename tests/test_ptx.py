@@ -10,16 +10,22 @@ import pytest
 import torch
 
 import ptx
-from mmconv2former import Conv2Former, dispatch, fused_block, fused_stem
+from mmconv2former import (
+    Conv2Former,
+    dispatch,
+    fused_block,
+    fused_stem,
+    torch_kernels,
+)
 from mmconv2former.backbone import Block
 
 triton = pytest.importorskip('triton', reason='Triton is not installed')
 tl = importlib.import_module('triton.language')
 kernels = importlib.import_module('mmconv2former.triton_kernels')
-banded, depthwise, launch, norm, stem, sums, weights = (
+banded, depthwise, launch, norm, stem, sums, tiling, weights = (
     importlib.import_module(f'mmconv2former.triton_kernels.{name}')
     for name in ('banded', 'depthwise', 'launch', 'norm', 'stem', 'sums',
-                 'weights'))
+                 'tiling', 'weights'))
 
 MODULES = [depthwise, norm, stem, sums, weights,
            *[banded] * banded.HAS_NARROW_PRODUCTS]
@@ -104,6 +110,20 @@ def test_backbone_is_computed_by_all_kernels(executed, monkeypatch):
         drop_path_rate=0.3, out_indices=(0, 1, 2, 3)).train()
     compare(model, torch.randn(2, 3, 68, 62), torch.bfloat16, executed)
     assert executed == KERNELS
+
+
+def test_last_part_of_the_rows_may_be_shorter(executed_launches, monkeypatch):
+    monkeypatch.setattr(tiling, 'PROGRAMS', 2)
+    depthwise._weight_grad_launch.cache_clear()
+    torch.manual_seed(0)
+    x, zv, weight, bias = (torch.randn(shape) for shape in (
+        (1, 7, 8, 8), (1, 7, 8, 16), (8, 1, 3, 3), (8, )))
+    launch, _ = depthwise._weight_grad_launch((1, 7, 8, 8), 3)
+    assert launch.scalars[:2] == (7, 2)  # rows, and parts of them
+    for own, true in zip(*(module.gate_backward(x, zv, x, weight, bias)[1:3]
+                           for module in (kernels, torch_kernels))):
+        torch.testing.assert_close(own, true, rtol=1e-4, atol=1e-4)
+    depthwise._weight_grad_launch.cache_clear()
 
 
 def test_gelu_is_rounded_alike_where_it_is_computed_again(hopper, monkeypatch):

@@ -42,7 +42,8 @@ if INTERPRETED:
         (1, 1, 5, 36, 5, torch.float16),
         (2, 1, 1, 8, 11, torch.float32),
         (1, 2, 3, 8, 11, torch.float16),
-        (1, 2, 1, 8, 21, torch.float32),
+        (1, 1, 17, 8, 21, torch.float32),  # halos wider than a strip
+        (1, 1, 14, 32, 17, torch.float32),
         (1, 1, 8, 8, 3, torch.float16),
         (2, 1, 16, 8, 5, torch.float32),
         (1, 2, 15, 8, 7, torch.float16),
@@ -580,6 +581,7 @@ def test_number_of_splits_changes_nothing_but_the_rounding(
     many = results()
     for module in (tiling, depthwise):
         monkeypatch.setattr(module, 'PROGRAMS', 1)
+    monkeypatch.setattr(depthwise, 'WAVES', 1)  # several items a program
     forget_plans()
     assert tiling.split_count(6, 1) == 1
     one = results()
@@ -588,6 +590,95 @@ def test_number_of_splits_changes_nothing_but_the_rounding(
         scale = other.abs().max()
         torch.testing.assert_close(own / scale, other / scale, rtol=0,
                                    atol=1e-6)
+
+
+@device_test
+@tensor_cores_test
+def test_program_on_tensor_cores_sums_several_groups(kernels, monkeypatch):
+    for name in 'takes_input_grad', 'takes_weight_grad':
+        monkeypatch.setattr(banded, name, lambda *_: True)
+    monkeypatch.setattr(banded, 'RESIDENT', 1)
+    forget_plans()
+    n, h, w, c = 17, 1, 9, 8
+    compare(kernels.gate_backward, gate_backward, *draw(
+        torch.float16, (n, h, w, c), (n, h, w, 2 * c), (n, h, w, c),
+        (c, 1, 11, 11), (c, )))
+    forget_plans()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason='chooses among programs')
+@pytest.mark.skipif(
+    os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') < 2**34,
+    reason='less memory than 16 GiB may not be asked for so much at once')
+@pytest.mark.parametrize('name', [
+    'gate', 'gate_backward', 'banded', 'position', 'position_backward',
+    'norm', 'norm_backward', 'residual', 'residual_backward', 'stem',
+    'stem_backward'])
+def test_last_of_many_images_gives_what_it_gives_alone(kernels, monkeypatch,
+                                                       name):
+    """With 2**31 numbers before it, of which hardly any are touched."""
+    interpreter = triton.runtime.interpreter
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(interpreter.GridExecutor, '_restore_args_dev',
+                        lambda *_: None)
+    dim, index = builder.set_grid_dim, builder.set_grid_idx
+
+    def launch(self, *tensors):
+        """The last programs."""
+        count = self.grid[0]
+        if 'weight_grad' in self.kernel.__name__:
+            return
+        few = min(count, 8 if name == 'banded' else 2)
+        monkeypatch.setattr(builder, 'set_grid_dim',
+                            lambda *_: dim(count, 1, 1))
+        monkeypatch.setattr(builder, 'set_grid_idx',
+                            lambda x, *_: index(count - few + x, 0, 0))
+        self.kernel[(few, )](*tensors, *self.scalars, **self.constants)
+
+    monkeypatch.setattr(launches.Launch, '__call__', launch)
+    monkeypatch.setattr(sums, '_launch', lambda _: None)
+    for module in depthwise, tiling:  # an item for each
+        monkeypatch.setattr(module, 'PROGRAMS', 2**24)
+    for takes in 'takes_input_grad', 'takes_weight_grad':
+        monkeypatch.setattr(banded, takes, lambda *_: name == 'banded')
+    h, w, c = 2, 7, 64
+    n = 2**31 // (h * w * c) + 2
+    x, zv, weight, bias = draw(torch.float16, (1, h, w, c), (1, h, w, 2 * c),
+                               (c, 1, 3, 3), (c, ))
+    long, = draw(torch.float16, (c, 1, 11, 11))
+    mean = rstd = bias.float()
+
+    def run(x, zv):
+        return dict(
+            gate=lambda: kernels.gate_forward(zv, weight, bias),
+            gate_backward=lambda: kernels.gate_backward(
+                x, zv, x, weight, bias)[::3],
+            banded=lambda: kernels.gate_backward(x, zv, x, long, bias)[::3],
+            position=lambda: [kernels.position(x, weight, bias)],
+            position_backward=lambda: kernels.position_backward(
+                x, x, weight, bias)[::3],
+            norm=lambda: [kernels.layer_norm(x, bias, bias, EPS, x.dtype)],
+            norm_backward=lambda: kernels.layer_norm_backward(
+                x, x, bias, bias, EPS, x)[::3],
+            residual=lambda: [kernels.scale_residual(x, x, bias, None)],
+            residual_backward=lambda: kernels.scale_residual_backward(
+                x, bias, x[:, :1, :1, :1] + 2, x.dtype)[:2],
+            stem=lambda: [
+                stem.pixels_first(x.permute(0, 3, 1, 2), c, x.dtype),
+                stem.gelu_norm(x, mean, rstd, bias, bias, 2, c)],
+            stem_backward=lambda: stem.gelu_norm_backward(
+                x, x, mean, rstd, bias, False, 1, c)[:1],
+        )[name]()
+
+    def among_many(x):
+        out = x.new_empty((n, *x.shape[1:]))
+        out[-1] = x[0]
+        return out
+
+    forget_plans()
+    for out, alone in zip(run(among_many(x), among_many(zv)), run(x, zv)):
+        assert torch.equal(out[-1:], alone) and alone.any()
+    forget_plans()
 
 
 @device_test
@@ -825,7 +916,7 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
         raising=False)
     x, y, scale, short = (torch.zeros(shape, dtype=torch.bfloat16) for shape in
                           (*[(2, 2, 3, 8)] * 2, (8, ), (9, )))
-    keep = torch.ones(2)
+    keep = torch.ones(2, dtype=torch.bfloat16)
 
     def launch(*inputs):
         kernels.scale_residual(*inputs)
@@ -844,13 +935,42 @@ def test_second_launch_passes_to_the_compiled_kernel_what_the_first_did(
     assert len(kept) == 1
     # Other types, no drop path, pointers that are not aligned.
     others = [launch(x.float(), y, scale, keep), launch(x, y, scale, None),
-              launch(x, y, short[1:], keep)]
-    assert len({kernel for kernel, *_ in [first, *others]}) == 4
-    assert len(kept) == 3
+              launch(x, y, None, keep), launch(x, y, short[1:], keep)]
+    assert len({kernel for kernel, *_ in [first, *others]}) == 5
+    assert len(kept) == 4
     # Multiples of 8 bytes, but not of 16.
     long = torch.zeros(12, dtype=torch.bfloat16)[4:]
     assert launch(x, y, long, keep)[0] is others[-1][0]
-    assert len(kept) == 3
+    assert len(kept) == 4
+
+
+@pytest.mark.skipif(INTERPRETED, reason='compiles')
+def test_each_device_has_what_is_compiled_for_it(nothing_compiled,
+                                                 monkeypatch):
+    ran = []
+
+    class Compiled:
+        function = packed_metadata = None
+
+        def __init__(self, name):
+            self.name = name
+            self.run = lambda *_: ran.append(name)
+
+    monkeypatch.setattr(launches, 'CompiledKernel', Compiled)
+    monkeypatch.setattr(launches, 'driver', SimpleNamespace(
+        active=SimpleNamespace(get_current_stream=lambda _: 0)))
+
+    class Kernel:
+        __name__, arg_names = 'kernel', ['x', 'n']
+
+        def __getitem__(self, grid):
+            return lambda x, n, **_: Compiled(x.get_device())
+
+    launch = launches.Launch(Kernel(), 1, 5)
+    for device in 0, 1, 0, 1:
+        launch(SimpleNamespace(get_device=lambda device=device: device,
+                               data_ptr=lambda: 0, dtype=torch.float32))
+    assert ran == [0, 1]
 
 
 def test_launches_share_what_is_compiled_for_them_alone(nothing_compiled):

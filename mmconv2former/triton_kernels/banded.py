@@ -137,11 +137,10 @@ def _load_row(ptr, y, height, step, inside):
 
 
 @triton.jit
-def _store_grad(grad, z, total, grad_zv_ptr, y, height, step, inside):
+def _store_grad(grad, z, total, grad_zv_ptr, y, step, inside):
     """grad * GELU'(z), and its sum with the total."""
     z = to_fp32(z)
     grad *= gelu_slope(z, gelu_tail(tl.abs(z), False))
-    inside &= y < height
     tl.store(grad_zv_ptr + y * step, grad, inside)
     return total + tl.where(inside, grad, 0.)
 
@@ -198,7 +197,7 @@ def _banded_input_grad_kernel(da_ptr, taps_ptr, zv_ptr, grad_zv_ptr,
                                 sums[s]), )
         if y >= K // 2:
             total = _store_grad(new[0], this_z, total, grad_zv_ptr + at,
-                                y - K // 2, height, step, in_strip)
+                                y - K // 2, step, in_strip)
         sums = new[1:] + (zero, )
     # Below the image there is nothing to add.
     for y in range(height - K // 2, height):
@@ -206,7 +205,7 @@ def _banded_input_grad_kernel(da_ptr, taps_ptr, zv_ptr, grad_zv_ptr,
         z = _load_row(zv_ptr + at, y + 1, height, step, in_strip)
         if y >= 0:
             total = _store_grad(sums[0], this_z, total, grad_zv_ptr + at, y,
-                                height, step, in_strip)
+                                step, in_strip)
         sums = sums[1:] + (zero, )
     tl.store(partial_ptr + tl.cast(pid // blocks, tl.int64) * C + channels,
              tl.sum(tl.sum(total, 2), 1), channels < C)
