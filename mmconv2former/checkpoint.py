@@ -206,10 +206,10 @@ def read_checkpoint(path: str, trust_pickle: bool = False) -> Any:
         if blocked:
             raise CheckpointError(
                 f'{path} holds a pickled {blocked[1] or blocked[2]}, and '
-                'unpickling can run '
-                'code. If you trust who made the file, convert it once to '
-                'tensors only: python tools/convert_checkpoint.py SRC DST '
-                '--trust-pickle') from error
+                'unpickling can run code. If you trust who made the file, '
+                'convert it once to tensors only: python '
+                'tools/convert_checkpoint.py SRC DST --trust-pickle'
+            ) from error
         if kind := _other_kind(path):
             raise CheckpointError(f'{path} is {kind}') from error
         raise CheckpointError(
