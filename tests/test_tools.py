@@ -816,8 +816,16 @@ def test_weights_of_some_of_the_names_are_started_from(name, is_refused,
     assert ('no weights by the names of this model' in told) == is_refused
 
 
-def test_checkpoint_may_be_a_url():
-    checkpoint_files.check_file('https://host.test/c.pth', 'the checkpoint')
+@pytest.mark.parametrize('path, message', [
+    ('https://host.test/c.pth', ''), ('host.test/c.pth', "it 'host.test/c.pth'"
+                                      ' does not exist')])
+def test_checkpoint_may_be_a_url(path, message):
+    told = ''
+    try:
+        checkpoint_files.check_file(path, 'it')
+    except SystemExit as error:
+        told = str(error)
+    assert told.startswith(message) and bool(told) == bool(message)
 
 
 def test_versions_of_layers_are_loaded_with_their_weights(tmp_path):

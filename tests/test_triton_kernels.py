@@ -600,6 +600,8 @@ def test_program_on_tensor_cores_sums_several_groups(kernels, monkeypatch):
     monkeypatch.setattr(banded, 'RESIDENT', 1)
     forget_plans()
     n, h, w, c = 17, 1, 9, 8
+    launch, _ = banded.weight_grad_launch((n, h, w, c), 11, c)
+    assert n > banded.IMAGES and launch.scalars[:2] == (n, 1)  # not divided
     compare(kernels.gate_backward, gate_backward, *draw(
         torch.float16, (n, h, w, c), (n, h, w, 2 * c), (n, h, w, c),
         (c, 1, 11, 11), (c, )))
