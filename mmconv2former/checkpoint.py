@@ -392,7 +392,7 @@ def infer_arch(weights: dict[str, Tensor]) -> dict:
             dims.append(0)
         depths[stage] = max(depths[stage], block + 1)
         dims[stage] = value.shape[0]
-    # Files may list the layers in another order than the model.
+    # The last by its number: files may list them in any order.
     stem_convs = {
         key: value
         for key, value in weights.items()

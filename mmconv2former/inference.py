@@ -277,10 +277,14 @@ class FoldedBlock(nn.Module):
                 (self.fc1, self.pos, self.fc2))
 
     def _modified(self, dim: int, device: torch.device) -> nn.Module | None:
-        """A layer that is no longer as it was made, if any."""
+        """A layer that the kernels would not compute as it is, if any.
+
+        Layers may be exchanged after folding. The shapes follow from the
+        depthwise convolutions; those of even kernels fit none.
+        """
         inner, hidden = (getattr(layer, 'out_channels', 0)
                          for layer in (self.depthwise, self.pos))
-        k = getattr(self.depthwise, 'kernel_size', (0, ))[0] | 1  # odd
+        k = getattr(self.depthwise, 'kernel_size', (0, ))[0] | 1
         for layer, kind, *shape in (
                 (self.zv, Pointwise, 2 * inner, dim, 1, 1),
                 (self.depthwise, nn.Conv2d, inner, 1, k, k),

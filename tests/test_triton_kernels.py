@@ -618,9 +618,14 @@ def test_program_on_tensor_cores_sums_several_groups(kernels, monkeypatch):
     'stem_backward'])
 def test_last_of_many_images_gives_what_it_gives_alone(kernels, monkeypatch,
                                                        name):
-    """With 2**31 numbers before it, of which hardly any are touched."""
+    """With 2**31 numbers before it.
+
+    Only the last programs of each launch run, so that hardly any of the
+    memory is touched.
+    """
     interpreter = triton.runtime.interpreter
     builder = interpreter.interpreter_builder
+    # Would copy all tensors onto themselves.
     monkeypatch.setattr(interpreter.GridExecutor, '_restore_args_dev',
                         lambda *_: None)
     dim, index = builder.set_grid_dim, builder.set_grid_idx
@@ -628,7 +633,7 @@ def test_last_of_many_images_gives_what_it_gives_alone(kernels, monkeypatch,
     def launch(self, *tensors):
         """The last programs."""
         count = self.grid[0]
-        if 'weight_grad' in self.kernel.__name__:
+        if 'weight_grad' in self.kernel.__name__:  # reads all images
             return
         few = min(count, 8 if name == 'banded' else 2)
         monkeypatch.setattr(builder, 'set_grid_dim',
@@ -639,7 +644,7 @@ def test_last_of_many_images_gives_what_it_gives_alone(kernels, monkeypatch,
 
     monkeypatch.setattr(launches.Launch, '__call__', launch)
     monkeypatch.setattr(sums, '_launch', lambda _: None)
-    for module in depthwise, tiling:  # an item for each
+    for module in depthwise, tiling:  # an item for each program
         monkeypatch.setattr(module, 'PROGRAMS', 2**24)
     for takes in 'takes_input_grad', 'takes_weight_grad':
         monkeypatch.setattr(banded, takes, lambda *_: name == 'banded')
